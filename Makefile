@@ -1,0 +1,35 @@
+# `make demo` and `make test` each do all the set-up they need on a fresh machine: a virtual environment, the package.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/torchrun recipes/deit_digits.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+$(VENV)/.runtime: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs

@@ -1,0 +1,23 @@
+"""The one exception type that commands turn into a single line on stderr."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_NEAR = 0.5
+"""Smallest difflib ratio at which a name is worth suggesting."""
+
+
+class DeitfastError(Exception):
+    """A user's mistake or a broken input, told in one line: what, the evidence, the remedy."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """` Did you mean X?` for the choice nearest to `name`, the first of equals; empty where none is near."""
+
+    def likeness(choice: str) -> float:
+        return difflib.SequenceMatcher(None, name, choice).ratio()
+
+    nearest = max(choices, key=likeness, default="")
+    return f" Did you mean {nearest}?" if nearest and likeness(nearest) >= _NEAR else ""

@@ -1,0 +1,30 @@
+"""Package map and dependencies; tool settings live in pyproject.toml, tested versions in constraints.txt."""
+
+from setuptools import setup
+
+setup(
+    name="deitfast",
+    version="0.1.0",
+    description="A kernel-fused training engine for DeiT vision transformers",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # kernels/ sits at the top level and is imported as deitfast.kernels: a top-level package called
+    # `kernels` would collide with the distribution of that name which transformers uses.
+    package_dir={"deitfast": "deitfast", "deitfast.kernels": "kernels"},
+    packages=["deitfast", "deitfast.data", "deitfast.kernels"],
+    package_data={"deitfast.data": ["*.txt", "digits/*.tar", "digits/*.txt", "digits/*.md"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "numpy>=2.0",
+        "einops>=0.8",
+        "nvidia-dali-cuda130>=2.4",
+        "safetensors>=0.5",
+        "pillow>=11",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "timm>=1.0.20", "transformers>=5", "scikit-learn"],
+        "dev": ["ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["deitfast = deitfast.cli:main"]},
+)
