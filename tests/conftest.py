@@ -1,0 +1,42 @@
+"""Fixtures of all tests: where optional real data lies, and a timm that imports without torchvision's binary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shared-data",
+        default=None,
+        help="folder with imagenette/, imagenet-sample/ and weights/ (default: ../shared/data beside the checkout)",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Manifests go to a folder of this session, also those of the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data(request: pytest.FixtureRequest) -> Path:
+    """Folder of real images and weights; the test is skipped, with the reason, where there is none."""
+    option = request.config.getoption("--shared-data")
+    folder = Path(option) if option else request.config.rootpath.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder} (give --shared-data FOLDER)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """The timm module, importable even where torchvision's compiled operators are missing."""
+    from tests.reference import import_timm
+
+    return import_timm()
