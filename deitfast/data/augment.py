@@ -1,0 +1,122 @@
+"""The device stage: normalise, erase, mix. Plain PyTorch on any device; no wait for the device, no loop over samples.
+
+Order as in DeiT: (crop, flip: done by the loader) -> RandAugment -> normalise -> erase -> mixup or cutmix. RandAugment
+will stand before `normalise`, on uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from deitfast.data.philox import NOISE, counter, normal_pair, philox4x32, unit
+
+if TYPE_CHECKING:
+    from deitfast.data.loaders import Batch
+    from deitfast.recipe import Recipe
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class Targets:
+    """Soft targets of a mixed batch, unexpanded: lam * smoothed(labels) + (1 - lam) * smoothed(partner_labels).
+
+    labels, partner_labels: int64 (m,); lam: float32 (m,); smoothing: mass spread evenly over all classes.
+    """
+
+    labels: torch.Tensor
+    partner_labels: torch.Tensor
+    lam: torch.Tensor
+    smoothing: float
+
+    def dense(self, num_classes: int) -> torch.Tensor:
+        """The same as a float32 (m, num_classes) matrix, whose rows sum to 1."""
+        off = self.smoothing / num_classes
+        target = torch.full((len(self.labels), num_classes), off, device=self.labels.device)
+        lam = self.lam[:, None]
+        target.scatter_add_(1, self.labels[:, None], (1 - self.smoothing) * lam)
+        return target.scatter_add_(1, self.partner_labels[:, None], (1 - self.smoothing) * (1 - lam))
+
+
+def prepare(
+    batch: Batch,
+    recipe: Recipe,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, Targets]:
+    """Network input of a training micro-batch, (m, 3, H, W) computed in float32, returned in `dtype`; its targets."""
+    x = normalise(batch.images, mean, std)
+    if batch.erased_pixels:
+        erase(x, batch)
+    partner_labels = batch.labels
+    if batch.mixes:
+        x = mix(x, batch.lam, batch.mix_box)
+        partner_labels = _partner(batch.labels)
+    return x.to(dtype), Targets(batch.labels, partner_labels, batch.lam, recipe.smoothing)
+
+
+def normalise(
+    images: torch.Tensor,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """uint8 (m, H, W, 3) to (m, 3, H, W) of `dtype`, contiguous: (x / 255 - mean) / std, per channel in RGB order."""
+    x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    scale = _channels(x, [1 / (255 * s) for s in std])
+    shift = _channels(x, [-m / s for m, s in zip(mean, std, strict=True)])
+    return x.mul_(scale).add_(shift).to(dtype)
+
+
+def erase(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Fill each sample's rectangle with N(0, 1) noise, per pixel and channel, in place.
+
+    The noise of pixel (y, x) is the Philox block y * W + x of the sample's NOISE stream: one normal a channel.
+    """
+    top, left, height, width = batch.erase.unbind(1)
+    # One row for each erased pixel of the batch; the total is known on the host, so nothing waits for the device.
+    area = height * width
+    sample = torch.arange(len(x), device=x.device).repeat_interleave(area, output_size=batch.erased_pixels)
+    first = area.cumsum(0) - area
+    k = torch.arange(batch.erased_pixels, device=x.device) - first[sample]
+    row, column = top[sample] + k // width[sample], left[sample] + k % width[sample]
+
+    word = counter(NOISE, row * x.shape[3] + column)
+    epoch = torch.full((1,), batch.epoch, dtype=torch.int64, device=x.device)
+    words = philox4x32(batch.index[sample], epoch, batch.view[sample], word, batch.seed)
+    u = [unit(w).double() for w in words]
+    red, green = normal_pair(u[0], u[1], torch)
+    blue, _ = normal_pair(u[2], u[3], torch)
+    x[sample, :, row, column] = torch.stack([red, green, blue], dim=1).to(x.dtype)
+    return x
+
+
+def mix(x: torch.Tensor, lam: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """Mixup or cutmix of every sample with its partner, the neighbour in its pair (row xor 1).
+
+    x: (m, 3, H, W). lam: float32 (m,), weight of the own image for mixup. box: int64 (m, 4) (top, left, height, width):
+    where it is not empty, the sample takes the rectangle from its partner and keeps the rest (cutmix).
+    """
+    partner = _partner(x)
+    top, left, height, width = (b[:, None, None, None] for b in box.unbind(1))
+    cut = height * width > 0
+    y = torch.arange(x.shape[2], device=x.device)[:, None]
+    z = torch.arange(x.shape[3], device=x.device)
+    inside = (y >= top) & (y < top + height) & (z >= left) & (z < left + width)
+    own = torch.where(cut, (~inside).to(x.dtype), lam.to(x.dtype)[:, None, None, None])
+    return x * own + partner * (1 - own)
+
+
+def _partner(x: torch.Tensor) -> torch.Tensor:
+    """Rows with the two of each pair exchanged; the number of rows is even."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def _channels(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32).to(like.device, non_blocking=True).view(1, -1, 1, 1)

@@ -1,0 +1,115 @@
+"""The device stage against timm's formulas, given the same random parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, Targets, augment, normalise
+from deitfast.data.loaders import Batch
+
+M, SIZE = 16, 24
+
+
+def make_batch(erase: torch.Tensor | None = None, seed: int = 5, epoch: int = 2) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    erase = torch.zeros(M, 4, dtype=torch.int64) if erase is None else erase
+    return Batch(
+        step=0,
+        micro=0,
+        epoch=epoch,
+        seed=seed,
+        images=torch.randint(0, 256, (M, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator),
+        labels=torch.randint(0, 7, (M,), generator=generator),
+        slots=np.arange(M),
+        index=torch.arange(M) + 100,
+        view=torch.arange(M) % 3,
+        erase=erase,
+        erased_pixels=int((erase[:, 2] * erase[:, 3]).sum()),
+        lam=torch.ones(M),
+        mix_box=torch.zeros(M, 4, dtype=torch.int64),
+        mixes=True,
+    )
+
+
+def by_pairs(mixed_by_flip: torch.Tensor) -> torch.Tensor:
+    """timm pairs row i with row m - 1 - i; rows in that order become neighbours."""
+    half = len(mixed_by_flip) // 2
+    return torch.stack([mixed_by_flip[:half], mixed_by_flip.flip(0)[:half]], dim=1).flatten(0, 1)
+
+
+def from_pairs(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[0::2], x[1::2].flip(0)])
+
+
+def test_normalise_is_torchvisions_formula():
+    images = make_batch().images
+    exact = images.double().permute(0, 3, 1, 2) / 255
+    exact = (exact - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    result = normalise(images)
+    assert result.is_contiguous()
+    assert torch.allclose(result.double(), exact, atol=1e-6)
+    assert normalise(images, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("cutmix", [False, True])
+def test_mixing_is_timms(timm, monkeypatch, cutmix):
+    from timm.data.mixup import Mixup
+
+    lam, (top, left, height, width) = (0.3, (0, 0, 0, 0)) if not cutmix else (1 - 9 * 14 / SIZE**2, (3, 10, 9, 14))
+    x, labels = torch.randn(M, 3, SIZE, SIZE), torch.randint(0, 7, (M,))
+    mixer = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=7)
+    monkeypatch.setattr(mixer, "_params_per_batch", lambda: (lam, cutmix))
+    box = (top, top + height, left, left + width)
+    monkeypatch.setattr("timm.data.mixup.cutmix_bbox_and_lam", lambda *_, **__: (box, lam))
+    expected, expected_targets = mixer(from_pairs(x).clone(), from_pairs(labels))
+
+    lams = torch.full((M,), lam)
+    result = augment.mix(x, lams, torch.tensor([[top, left, height, width]]).expand(M, 4))
+    assert torch.allclose(result, by_pairs(expected), atol=1e-6)
+    targets = Targets(labels, labels.view(-1, 2).flip(1).flatten(), lams, 0.1)
+    assert torch.allclose(targets.dense(7), by_pairs(expected_targets), atol=1e-6)
+
+
+def test_dense_targets_are_timms(timm):
+    from timm.data.mixup import mixup_target
+
+    labels = torch.tensor([0, 3, 3, 1])  # flipping pairs 0 with 3, 1 with 2: equal labels as well
+    for lam, smoothing in ((0.7, 0.1), (1.0, 0.0), (0.0, 0.3)):
+        expected = mixup_target(labels, 5, lam, smoothing)
+        ours = Targets(labels, labels.flip(0), torch.full((4,), lam), smoothing).dense(5)
+        assert torch.allclose(ours, expected, atol=1e-6)
+        assert torch.allclose(ours.sum(1), torch.ones(4))
+
+
+def test_erasing_fills_exactly_the_rectangle_with_noise():
+    boxes = torch.zeros(M, 4, dtype=torch.int64)
+    boxes[1] = torch.tensor([2, 3, 10, 20])
+    boxes[4] = torch.tensor([0, 0, 23, 23])
+    boxes[5] = torch.tensor([23, 22, 1, 1])
+    x = torch.full((M, 3, SIZE, SIZE), 100.0)
+    augment.erase(x, make_batch(boxes))
+    for i in range(M):
+        top, left, height, width = boxes[i].tolist()
+        inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        inside[top : top + height, left : left + width] = True
+        assert (x[i][:, ~inside] == 100).all()
+        assert (x[i][:, inside].abs() < 10).all()
+    noise = x[x < 50].numpy()
+    assert stats.kstest(noise, "norm").pvalue > 0.01
+    red, green, blue = (x[4, c, :23, :23].flatten().numpy() for c in range(3))
+    assert max(abs(np.corrcoef(a, b)[0, 1]) for a, b in ((red, green), (red, blue), (green, blue))) < 0.15
+
+
+def test_noise_belongs_to_the_sample_not_to_its_row():
+    boxes = torch.tensor([[2, 3, 10, 12]]).repeat(M, 1)
+    whole = augment.erase(torch.zeros(M, 3, SIZE, SIZE), make_batch(boxes))
+    batch = make_batch(boxes)
+    rows = [9, 2, 5]
+    batch.index, batch.view, batch.erase = batch.index[rows], batch.view[rows], batch.erase[rows]
+    batch.erased_pixels = 3 * 120
+    assert torch.equal(augment.erase(torch.zeros(3, 3, SIZE, SIZE), batch), whole[rows])
+    for other in (make_batch(boxes, seed=6), make_batch(boxes, epoch=3)):
+        assert not torch.equal(augment.erase(torch.zeros(M, 3, SIZE, SIZE), other), whole)

@@ -1,0 +1,85 @@
+"""The order of images: the original's repeated augmentation, and slots that any number of processes share."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from deitfast.data.sampler import Plan, permutation, slot_order
+from deitfast.errors import DeitfastError
+
+
+def original_sampler(order: np.ndarray, world: int, rank: int) -> np.ndarray:
+    """Repeated augmentation as DeiT's samplers.py defines it, with the permutation given."""
+    n = len(order)
+    repeated = np.repeat(order, 3)
+    total = -(-3 * n // world) * world
+    padded = np.concatenate([repeated, repeated[: total - 3 * n]])
+    return padded[rank:total:world][: n // 256 * 256 // world]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(("n", "batch"), [(1437, 64), (1024, 256), (777, 96)])
+def test_repeated_augmentation_shows_what_the_original_does(n, batch, world):
+    plan = Plan(n, batch, repeats=3, seed=11)
+    order = permutation(n, 11, 0)
+    ranks = [original_sampler(order, world, r) for r in range(world)]
+    per_rank = batch // world
+    assert plan.steps_per_epoch == len(ranks[0]) // per_rank
+    for step in range(plan.steps_per_epoch):
+        index, view, epoch = plan.slots(step)
+        theirs = np.concatenate([r[step * per_rank : (step + 1) * per_rank] for r in ranks])
+        assert Counter(index.tolist()) == Counter(theirs.tolist())
+        assert len(set(zip(index.tolist(), view.tolist(), strict=True))) == batch  # no view twice
+        assert epoch == 0
+
+
+def test_without_repeats_every_image_once_an_epoch_and_epochs_differ():
+    plan = Plan(60, 20, seed=1)
+    epochs = [np.concatenate([plan.slots(3 * e + s)[0] for s in range(3)]) for e in range(2)]
+    assert all(sorted(e.tolist()) == list(range(60)) for e in epochs)
+    assert not np.array_equal(*epochs)
+    assert plan.slots(3)[2] == plan.epoch(3) == 1
+    assert not np.array_equal(epochs[0], Plan(60, 20, seed=2).slots(0)[0])
+
+
+def test_permutation_is_uniform():
+    # The place of image 0 over many seeds, against the uniform distribution.
+    places = [int(np.flatnonzero(permutation(8, seed, 0) == 0)[0]) for seed in range(4000)]
+    counts = np.bincount(places, minlength=8)
+    assert ((counts - 500) ** 2 / 500).sum() < 24.3  # chi-square, 7 degrees of freedom, p = .001
+
+
+@pytest.mark.parametrize(("batch", "group"), [(256, 128), (96, 128), (200, 128), (7, 4)])
+def test_slots_are_pair_major_inside_mix_groups(batch, group):
+    order = slot_order(batch, group)
+    assert sorted(order.tolist()) == list(range(batch))
+    for start in range(0, batch, group):
+        size = min(group, batch - start)
+        inside = order[start : start + size]
+        assert inside.min() == start  # a group's slots hold the group's entries
+        pairs = inside[: size // 2 * 2].reshape(-1, 2)
+        assert (pairs[:, 1] - pairs[:, 0] == size // 2).all()
+
+
+def test_copies_of_an_image_are_never_a_pair():
+    plan = Plan(1000, 256, repeats=3)
+    for step in range(plan.steps_per_epoch):
+        index = plan.slots(step)[0].reshape(-1, 2)
+        assert (index[:, 0] != index[:, 1]).all()
+
+
+def test_counts():
+    imagenet = Plan(1_281_167, 1024, repeats=3)
+    assert imagenet.steps_per_epoch == 1_281_024 // 1024
+    assert imagenet.distinct_per_epoch == 427_008
+    assert Plan(100, 50, repeats=3).steps_per_epoch == 2  # fewer than 256 images are not cut
+
+
+def test_too_few_images_for_a_batch():
+    with pytest.raises(DeitfastError, match=r"40 training images do not fill one batch of 64\. Use --batch 40 or less"):
+        Plan(40, 64)
+    with pytest.raises(DeitfastError, match="mix group 3 must be even"):
+        Plan(40, 4, mix_group=3)
