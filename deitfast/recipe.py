@@ -1,0 +1,228 @@
+"""Recipe: every setting of a training run in one flat frozen dataclass, and the flags generated from its fields.
+
+The defaults are the DeiT paper's for 300 epochs on ImageNet-1k (Touvron et al. 2021, arXiv 2012.12877, table 9, and
+main.py of facebookresearch/deit). Where a default cannot be the paper's value, the field's metadata states it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NoReturn
+
+from deitfast.errors import DeitfastError, did_you_mean
+
+PAPER_TRAIN_IMAGES = 1_281_167
+
+
+def _paper(default: Any, help: str, paper: Any = None) -> Any:
+    """A hyper-parameter: changing it changes the result, so a value other than the paper's is printed in words."""
+    return field(default=default, metadata={"help": help, "paper": default if paper is None else paper})
+
+
+def _task(default: Any, help: str) -> Any:
+    """What is trained on what: part of the run's identity, but not a deviation from the paper."""
+    return field(default=default, metadata={"help": help})
+
+
+def _machine(default: Any, help: str) -> Any:
+    """How this machine does the work; may change when a run is resumed, because the result does not depend on it."""
+    return field(default=default, metadata={"help": help, "machine": True})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. Lengths in pixels, durations in epochs unless the name says otherwise."""
+
+    # What
+    model: str = _task("deit_base_patch16_224", "model name (`deitfast models` lists them)")
+    data: str = _task("", "folder with train/<class>/* and val/<class>/*, or tar shards; or `digits`, the packaged set")
+    init: str = _task("", "weight file to start from (.safetensors or .pth); empty: fresh weights")
+    reset_head: bool = _task(False, "start a new head at zero instead of the weight file's")
+    image_size: int = _task(0, "image side; 0: the model's own. Position embeddings are interpolated to it")
+    seed: int = _task(0, "seed of weights, order and every random draw")
+    # Optimisation
+    epochs: int = _paper(300, "passes over the data")
+    batch: int = _paper(1024, "images a step over all processes; accumulation follows from it")
+    lr: float = _paper(1e-3, "peak learning rate, final: never scaled again (the paper's rule is 5e-4 x batch / 512)")
+    min_lr: float = _paper(1e-5, "learning rate at the end of the cosine")
+    warmup_lr: float = _paper(1e-6, "learning rate of the first step")
+    warmup_epochs: float = _paper(5.0, "epochs of linear warm-up, inside the total")
+    weight_decay: float = _paper(0.05, "AdamW weight decay; biases, norms, tokens and position embeddings have none")
+    beta1: float = _paper(0.9, "AdamW beta 1")
+    beta2: float = _paper(0.999, "AdamW beta 2")
+    adam_eps: float = _paper(1e-8, "AdamW epsilon")
+    clip_norm: float = _paper(0.0, "largest gradient norm; 0: no clipping")
+    ema_decay: float = _paper(0.99996, "decay of the averaged weights, a step; 0: none")
+    # Regularisation
+    drop_path: float = _paper(0.1, "probability of dropping a branch of the last block; linear from 0 over depth")
+    layer_scale: float = _paper(0.0, "initial LayerScale; 0: none")
+    smoothing: float = _paper(0.1, "label smoothing")
+    # Augmentation
+    repeats: int = _paper(3, "copies of an image in a batch (repeated augmentation); 1: none")
+    crop_min: float = _paper(0.08, "smallest area share of the random resized crop")
+    crop_max: float = _paper(1.0, "largest area share of the random resized crop")
+    flip: float = _paper(0.5, "probability of a horizontal flip")
+    rand_augment: str = _paper("none", "RandAugment policy; only `none` so far", paper="rand-m9-mstd0.5-inc1")
+    mixup: float = _paper(0.8, "mixup's Beta parameter; 0: none")
+    cutmix: float = _paper(1.0, "cutmix's Beta parameter; 0: none")
+    mix_probability: float = _paper(1.0, "probability that a group is mixed at all")
+    mix_switch: float = _paper(0.5, "probability of cutmix where both are on")
+    mix_group: int = _paper(128, "images that share one lambda (a process's batch in the paper: 1024 over 8 GPUs)")
+    erase: float = _paper(0.25, "probability of random erasing")
+    # Evaluation
+    eval_crop_ratio: float = _paper(0.875, "share of the resized image's side that the centre crop keeps")
+    eval_every: int = _machine(1, "epochs between evaluations; the last epoch is always evaluated")
+    # This machine
+    out: str = _machine("", "run folder; empty: runs/<recipe>. The same folder resumes")
+    micro_batch: int = _machine(0, "images a process runs at once; 0: the largest divisor up to 128 (32 on CPU)")
+    precision: str = _task("auto", "bf16 (autocast, fp32 master weights) or fp32; auto: bf16 on a GPU, fp32 on CPU")
+    fused: str = _machine("auto", "yes, no, or auto: Triton kernels on a GPU, eager PyTorch on CPU")
+    device: str = _machine("auto", "cuda, cpu, or auto")
+    workers: int = _machine(0, "data threads a process; 0: this machine's cores shared by its processes")
+    log_every: int = _machine(
+        0, "steps between lines of metrics.jsonl (no other step waits for the GPU); 0: 50, on CPU 1"
+    )
+    save_minutes: float = _machine(10.0, "minutes between checkpoints inside an epoch; each epoch ends with one anyway")
+    allow_changes: bool = _machine(False, "resume although the recipe differs from the run folder's")
+    smoke: bool = _machine(
+        False, "prove the installation: 3 small steps, save, resume, evaluate; leaves nothing behind"
+    )
+
+    def check(self) -> None:
+        """Raise DeitfastError for the first value that no run could use, naming flag, value and valid range."""
+        if not self.data:
+            raise DeitfastError(
+                "no data. Give --data FOLDER (train/<class>/*.jpg and val/<class>/*.jpg, or tar shards), "
+                "or --data digits for the packaged set"
+            )
+        below_one = 1 - 1e-9
+        ranges: dict[tuple[float, float], str] = {
+            (1, math.inf): "epochs batch eval_every",
+            (2, math.inf): "mix_group",
+            (0, math.inf): "lr min_lr warmup_lr warmup_epochs weight_decay clip_norm layer_scale mixup cutmix "
+            "micro_batch log_every save_minutes",
+            (0, 1): "flip mix_probability mix_switch erase",
+            (0, below_one): "beta1 beta2 ema_decay drop_path smoothing",
+            (1e-30, 1): "adam_eps",
+            (1e-4, 1): "crop_min",
+            (self.crop_min, 1): "crop_max",
+            (0.01, 1): "eval_crop_ratio",
+            (1, 16): "repeats",
+            (0, 1024): "workers",
+            (0, 4096): "image_size",
+            (0, 2**63 - 1): "seed",
+        }
+        for (low, high), names in ranges.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if not low <= value <= high:
+                    raise DeitfastError(f"{_flag(name)} is {value}, must be in [{low:g}, {high:g}]")
+        choices = {
+            "precision": ("auto", "bf16", "fp32"),
+            "fused": ("auto", "yes", "no"),
+            "device": ("auto", "cuda", "cpu"),
+            "rand_augment": ("none",),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise DeitfastError(f"{_flag(name)} is {getattr(self, name)!r}, must be one of {', '.join(valid)}")
+        if self.mixes and (self.batch % 2 or self.micro_batch % 2 or self.mix_group % 2):
+            odd = next(n for n in ("batch", "micro_batch", "mix_group") if getattr(self, n) % 2)
+            raise DeitfastError(
+                f"{_flag(odd)} is {getattr(self, odd)}, odd, but mixup and cutmix mix pairs. "
+                "Make it even, or give --mixup 0 --cutmix 0"
+            )
+        if self.warmup_epochs > self.epochs:
+            raise DeitfastError(f"--warmup-epochs {self.warmup_epochs:g} exceeds --epochs {self.epochs}. Lower it")
+        if self.reset_head and not self.init:
+            raise DeitfastError("--reset-head needs --init WEIGHTS: fresh weights have a fresh head")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
+
+    def deviations(self, train_images: int | None = None) -> list[str]:
+        """Each way in which this run is not the paper's, in words."""
+        found = [
+            f"{f.name.replace('_', ' ')} is {getattr(self, f.name)}, the paper's is {f.metadata['paper']}"
+            for f in fields(self)
+            if "paper" in f.metadata and getattr(self, f.name) != f.metadata["paper"]
+        ]
+        if train_images is not None and train_images != PAPER_TRAIN_IMAGES:
+            found.append(f"the data has {train_images:,} training images, the paper's {PAPER_TRAIN_IMAGES:,}")
+        if self.init:
+            found.append(f"starts from {self.init}, the paper from fresh weights")
+        return found
+
+    def changes(self, other: dict[str, Any]) -> list[str]:
+        """Where a recorded recipe (a dict of its fields) differs in what determines the result."""
+        return [
+            f"{_flag(f.name)} is {getattr(self, f.name)!r}, was {other.get(f.name)!r}"
+            for f in fields(self)
+            if not f.metadata.get("machine") and getattr(self, f.name) != other.get(f.name, f.default)
+        ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises DeitfastError, in one line, with the nearest flag's name."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DeitfastError(message)
+
+
+def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", description: str = "") -> Recipe:
+    """`base` with the fields given as flags replaced, checked.
+
+    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Unknown and mistyped ones raise
+    DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
+    """
+    parser = _Parser(
+        prog=prog or None, description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    for f in fields(Recipe):
+        value = getattr(base, f.name)
+        text = f"{f.metadata['help']} [{value if value != '' else 'none'}]".replace("%", "%%")
+        if isinstance(value, bool):
+            parser.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, default=value, help=text)
+        else:
+            parser.add_argument(_flag(f.name), type=type(f.default), default=value, help=text, metavar="")
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].split("=", 1)[0]
+        hint = did_you_mean(name, (_flag(f.name) for f in fields(Recipe))) or " --help lists the flags."
+        kind = "flag" if name.startswith("-") else "argument"
+        raise DeitfastError(f"unknown {kind} {name}.{hint}")
+    return replace(base, **vars(known))
+
+
+def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence[str] | None = None) -> None:
+    """What a file in recipes/ calls: apply the command line to its recipe and train.
+
+    name: the default run folder's name. description: the file's docstring, printed by --help.
+    """
+    from deitfast.distributed import guarded
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def main() -> None:
+        chosen = parse_flags(recipe, arguments, description=description)
+        chosen = replace(chosen, out=chosen.out or f"runs/{name}")
+        chosen.check()
+        from deitfast.train import smoke, train
+
+        if chosen.smoke:
+            smoke(chosen)
+        else:
+            train(chosen)
+
+    guarded(main)

@@ -1,0 +1,105 @@
+"""Checkpoints: round trip, damage of every kind found, the previous one used, never a silent start from zero."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from deitfast.checkpoint import Checkpoint, damage, load_newest, save, save_weights
+from deitfast.errors import DeitfastError
+
+
+def state(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {stem: {"a.b": torch.randn(50, generator=generator)} for stem in ("model", "ema", "optim")}
+    return Checkpoint(step, tensors, {"best": {"top1": 50.0}})
+
+
+def no_words(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_round_trip_keeps_the_two_newest(tmp_path: Path) -> None:
+    assert load_newest(tmp_path, no_words) is None
+    for step in (1, 20, 300):
+        save(tmp_path, state(step))
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-0000020", "step-0000300"]
+    assert (tmp_path / "latest").read_text() == "step-0000300"
+    found = load_newest(tmp_path, no_words)
+    assert found is not None
+    assert found.step == 300
+    assert found.state["best"] == {"top1": 50.0}
+    for stem, tensors in state(300).tensors.items():
+        assert torch.equal(found.tensors[stem]["a.b"], tensors["a.b"])
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def flip_bit(path: Path, chooser: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[chooser.randrange(len(data))] ^= 1 << chooser.randrange(8)
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    chooser = random.Random(0)
+    folder = save(tmp_path, state(7))
+    for trial in range(100):
+        path = sorted(folder.iterdir())[trial % 5]
+        original = path.read_bytes()
+        flip_bit(path, chooser)
+        # A flip inside the manifest may leave it readable, but then it no longer describes the files.
+        assert damage(folder) is not None or json.loads(path.read_bytes()) == json.loads(original)
+        path.write_bytes(original)
+    assert damage(folder) is None
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "flipped", "no manifest", "empty"])
+def test_a_damaged_checkpoint_falls_back_to_the_previous_and_says_so(tmp_path: Path, kind: str) -> None:
+    save(tmp_path, state(10))
+    newest = save(tmp_path, state(25))
+    victim = newest / "optim.safetensors"
+    if kind == "truncated":
+        os.truncate(victim, 100)
+    elif kind == "missing":
+        victim.unlink()
+    elif kind == "flipped":
+        flip_bit(victim, random.Random(1))
+    elif kind == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        for path in newest.iterdir():
+            path.write_bytes(b"")
+    words: list[str] = []
+    found = load_newest(tmp_path, words.append)
+    assert found is not None
+    assert found.step == 10
+    assert len(words) == 1
+    assert words[0].startswith("step-0000025/")
+    assert words[0].endswith("Using step-0000010 (15 steps lost)")
+
+
+def test_nothing_whole_left_is_refused_and_leftovers_are_swept(tmp_path: Path) -> None:
+    folder = save(tmp_path, state(10))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        DeitfastError, match=r"every checkpoint in .* is damaged: step-0000010/model.safetensors missing"
+    ):
+        load_newest(tmp_path, no_words)
+    (tmp_path / ".tmp-step-0000011").mkdir()
+    save(tmp_path, state(10))
+    assert load_newest(tmp_path, no_words) is not None
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_weights_alone_carry_metadata(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    save_weights(tmp_path / "best" / "model.safetensors", {"w": torch.ones(2, 3).T}, {"model": "x"})
+    with safe_open(tmp_path / "best" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"model": "x"}
+        assert torch.equal(file.get_tensor("w"), torch.ones(3, 2))

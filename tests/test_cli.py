@@ -1,0 +1,91 @@
+"""The deitfast command: quick, clear about mistakes, and right about accuracy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from deitfast.cli import main
+
+
+def errors_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "models" in errors_of(capsys, "model")
+    assert "Did you mean --json?" in errors_of(capsys, "models", "--jsn")
+    assert "no recipe file nope.py" in errors_of(capsys, "train", "nope.py")
+    assert "--model" in errors_of(capsys, "test", "--data", "digits")
+    assert "Did you mean --weights?" in errors_of(
+        capsys, "test", "--model", "deit_tiny_patch16_224", "--data", "digits", "--weight", "x"
+    )
+    assert "data folder nowhere not found" in errors_of(
+        capsys, "test", "--model", "deit_tiny_patch16_224", "--data", "nowhere", "--weights", "x"
+    )
+
+
+def test_models_lists_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["models", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["deit_base_distilled_patch16_384"]["top1"] == 85.2
+    for name, variant in listed.items():
+        if variant["params_millions"]:
+            from deitfast import create_model
+
+            with torch.device("meta"):
+                count = sum(p.numel() for p in create_model(name).parameters())
+            assert round(count / 1e6, 2) == pytest.approx(variant["params_millions"], abs=0.011), name
+
+
+def test_help_and_models_answer_without_torch() -> None:
+    code = "import sys; from deitfast.cli import main; main(['models']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "deitfast.cli", "--help"], check=True, capture_output=True)
+    assert time.perf_counter() - begun < 2  # 0.1 s on an idle machine
+
+
+@pytest.mark.slow
+def test_accuracy_and_predictions_agree_with_timms_pipeline(shared_data, timm, capsys) -> None:
+    from PIL import Image
+    from timm.data import create_transform
+
+    from deitfast.data import EvalLoader, normalise, open_dataset
+
+    weights = shared_data / "weights" / "deit_tiny_patch16_224.safetensors"
+    folder = shared_data / "imagenet-sample"
+    main([
+        "test", "--model", "deit_tiny_patch16_224", "--weights", str(weights), "--data", str(folder),
+        "--classes", "imagenet", "--json",
+    ])  # fmt: skip
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["images"] == 300
+
+    theirs = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(weights)).eval()
+    # DeiT's evaluation transform: resize the short side to 256, bicubic, and cut out the centre.
+    transform = create_transform(224, crop_pct=0.875, interpolation="bicubic")
+    data = open_dataset(str(folder), split="val", classes="imagenet").val
+    assert data is not None
+    agree = correct = seen = 0
+    with torch.no_grad():
+        for images, labels in EvalLoader(data, image_size=224, batch=50):
+            paths = [f"{data.root}/{data.name(seen + i)}" for i in range(len(labels))]
+            batch = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+            expected, ours = theirs(batch).argmax(1), theirs(normalise(images)).argmax(1)
+            agree += (expected == ours).sum().item()
+            correct += (ours == labels).sum().item()
+            seen += len(labels)
+    assert agree >= 297
+    assert scores["top1"] == pytest.approx(100 * correct / 300)

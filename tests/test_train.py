@@ -1,0 +1,257 @@
+"""Training end to end on the packaged digits: world sizes, exact resume, evaluation, errors, the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deitfast.errors import DeitfastError
+from deitfast.recipe import Recipe
+from deitfast.train import train
+
+ROOT = Path(__file__).parent.parent
+# Every mechanism that could break exactness is on: drop-path, mixup, cutmix, erasing, EMA, accumulation, repeats.
+FULL = replace(
+    Recipe(), model="deit_digits_patch4_16", data="digits", epochs=2, batch=32, micro_batch=16, warmup_epochs=1.0,
+    drop_path=0.3, ema_decay=0.9, mix_group=8, workers=1, log_every=1, save_minutes=1e6, eval_every=9,
+)  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    newest = folder / "ckpt" / (folder / "ckpt" / "latest").read_text()
+    return {f"{p.stem}.{k}": v for p in newest.glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def assert_bitwise(one: Path, two: Path) -> None:
+    a, b = final_state(one), final_state(two)
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def flags(recipe: Recipe) -> list[str]:
+    return [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in asdict(recipe).items()
+        if not isinstance(value, bool) and value != asdict(Recipe())[name]
+    ]
+
+
+def launch(recipe: Recipe, processes: int, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(ROOT / "recipes" / "deit_tiny.py"), *flags(recipe)], env=environment, **kwargs
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    recipe = replace(FULL, batch=128, epochs=1, warmup_epochs=0.0)  # 10 steps of the repeated-augmentation epoch
+    assert train(replace(recipe, out=str(one)), stop_at=10, eval_images=40) is not None
+    process = launch(replace(recipe, out=str(two)), 2)
+    assert process.wait(timeout=240) == 0
+    first, second = losses(one), losses(two)
+    assert len(first) == len(second) == 10
+    assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_stopping_and_resuming_is_bitwise_exact(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(replace(FULL, out=str(whole)), stop_at=12)
+    for stop in (1, 5, 6, 12):
+        train(replace(FULL, out=str(parts)), stop_at=stop)
+    assert_bitwise(whole, parts)
+    assert losses(whole) == losses(parts)
+
+
+@pytest.mark.slow
+def test_killed_in_mid_epoch_and_started_again_ends_bitwise_equal(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    recipe = replace(FULL, epochs=1, save_minutes=0.0)  # a checkpoint after every step: a kill may hit a save, too
+    assert launch(replace(recipe, out=str(whole)), 1).wait(timeout=240) == 0
+    process = launch(replace(recipe, out=str(killed)), 1, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < 7:
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)  # the launcher alone: its worker must not live on
+    process.wait()
+    assert launch(replace(recipe, out=str(killed)), 1).wait(timeout=240) == 0
+    assert_bitwise(whole, killed)
+    assert losses(whole) == losses(killed)
+
+
+def test_micro_batch_and_accumulation_do_not_change_the_result(tmp_path: Path) -> None:
+    results = []
+    for micro_batch in (8, 32):
+        folder = tmp_path / str(micro_batch)
+        train(replace(FULL, micro_batch=micro_batch, out=str(folder)), stop_at=4)
+        results.append(losses(folder))
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", 1), ("drop_path", 0.0), ("mixup", 0.1), ("cutmix", 0.0), ("mix_probability", 0.5), ("mix_switch", 0.1),
+        ("mix_group", 32), ("smoothing", 0.0), ("repeats", 1), ("crop_min", 0.5), ("flip", 0.0), ("erase", 0.0),
+        ("lr", 1e-2), ("warmup_lr", 1e-3), ("warmup_epochs", 0.5), ("weight_decay", 0.5), ("beta1", 0.5),
+        ("beta2", 0.5), ("adam_eps", 1e-2), ("clip_norm", 0.01), ("layer_scale", 0.1), ("crop_max", 0.5),
+        ("image_size", 32), ("precision", "bf16"), ("batch", 64), ("epochs", 1), ("min_lr", 1e-4),
+    ],
+)  # fmt: skip
+def test_every_setting_has_an_effect(tmp_path: Path, reference_losses: list[float], field: str, value: object) -> None:
+    recipe = replace(FULL, out=str(tmp_path), lr=1e-3, warmup_lr=1e-4, warmup_epochs=0.05)
+    changed = replace(recipe, **{field: value})
+    train(changed, stop_at=4)
+    assert losses(tmp_path) != reference_losses
+
+
+@pytest.fixture(scope="module")
+def reference_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    folder = tmp_path_factory.mktemp("reference")
+    train(replace(FULL, out=str(folder), lr=1e-3, warmup_lr=1e-4, warmup_epochs=0.05), stop_at=4)
+    return losses(folder)
+
+
+def test_a_run_leaves_everything_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    recipe = replace(FULL, out=str(folder), epochs=1, lr=1e-3)
+    result = train(recipe, eval_images=50)
+    assert result is not None
+    assert result.raw.images == 50
+    assert result.step == 40
+    assert json.loads((folder / "recipe.json").read_text()) == asdict(recipe)
+    assert json.loads((folder / "env.json").read_text())["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert {"step", "epoch", "loss", "lr", "images_per_second", "data_wait"} <= lines[0].keys()
+    assert {"top1", "ema_top1", "images"} <= lines[-1].keys()
+    best = load_file(folder / "best" / "model.safetensors")
+    assert best.keys() == {k.removeprefix("model.") for k in final_state(folder) if k.startswith("model.")}
+    said = capsys.readouterr().out
+    assert "not the paper's: batch is 32, the paper's is 1024" in said
+    assert "done: top-1" in said
+    assert said.splitlines()[0] in (folder / "log.txt").read_text()
+    again = train(recipe, eval_images=50)  # finished: evaluates, trains nothing
+    assert again is not None
+    assert again.raw == result.raw
+    assert again.ema == result.ema
+
+
+def test_a_damaged_checkpoint_falls_back_and_training_ends_the_same(tmp_path: Path, capsys) -> None:
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    train(replace(FULL, out=str(whole)), stop_at=6)
+    for stop in (2, 4):
+        train(replace(FULL, out=str(hurt)), stop_at=stop)
+    victim = hurt / "ckpt" / "step-0000004" / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\x55")
+    capsys.readouterr()
+    train(replace(FULL, out=str(hurt)), stop_at=6)
+    assert (
+        "step-0000004/model.safetensors sha256 mismatch. Using step-0000002 (2 steps lost)" in capsys.readouterr().out
+    )
+    assert_bitwise(whole, hurt)
+    assert losses(whole) == losses(hurt)
+
+
+def test_another_recipe_in_the_folder_is_refused_unless_allowed(tmp_path: Path) -> None:
+    recipe = replace(FULL, out=str(tmp_path / "run"))
+    train(recipe, stop_at=1)
+    with pytest.raises(DeitfastError, match=r"another recipe: --lr is 0.1, was 0.001. Change --out, or give --allow"):
+        train(replace(recipe, lr=0.1), stop_at=2)
+    train(replace(recipe, lr=0.1, allow_changes=True, workers=2), stop_at=2)
+
+
+def test_a_run_that_explodes_stops_with_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    recipe = replace(FULL, out=str(tmp_path / "run"), lr=1e30, warmup_epochs=0.0)
+    with pytest.raises(DeitfastError, match="loss is nan at step"):
+        train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "nowhere"}, "data folder nowhere not found"),
+        ({"data": "EMPTY_CLASS"}, "class folder .*cat has no images"),
+        (
+            {"model": "deit_tinny_patch16_224"},
+            "model 'deit_tinny_patch16_224' unknown. Did you mean deit_tiny_patch16_224?",
+        ),
+        ({"init": "WRONG_WEIGHTS"}, "another model, not of deit_digits_patch4_16"),
+        ({"init": "missing.safetensors"}, "no weight file missing.safetensors"),
+        ({"batch": 31}, "--batch is 31, odd, but mixup and cutmix mix pairs"),
+        ({"micro_batch": 12}, "--micro-batch 12 does not divide the 32 images .* Valid: 2, 4, 8, 16, 32"),
+        ({"batch": 4096}, "1437 training images do not fill one batch of 4096"),
+        ({"device": "cuda"}, "no GPU"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(tmp_path: Path, change: dict, message: str) -> None:
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    for name in ("dog", "cat"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "train" / "dog" / "1.jpg")
+    save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    places = {"EMPTY_CLASS": str(tmp_path / "data"), "WRONG_WEIGHTS": str(tmp_path / "other.safetensors")}
+    change = {key: places.get(value, value) for key, value in change.items()}
+    out = tmp_path / "run"
+    with pytest.raises(DeitfastError, match=message) as raised:
+        train(replace(FULL, out=str(out), **change), stop_at=1)
+    assert "\n" not in str(raised.value)
+    assert not out.exists()
+
+
+def run(*command: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
+    )
+
+
+@pytest.mark.slow
+def test_smoke_passes_and_leaves_nothing(tmp_path: Path) -> None:
+    result = run("recipes/deit_tiny.py", "--data", "digits", "--smoke", "--out", str(tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert "smoke test passed: deit_tiny_patch16_224 on digits" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_without_data_names_both_ways_in_one_line(tmp_path: Path) -> None:
+    result = run("recipes/deit_base.py", "--out", str(tmp_path / "run"))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "--data FOLDER" in result.stderr
+    assert "--data digits" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_holds_it(tmp_path: Path, monkeypatch) -> None:
+    from deitfast import report
+
+    monkeypatch.setattr(report, "_LOCK_PATIENCE_S", 0.1)
+    first = report.RunFolder(tmp_path)
+    with pytest.raises(DeitfastError, match=rf"locked by pid {os.getpid()} on .*\. Stop it, or change --out"):
+        report.RunFolder(tmp_path)
+    first.close()
+    report.RunFolder(tmp_path).close()
