@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from deitfast.errors import DeitfastError, did_you_mean
-
-EXIT_USER_ERROR = 2
+from deitfast.errors import EXIT_USER_ERROR, DeitfastError, did_you_mean
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,20 +42,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "train", help="run a recipe under torchrun: deitfast train recipes/deit_base.py --data DIR", allow_abbrev=False
+        "train",
+        help="run a recipe under torchrun: deitfast train recipes/deit_base.py --data DIR",
+        allow_abbrev=False,
+        add_help=False,  # `deitfast train FILE --help` is the recipe's
     )
-    parser.add_argument("recipe", help="a recipe file; flags after it go to the recipe (`deitfast train FILE --help`)")
+    parser.add_argument("recipe", nargs="?", help="a recipe file; the flags after it are the recipe's")
     parser.add_argument("--processes", type=int, default=0, help="processes on this machine; 0: one a GPU, or one")
-    parser.set_defaults(run=_train)
+    parser.set_defaults(run=_train, usage=parser.format_help())
 
 
 def _train(args: argparse.Namespace, flags: list[str]) -> None:
+    if args.recipe is None:
+        print(args.usage)
+        return
     if not Path(args.recipe).is_file():
         nearby = [str(p) for p in Path("recipes").glob("*.py")]
         raise DeitfastError(f"no recipe file {args.recipe}.{did_you_mean(args.recipe, nearby)}")
     processes = args.processes or _gpu_count() or 1
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    os.execv(sys.executable, [*launcher, args.recipe, *flags])
+    _launch(["--standalone", f"--nproc-per-node={processes}", args.recipe, *flags])
+
+
+def _launch(arguments: list[str]) -> None:
+    """torchrun in this process; a mistake that a worker has already told in one line ends it without a report."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.disable(logging.ERROR)
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode != EXIT_USER_ERROR:
+            raise
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _gpu_count() -> int:
@@ -132,3 +149,7 @@ def _models(args: argparse.Namespace, _: list[str]) -> None:
     for name, v in sorted(VARIANTS.items()):
         params, top1 = (f"{x:g}" if x else "-" for x in (v.params_millions, v.top1))
         print(f"{name:34s} {v.image_size:4d} {params:>9s} {top1:>6s}")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deitfast.errors import DeitfastError
+from deitfast.errors import EXIT_USER_ERROR, DeitfastError
 
 T = TypeVar("T")
-EXIT_USER_ERROR = 2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -110,14 +112,19 @@ def guarded(main: Callable[[], None]) -> None:
     except DeitfastError as error:
         if str(error) and (dist.is_initialized() or os.environ.get("RANK", "0") == "0"):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-            get_error_handler().record_exception(error)
+        _tell_torchrun(str(error))
         sys.exit(EXIT_USER_ERROR)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _tell_torchrun(message: str) -> None:
+    """Have torchrun's own report end with the message instead of `error_file: <N/A>` or our call stack."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and message:
+        facts = {"py_callstack": f"none, a mistake in the input: {message}", "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": facts}}))
 
 
 def _die_with_parent() -> None:

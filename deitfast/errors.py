@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+EXIT_USER_ERROR = 2
+"""Exit code of a command that ended in a DeitfastError."""
+
 _NEAR = 0.5
 """Smallest difflib ratio at which a name is worth suggesting."""
 

@@ -89,3 +89,14 @@ def test_accuracy_and_predictions_agree_with_timms_pipeline(shared_data, timm, c
             seen += len(labels)
     assert agree >= 297
     assert scores["top1"] == pytest.approx(100 * correct / 300)
+
+
+@pytest.mark.slow
+def test_the_launcher_adds_nothing_to_a_workers_one_line(tmp_path) -> None:
+    command = [sys.executable, "-m", "deitfast.cli", "train", "recipes/deit_tiny.py", "--processes", "2"]
+    result = subprocess.run(
+        [*command, "--data", "nowhere", "--out", str(tmp_path / "run")], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: data folder nowhere not found.")
+    assert result.stderr.count("\n") == 1
