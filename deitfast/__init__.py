@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deitfast.acceleration import AccelerationReport, accelerate
     from deitfast.errors import DeitfastError
     from deitfast.model import DeiT, create_model
     from deitfast.recipe import Recipe
@@ -14,13 +15,15 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `deitfast --help` and `deitfast models` never wait for torch.
 _HOMES = {
+    "AccelerationReport": "deitfast.acceleration",
+    "accelerate": "deitfast.acceleration",
     "DeitfastError": "deitfast.errors",
     "DeiT": "deitfast.model",
     "create_model": "deitfast.model",
     "list_models": "deitfast.zoo",
     "Recipe": "deitfast.recipe",
 }
-__all__ = ["DeiT", "DeitfastError", "Recipe", "create_model", "list_models"]
+__all__ = ["AccelerationReport", "DeiT", "DeitfastError", "Recipe", "accelerate", "create_model", "list_models"]
 
 
 def __getattr__(name: str) -> Any:

@@ -240,8 +240,8 @@ def create_model(
     num_classes, image_size: 1000 and the name's own size where None. Position embeddings of pretrained weights are
         interpolated to the image size.
     reset_head: start the heads of a pretrained model at zero, whatever the file's class count.
-    fused: True runs the blocks through the Triton kernels, False in eager PyTorch; None decides by where the model
-        runs: fused on CUDA, eager on CPU.
+    fused: True runs the blocks through the ops of `deitfast.kernels`, False in eager PyTorch; None decides by where the
+        model runs: fused on CUDA, eager on CPU.
     Raises DeitfastError for an unknown name and for a weight file that is another model's.
     """
     variant = find_variant(name)
@@ -261,6 +261,10 @@ def create_model(
 
         path = published_weights(name) if pretrained is True else pretrained
         load_weights(model, path, name=name, reset_head=reset_head)
+    if fused or (fused is None and torch.cuda.is_available()):
+        from deitfast.fused import fuse
+
+        fuse(model, everywhere=bool(fused))
     return model
 
 

@@ -81,12 +81,35 @@ def train(recipe: Recipe, *, stop_at: int | None = None, eval_images: int | None
     Raises DeitfastError for anything the user can mend; what can be checked is checked before a file is written.
     """
     recipe.check()
-    run = set_up(recipe)
-    world, plan, model = run.world, run.plan, run.model
-    loader = TrainLoader(
-        run.train_data, recipe, image_size=model.image_size, micro_batch=run.micro_batch, rank=world.rank,
-        world=world.size, device=world.device, start_step=run.step, stop_step=run.total_steps,
-    )  # fmt: skip
+    run, data = set_up(recipe)
+    try:
+        begin(run, data)
+        with TrainLoader(
+            run.train_data,
+            recipe,
+            image_size=run.model.image_size,
+            micro_batch=run.micro_batch,
+            rank=run.world.rank,
+            world=run.world.size,
+            device=run.world.device,
+            start_step=run.step,
+            stop_step=run.total_steps,
+        ) as loader:
+            result = loop(run, loader, stop_at, eval_images)
+        if result is None and run.step == run.total_steps:  # resumed after the last step
+            result = evaluate_both(run, 0.0, eval_images)
+        if result and run.step == run.total_steps:
+            conclude(run, result)
+    finally:
+        if run.folder:
+            run.folder.close()
+    run.world.barrier()
+    return result
+
+
+def loop(run: Run, loader: TrainLoader, stop_at: int | None, eval_images: int | None) -> Result | None:
+    """Every step from `run.step` on; the last evaluation's result. See `train`."""
+    recipe, world, plan, model = run.recipe, run.world, run.plan, run.model
     batches = iter(loader)
     trained: nn.Module = model
     if world.size > 1:
@@ -136,19 +159,11 @@ def train(recipe: Recipe, *, stop_at: int | None = None, eval_images: int | None
             save(run)
             saved_at = time.monotonic()
         meter.resume()
-
-    if result is None and run.step == run.total_steps:  # resumed after the last step
-        result = evaluate_both(run, 0.0, eval_images)
-    if result and run.step == run.total_steps:
-        conclude(run, result)
-    if run.folder:
-        run.folder.close()
-    world.barrier()
     return result
 
 
-def set_up(recipe: Recipe) -> Run:
-    """Join the processes, open the data, make the model, take the run folder and resume from it."""
+def set_up(recipe: Recipe) -> tuple[Run, Dataset]:
+    """Join the processes, open the data, make the model, take the run folder: all that can fail on a user's mistake."""
     world = start(recipe.device)
     data = world.agree(lambda: open_data(recipe, world))
     assert data.train is not None
@@ -171,12 +186,16 @@ def set_up(recipe: Recipe) -> Run:
         ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
         folder=world.agree(lambda: RunFolder(recipe.out) if world.leads else None),
     )
-    world.agree(lambda: resume(run))
+    return run, data
+
+
+def begin(run: Run, data: Dataset) -> None:
+    """Resume from the run folder and write down what is about to run."""
+    run.world.agree(lambda: resume(run))
     if run.folder:
-        run.folder.write_settings(recipe, environment())
+        run.folder.write_settings(run.recipe, environment())
         run.folder.resume_metrics(run.step)
         introduce(run, data)
-    return run
 
 
 def open_data(recipe: Recipe, world: World) -> Dataset:

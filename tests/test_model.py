@@ -209,3 +209,18 @@ def test_wrong_names_and_sizes_are_refused() -> None:
     model = create_model("deit_digits_patch4_16")
     with pytest.raises(ValueError, match="images are 28 x 28, the model takes 16 x 16"):
         model(torch.zeros(1, 3, 28, 28))
+
+
+def test_fused_is_one_explicit_choice() -> None:
+    from deitfast.fused import FusedBlock
+
+    images = torch.randn(2, 3, 16, 16)
+    torch.manual_seed(0)
+    eager = create_model("deit_digits_patch4_16", num_classes=4, fused=False)
+    torch.manual_seed(0)
+    fused = create_model("deit_digits_patch4_16", num_classes=4, fused=True)
+    assert not any(isinstance(block, FusedBlock) for block in eager.blocks)
+    assert all(isinstance(block, FusedBlock) for block in fused.blocks)
+    assert eager.state_dict().keys() == fused.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(images), eager(images))

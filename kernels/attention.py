@@ -1,0 +1,397 @@
+"""Self-attention straight from the packed qkv projection, without a permute or a copy.
+
+    out[n, h] = sum_m softmax_m(scale * q[n, h] . k[m, h]) v[m, h]
+
+qkv (..., N, 3D) holds [q | k | v], each D = H * d channels, heads contiguous; out (..., N, D). All leading dimensions
+are batch. Statistics and accumulators are fp32; fp32 inputs are multiplied in fp32, never in tf32.
+
+Saved for the backward: qkv, out and lse (B, H, N) fp32, the base-2 logarithm of each row's sum of exponentials.
+Recomputed: the probabilities, p = 2^(scale * log2(e) * q . k - lse). With g = dL/dout:
+
+    dv = p^T g      ds = p * (g v^T - rowsum(out * g))      dq = scale * ds k      dk = scale * ds^T q
+
+Every gradient is written once, into its third of a packed (..., N, 3D) tensor: no atomics, the same bits in every run.
+
+Which kernel runs depends on the chip, the dtype, d and N alone:
+
+- 129 to 256 tokens in 16 bit with d <= 64 (DeiT at 224 pixels): a program owns a whole head. The forward keeps its keys
+  and values on chip and passes all scores of a block of queries through an exact softmax. The backward keeps queries
+  and their gradient on chip and needs five matrix products; it runs where the launch table has an entry for it.
+- everything else: a loop over blocks of keys with a running softmax; the backward is two kernels, seven products.
+
+In 16 bit, sm_90 and sm_100 load and store through tensor descriptors (TMA), which clip at N and at d; other chips use
+pointers and masks. Head dimensions of 80 and 96 are padded to 128, on chip only. The tile sizes are chosen from what
+compiles for each chip without a spill; none has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from deitfast.kernels.attention_kernels import (
+    attention_bwd_dkdv_kernel,
+    attention_bwd_dq_kernel,
+    attention_bwd_short_kernel,
+    attention_fwd_kernel,
+    attention_fwd_short_kernel,
+)
+from deitfast.kernels.common import (
+    INTERPRETED,
+    CompileCase,
+    Launch,
+    architecture,
+    autocast,
+    check_dtypes,
+    check_last_contiguous,
+    runs_triton,
+)
+
+HEAD_DIMS = (32, 64, 80, 96, 128)
+LOG2_E = math.log2(math.e)
+SHORT_TOKENS = range(129, 257)
+"""Sequence lengths of the whole-sequence kernels; shorter ones fill their tiles too badly."""
+
+
+def attention_reference(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """The op in eager PyTorch: qkv (..., N, 3D) -> (..., N, D). Any floating dtype, any head dimension."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).movedim(-3, 0).transpose(-3, -2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(-3, -2).flatten(-2)
+
+
+# Launch tables -------------------------------------------------------------------------------------------------------
+
+Table = dict[str, dict[tuple[int, int], Launch]]
+"""Kernel -> (bytes per element, padded head dimension, at least 64) -> launch."""
+
+
+def _launch(queries: int, keys: int, num_warps: int, num_stages: int, tma: bool = False) -> Launch:
+    return Launch({"QUERIES": queries, "KEYS": keys, "TMA": int(tma)}, num_warps, num_stages)
+
+
+# fp32 products run on the ordinary cores, whose operands take so many registers that tiles are small (and more with TMA
+# than with pointers). They fit the smallest supported shared memory, 99 KB, so these entries serve every chip.
+_FP32: Table = {
+    "fwd": {(4, 64): _launch(64, 32, 8, 1), (4, 128): _launch(32, 16, 8, 1)},
+    "bwd_dq": {(4, 64): _launch(32, 32, 8, 1), (4, 128): _launch(16, 16, 8, 1)},
+    "bwd_dkdv": {(4, 64): _launch(64, 64, 8, 1), (4, 128): _launch(16, 32, 8, 1)},
+}
+_POINTERS: Table = {
+    # KEYS of the short forward follow from the number of tokens.
+    "fwd_short": {(2, 64): _launch(64, 0, 4, 1)},
+    "fwd": {(2, 64): _launch(64, 64, 4, 2), (2, 128): _launch(64, 64, 4, 2)},
+    "bwd_dq": {(2, 64): _launch(64, 64, 4, 2), (2, 128): _launch(64, 32, 4, 2)},
+    "bwd_dkdv": {(2, 64): _launch(32, 64, 4, 2), (2, 128): _launch(64, 64, 8, 2)},
+}
+_TMA: Table = {
+    "fwd_short": {(2, 64): _launch(64, 0, 4, 2, tma=True)},
+    "fwd": {(2, 64): _launch(128, 64, 4, 3, tma=True), (2, 128): _launch(128, 64, 8, 2, tma=True)},
+    "bwd_short": {(2, 64): _launch(256, 64, 8, 2, tma=True)},
+    "bwd_dq": {(2, 64): _launch(64, 64, 4, 2, tma=True), (2, 128): _launch(64, 64, 4, 2, tma=True)},
+    "bwd_dkdv": {(2, 64): _launch(64, 64, 4, 2, tma=True), (2, 128): _launch(64, 64, 4, 2, tma=True)},
+}
+
+
+def _join(table: Table, fp32: Table) -> Table:
+    return {kernel: launches | fp32.get(kernel, {}) for kernel, launches in table.items()}
+
+
+# The interpreter runs what sm_90 runs in 16 bit. In fp32 one large tile serves all kernels: numpy sums a product in an
+# order that depends on its shape, and the backward must recompute the very scores of the forward, as the GPU does.
+INTERPRETER = -1
+_NUMPY = _launch(256, 256, num_warps=1, num_stages=1, tma=True)
+LAUNCHES: dict[int, Table] = {
+    0: _join(_POINTERS, _FP32),
+    80: _join(_POINTERS, _FP32),
+    90: _join(_TMA, _FP32),
+    100: _join(_TMA, _FP32),
+    INTERPRETER: _join(_TMA, {kernel: dict.fromkeys(launches, _NUMPY) for kernel, launches in _FP32.items()}),
+}
+"""Architecture -> table."""
+
+
+def _columns(head_dim: int) -> int:
+    """The tables' key of a head dimension: its padded width, at least 64."""
+    return max(64, triton.next_power_of_2(head_dim))
+
+
+def _entry(arch: int, kernel: str, itemsize: int, head_dim: int) -> Launch | None:
+    """The table's entry; None where this chip does not use this kernel for this dtype and head dimension."""
+    return LAUNCHES[arch].get(kernel, {}).get((itemsize, _columns(head_dim)))
+
+
+def _forward_launch(arch: int, itemsize: int, head_dim: int, tokens: int) -> tuple[Any, Launch]:
+    """The forward's kernel and launch."""
+    short = _entry(arch, "fwd_short", itemsize, head_dim)
+    if short is None or tokens not in SHORT_TOKENS:
+        return attention_fwd_kernel, LAUNCHES[arch]["fwd"][itemsize, _columns(head_dim)]
+    # Powers of two with the least padding: 197 keys cost 208.
+    keys = (128, 64, 0) if tokens <= 192 else (128, 64, 16) if tokens <= 208 else (128, 128, 0)
+    pieces = dict(zip(("KEYS1", "KEYS2", "KEYS3"), keys, strict=True))
+    tiles = {name: value for name, value in short.tiles.items() if name != "KEYS"} | pieces
+    return attention_fwd_short_kernel, replace(short, tiles=tiles)
+
+
+def _backward_launches(arch: int, itemsize: int, head_dim: int, tokens: int) -> list[tuple[Any, Launch]]:
+    """The backward's kernels and launches, in the order in which they run."""
+    short = _entry(arch, "bwd_short", itemsize, head_dim)
+    if short is not None and tokens in SHORT_TOKENS:
+        return [(attention_bwd_short_kernel, short)]
+    key = itemsize, _columns(head_dim)
+    return [
+        (attention_bwd_dq_kernel, LAUNCHES[arch]["bwd_dq"][key]),
+        (attention_bwd_dkdv_kernel, LAUNCHES[arch]["bwd_dkdv"][key]),
+    ]
+
+
+# Launchers -----------------------------------------------------------------------------------------------------------
+
+_BLOCK_ROWS = {
+    "q": "QUERIES", "out": "QUERIES", "dout": "QUERIES", "dq": "QUERIES",
+    "kv": "KEYS", "dkv": "KEYS", "kv1": "KEYS1", "kv2": "KEYS2", "kv3": "KEYS3",
+}  # fmt: skip
+"""Kernel argument -> the constant that gives the rows of its blocks."""
+
+_WHOLE_HEAD = (attention_fwd_short_kernel, attention_bwd_short_kernel)
+
+
+def _table_key(x: Tensor) -> int:
+    return INTERPRETER if INTERPRETED else architecture(x)
+
+
+def _constants(num_heads: int, head_dim: int, launch: Launch) -> dict[str, Any]:
+    """What the kernels take as compile-time constants."""
+    return {"H": num_heads, "D": head_dim, "C": triton.next_power_of_2(head_dim), **launch.tiles}
+
+
+def _run(kernel: Any, launch: Launch, num_heads: int, head_dim: int, scale: float, tensors: dict[str, Tensor]) -> None:
+    """Launch `kernel`, one program for each head of each sample and, unless it takes whole heads, each block of rows.
+
+    tensors: by kernel argument; those in _BLOCK_ROWS are (B, N, heads * d), contiguous and 16-byte aligned.
+    """
+    constants = _constants(num_heads, head_dim, launch)
+    batch, tokens, _ = tensors["q"].shape
+
+    def tiled(name: str, tensor: Tensor) -> Tensor | TensorDescriptor | None:
+        rows = constants[_BLOCK_ROWS[name]]
+        if rows == 0:
+            return None
+        if not constants["TMA"]:
+            return tensor
+        width = tensor.shape[-1]
+        shape = [batch, width // head_dim, tokens, head_dim]
+        return TensorDescriptor(
+            tensor, shape, [tokens * width, head_dim, width, 1], block_shape=[1, 1, rows, constants["C"]]
+        )
+
+    arguments = {name: tiled(name, x) if name in _BLOCK_ROWS else x for name, x in tensors.items()}
+    scales = {"scale": scale, "scale_log2": scale * LOG2_E}
+    owned = constants["KEYS" if kernel is attention_bwd_dkdv_kernel else "QUERIES"]
+    blocks = 1 if kernel in _WHOLE_HEAD else triton.cdiv(tokens, owned)
+    with torch.cuda.device_of(tensors["q"]):
+        kernel[(batch * num_heads * blocks,)](
+            **arguments,
+            **{name: value for name, value in scales.items() if name in kernel.arg_names},
+            N=tokens,
+            **constants,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+
+
+def _prepared(x: Tensor) -> Tensor:
+    """x itself where it is contiguous and 16-byte aligned, as the kernels need it, otherwise a copy."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = None) -> tuple[Tensor, Tensor]:
+    """qkv (B, N, 3D) -> out (B, N, D), lse (B, H, N) fp32, by the kernels; `arch` overrides the chip's launch table."""
+    arch = _table_key(qkv) if arch is None else arch
+    qkv = _prepared(qkv)
+    batch, tokens, width = qkv.shape
+    head_dim = width // 3 // num_heads
+    out = qkv.new_empty(batch, tokens, width // 3)
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+    if qkv.numel():
+        kernel, launch = _forward_launch(arch, qkv.itemsize, head_dim, tokens)
+        pieces = ("kv1", "kv2", "kv3") if kernel is attention_fwd_short_kernel else ("kv",)
+        tensors = {"q": qkv, "out": out, "lse": lse} | dict.fromkeys(pieces, qkv)
+        _run(kernel, launch, num_heads, head_dim, scale, tensors)
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, arch: int | None = None
+) -> Tensor:
+    """dout (B, N, D) and what the forward took and gave -> the gradient of qkv (B, N, 3D), by the kernels."""
+    arch = _table_key(qkv) if arch is None else arch
+    dout, qkv, out, lse = (_prepared(x) for x in (dout, qkv, out, lse))
+    tokens, head_dim = qkv.shape[1], out.shape[-1] // num_heads
+    dqkv = qkv.new_empty(qkv.shape)
+    if qkv.numel():
+        tensors = {"q": qkv, "kv": qkv, "out": out, "dout": dout, "lse": lse, "dq": dqkv, "dkv": dqkv}
+        tensors["delta"] = torch.empty_like(lse)
+        for kernel, launch in _backward_launches(arch, qkv.itemsize, head_dim, tokens):
+            taken = {name: x for name, x in tensors.items() if name in kernel.arg_names}
+            _run(kernel, launch, num_heads, head_dim, scale, taken)
+    return dqkv
+
+
+# Eager implementation ------------------------------------------------------------------------------------------------
+
+
+def _heads(packed: Tensor, num_heads: int) -> Tensor:
+    """(B, N, H * d) -> (B, H, N, d) in fp32."""
+    return packed.unflatten(-1, (num_heads, -1)).transpose(1, 2).float()
+
+
+def _eager_fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (_heads(part, num_heads) for part in qkv.chunk(3, dim=-1))
+    scores = q @ k.mT * (scale * LOG2_E)
+    top = scores.amax(-1, keepdim=True)
+    weights = torch.exp2(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    out = (weights @ v / total).transpose(1, 2).flatten(2)
+    return out.to(qkv.dtype), (top + total.log2()).squeeze(-1)
+
+
+def _eager_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
+    q, k, v = (_heads(part, num_heads) for part in qkv.chunk(3, dim=-1))
+    g, o = _heads(dout, num_heads), _heads(out, num_heads)
+    p = torch.exp2(q @ k.mT * (scale * LOG2_E) - lse[..., None])
+    ds = p * (g @ v.mT - (o * g).sum(-1, keepdim=True)) * scale
+    parts = (ds @ k, ds.mT @ q, p.mT @ g)
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=-1).to(qkv.dtype)
+
+
+# Ops -----------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("deitfast::attention_fwd", mutates_args=(), device_types="cpu")
+def attention_fwd_op(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """qkv (B, N, 3D) -> out (B, N, D), lse (B, H, N) fp32."""
+    return (attention_fwd if runs_triton(qkv) else _eager_fwd)(qkv, num_heads, scale)
+
+
+@attention_fwd_op.register_kernel("cuda")
+def _(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    return attention_fwd(qkv, num_heads, scale)
+
+
+@attention_fwd_op.register_fake
+def _(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+    return qkv.new_empty(batch, tokens, width // 3), lse
+
+
+@torch.library.custom_op("deitfast::attention_bwd", mutates_args=(), device_types="cpu")
+def attention_bwd_op(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
+    """The gradient of qkv (B, N, 3D)."""
+    return (attention_bwd if runs_triton(qkv) else _eager_bwd)(dout, qkv, out, lse, num_heads, scale)
+
+
+@attention_bwd_op.register_kernel("cuda")
+def _(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
+    return attention_bwd(dout, qkv, out, lse, num_heads, scale)
+
+
+@attention_bwd_op.register_fake
+def _(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, int, float], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.num_heads, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse)
+
+
+def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor, None, None]:
+    qkv, out, lse = ctx.saved_tensors
+    return attention_bwd_op(dout, qkv, out, lse, ctx.num_heads, ctx.scale), None, None
+
+
+attention_fwd_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """Softmax attention of every token to every token: packed qkv (..., N, 3D) -> (..., N, D), same dtype.
+
+    qkv: bfloat16, float16 or float32 (torch.autocast casts it); last dimension contiguous, [q | k | v], each
+        num_heads * d channels with d one of HEAD_DIMS. Where the other dimensions are strided, it is copied once.
+    scale: factor of q . k, positive; default 1 / sqrt(d).
+
+    Raises TypeError for another dtype and ValueError for a shape, head count or scale that does not fit.
+    """
+    (qkv,) = autocast(qkv, qkv)
+    check_dtypes("attention", qkv=qkv)
+    check_last_contiguous("attention", "qkv", qkv)
+    if qkv.ndim < 2:
+        raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}, expected (..., tokens, 3 * width)")
+    *leading, tokens, width = qkv.shape
+    if width == 0 or width % 3:
+        raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}; its last dimension must be a multiple of 3")
+    choices = {width // 3 // d: d for d in HEAD_DIMS if width // 3 % d == 0}
+    if num_heads not in choices:
+        raise ValueError(
+            f"attention: num_heads is {num_heads}; width {width // 3} takes {list(choices) or 'none'} "
+            f"(supported head dimensions are {', '.join(map(str, HEAD_DIMS))})"
+        )
+    head_dim = choices[num_heads]
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"attention: scale is {scale}; it must be positive and finite")
+    out, _ = attention_fwd_op(qkv.reshape(math.prod(leading), tokens, width).contiguous(), num_heads, scale)
+    return out.reshape(*leading, tokens, width // 3)
+
+
+# Ahead-of-time compilation -------------------------------------------------------------------------------------------
+
+_COMPILED_SHAPES = [
+    ("bf16", 64, 197), ("bf16", 64, 192), ("bf16", 64, 256), ("bf16", 64, 577), ("bf16", 80, 257), ("bf16", 128, 257),
+    ("fp32", 64, 197), ("fp32", 80, 257),
+]  # fmt: skip
+"""(dtype, head dimension, tokens) that between them reach every launch-table entry."""
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every kernel at every launch-table entry of `arch` (0, 80, 90 or 100), as the launchers would choose it."""
+    cases: dict[str, CompileCase] = {}
+    for dtype, head_dim, tokens in _COMPILED_SHAPES:
+        itemsize = 4 if dtype == "fp32" else 2
+        forward = _forward_launch(arch, itemsize, head_dim, tokens)
+        for kernel, launch in (forward, *_backward_launches(arch, itemsize, head_dim, tokens)):
+            constants = _constants(6, head_dim, launch)
+            if constants.get("KEYS3") == 0:
+                constants["kv3"] = None
+            keys = "+".join(str(rows) for name, rows in launch.tiles.items() if name.startswith("KEYS") and rows)
+            name = f"{kernel.__name__} {dtype} d{head_dim} {launch.tiles['QUERIES']}x{keys}"
+            cases[name] = CompileCase(
+                name=name,
+                kernel=kernel,
+                signature={arg: _type(arg, dtype, constants) for arg in kernel.arg_names if arg not in constants},
+                constexprs=constants,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                matrix=itemsize == 2,
+                not_divisible=frozenset({"N"}),
+            )
+    return list(cases.values())
+
+
+def _type(argument: str, dtype: str, constants: dict[str, Any]) -> str:
+    """The Triton type of a kernel argument."""
+    if argument in _BLOCK_ROWS:
+        block = f"[1, 1, {constants[_BLOCK_ROWS[argument]]}, {constants['C']}]"
+        return f"tensordesc<{dtype}{block}>" if constants["TMA"] else f"*{dtype}"
+    return {"lse": "*fp32", "delta": "*fp32", "N": "i32"}.get(argument, "fp32")

@@ -1,0 +1,246 @@
+"""The five Triton kernels behind `deitfast.kernels.attention`, and the tile access they share.
+
+A program owns one head of one sample, whole in the short kernels, a block of its rows in the others. In the comments:
+B samples, N tokens, H heads of D channels, C = D padded to a power of two. Scores are kept in base 2:
+t = scale * log2(e) * (q . k), and lse = log2(sum_keys 2^t), so that the hardware's exp2 serves.
+
+Rows past N and channels past D are read as zeros and never written. Zeros alone do not make the padding keys harmless:
+2^(0 - lse) overflows where all real scores lie far below zero, so their scores are set to -inf before the exponential.
+Padding queries have lse = +inf in the backward, hence probability zero.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(source, batch, head, row, N, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
+              TMA: tl.constexpr):  # fmt: skip
+    """(ROWS, C) tile of one head from row `row` on. source: tensor (B, N, HEADS, D), or a descriptor of its (B, HEADS,
+    N, D) view with block (1, 1, ROWS, C), whose hardware does the masking.
+    """
+    if TMA:
+        return source.load([batch, head, row, 0]).reshape(ROWS, C)
+    else:
+        rows = tl.arange(0, ROWS)
+        channels = tl.arange(0, C)
+        start = source + (batch.to(tl.int64) * N + row) * (HEADS * D) + head * D
+        mask = (row + rows < N)[:, None]
+        if C != D:
+            mask &= (channels < D)[None, :]
+        return tl.load(start + rows[:, None] * (HEADS * D) + channels[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(target, tile, batch, head, row, N, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+               C: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Write a (ROWS, C) tile where `load_tile` reads it, rounded to the dtype of `target`."""
+    if TMA:
+        target.store([batch, head, row, 0], tile.to(target.dtype).reshape(1, 1, ROWS, C))
+    else:
+        rows = tl.arange(0, ROWS)
+        channels = tl.arange(0, C)
+        start = target + (batch.to(tl.int64) * N + row) * (HEADS * D) + head * D
+        mask = (row + rows < N)[:, None]
+        if C != D:
+            mask &= (channels < D)[None, :]
+        tl.store(start + rows[:, None] * (HEADS * D) + channels[None, :], tile.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a, b, accumulator=None):
+    """a @ b in fp32; fp32 operands are not rounded to tf32."""
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def key_scores(q, k, first_key, N, KEYS: tl.constexpr):
+    """(queries, KEYS) dot products, -inf for keys past N."""
+    return tl.where((first_key + tl.arange(0, KEYS) < N)[None, :], product(q, k.T), float("-inf"))
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_fwd_short_kernel(
+    q,  # (B, N, 3H, D), blocks of QUERIES rows
+    kv1, kv2, kv3,  # the same tensor, blocks of KEYS1, KEYS2, KEYS3 rows
+    out,  # (B, N, H, D)
+    lse,  # (B, H, N) fp32
+    N, scale_log2,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS1: tl.constexpr, KEYS2: tl.constexpr, KEYS3: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """A whole head in one program, all keys at once in two or three pieces (197 keys: 128 + 64 + 16; KEYS3 may be 0).
+
+    Exact two-pass softmax: no running maximum, no rescaling. Keys and values are read once; queries pass in a loop.
+    """
+    sequence = tl.program_id(0)
+    b, h = sequence // H, sequence % H
+    LAST: tl.constexpr = KEYS1 + KEYS2
+
+    k1 = load_tile(kv1, b, H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+    k2 = load_tile(kv2, b, H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA)
+    v1 = load_tile(kv1, b, 2 * H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+    v2 = load_tile(kv2, b, 2 * H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA)
+    if KEYS3 > 0:
+        k3 = load_tile(kv3, b, H + h, LAST, N, 3 * H, D, KEYS3, C, TMA)
+        v3 = load_tile(kv3, b, 2 * H + h, LAST, N, 3 * H, D, KEYS3, C, TMA)
+
+    for row in tl.range(0, N, QUERIES):
+        query = load_tile(q, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
+        s1 = product(query, k1.T)
+        s2 = key_scores(query, k2, KEYS1, N, KEYS2)
+        top = tl.maximum(tl.max(s1, 1), tl.max(s2, 1))
+        if KEYS3 > 0:
+            s3 = key_scores(query, k3, LAST, N, KEYS3)
+            top = tl.maximum(top, tl.max(s3, 1))
+        top *= scale_log2
+
+        p1 = tl.exp2(s1 * scale_log2 - top[:, None])
+        p2 = tl.exp2(s2 * scale_log2 - top[:, None])
+        total = tl.sum(p1, 1) + tl.sum(p2, 1)
+        result = product(p2.to(v2.dtype), v2, product(p1.to(v1.dtype), v1))
+        if KEYS3 > 0:
+            p3 = tl.exp2(s3 * scale_log2 - top[:, None])
+            total += tl.sum(p3, 1)
+            result = product(p3.to(v3.dtype), v3, result)
+
+        rows = row + tl.arange(0, QUERIES)
+        tl.store(lse + sequence.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
+        store_tile(out, result / total[:, None], b, h, row, N, H, D, QUERIES, C, TMA)
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_fwd_kernel(
+    q, kv,  # (B, N, 3H, D), blocks of QUERIES and KEYS rows
+    out,  # (B, N, H, D)
+    lse,  # (B, H, N) fp32
+    N, scale_log2,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """A loop over blocks of keys with a running maximum and sum."""
+    blocks = tl.cdiv(N, QUERIES)
+    sequence = tl.program_id(0) // blocks
+    row = tl.program_id(0) % blocks * QUERIES
+    b, h = sequence // H, sequence % H
+
+    query = load_tile(q, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    result = tl.zeros((QUERIES, C), tl.float32)
+    for key in tl.range(0, N, KEYS):
+        s = key_scores(query, load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA), key, N, KEYS)
+        new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_tile(kv, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        result = product(p.to(v.dtype), v, result * shrink[:, None])
+        top = new_top
+
+    rows = row + tl.arange(0, QUERIES)
+    tl.store(lse + sequence.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
+    store_tile(out, result / total[:, None], b, h, row, N, H, D, QUERIES, C, TMA)
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_bwd_short_kernel(
+    q, kv,  # (B, N, 3H, D), blocks of QUERIES and KEYS rows
+    out, dout,  # (B, N, H, D), blocks of QUERIES rows
+    lse,  # (B, H, N) fp32
+    dq, dkv,  # (B, N, 3H, D), written; blocks of QUERIES and KEYS rows
+    N, scale, scale_log2,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """A whole head in one program (N <= QUERIES): five matrix products, dq stays in registers over the loop of keys."""
+    sequence = tl.program_id(0)
+    b, h = sequence // H, sequence % H
+    rows = tl.arange(0, QUERIES)
+
+    g = load_tile(dout, b, h, 0, N, H, D, QUERIES, C, TMA)
+    o = load_tile(out, b, h, 0, N, H, D, QUERIES, C, TMA)
+    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    query = load_tile(q, b, h, 0, N, 3 * H, D, QUERIES, C, TMA)
+    row_lse = tl.load(lse + sequence.to(tl.int64) * N + rows, mask=rows < N, other=float("inf"))
+    grad_q = tl.zeros((QUERIES, C), tl.float32)
+    for key in tl.range(0, N, KEYS):
+        k = load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        v = load_tile(kv, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        p = tl.exp2(key_scores(query, k, key, N, KEYS) * scale_log2 - row_lse[:, None])
+        store_tile(dkv, product(tl.trans(p.to(g.dtype)), g), b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        ds = (p * (product(g, v.T) - delta[:, None])).to(g.dtype)
+        store_tile(dkv, product(tl.trans(ds), query) * scale, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        grad_q = product(ds, k, grad_q)
+    store_tile(dq, grad_q * scale, b, h, 0, N, 3 * H, D, QUERIES, C, TMA)
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_bwd_dq_kernel(
+    q, kv,  # (B, N, 3H, D), blocks of QUERIES and KEYS rows
+    out, dout,  # (B, N, H, D), blocks of QUERIES rows
+    lse,  # (B, H, N) fp32
+    delta,  # (B, H, N) fp32, written: rowsum(out * dout), which the dk, dv kernel reads
+    dq,  # (B, N, 3H, D), its first third written; blocks of QUERIES rows
+    N, scale, scale_log2,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a block of queries, in a loop over keys."""
+    blocks = tl.cdiv(N, QUERIES)
+    sequence = tl.program_id(0) // blocks
+    row = tl.program_id(0) % blocks * QUERIES
+    b, h = sequence // H, sequence % H
+    rows = row + tl.arange(0, QUERIES)
+    statistics = sequence.to(tl.int64) * N + rows
+
+    g = load_tile(dout, b, h, row, N, H, D, QUERIES, C, TMA)
+    o = load_tile(out, b, h, row, N, H, D, QUERIES, C, TMA)
+    row_delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    tl.store(delta + statistics, row_delta, mask=rows < N)
+    query = load_tile(q, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
+    row_lse = tl.load(lse + statistics, mask=rows < N, other=float("inf"))
+    grad_q = tl.zeros((QUERIES, C), tl.float32)
+    for key in tl.range(0, N, KEYS):
+        k = load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        v = load_tile(kv, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        p = tl.exp2(key_scores(query, k, key, N, KEYS) * scale_log2 - row_lse[:, None])
+        ds = (p * (product(g, v.T) - row_delta[:, None])).to(k.dtype)
+        grad_q = product(ds, k, grad_q)
+    store_tile(dq, grad_q * scale, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_bwd_dkdv_kernel(
+    q, kv,  # (B, N, 3H, D), blocks of QUERIES and KEYS rows
+    dout,  # (B, N, H, D), blocks of QUERIES rows
+    lse, delta,  # (B, H, N) fp32
+    dkv,  # (B, N, 3H, D), its last two thirds written; blocks of KEYS rows
+    N, scale, scale_log2,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block of keys and values, in a loop over queries, with transposed scores (keys, queries).
+
+    Padding keys may overflow here: their rows touch no other row and are not written.
+    """
+    blocks = tl.cdiv(N, KEYS)
+    sequence = tl.program_id(0) // blocks
+    key = tl.program_id(0) % blocks * KEYS
+    b, h = sequence // H, sequence % H
+
+    k = load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
+    v = load_tile(kv, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+    grad_k = tl.zeros((KEYS, C), tl.float32)
+    grad_v = tl.zeros((KEYS, C), tl.float32)
+    for row in tl.range(0, N, QUERIES):
+        rows = row + tl.arange(0, QUERIES)
+        statistics = sequence.to(tl.int64) * N + rows
+        row_lse = tl.load(lse + statistics, mask=rows < N, other=float("inf"))
+        row_delta = tl.load(delta + statistics, mask=rows < N, other=0.0)
+        query = load_tile(q, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
+        g = load_tile(dout, b, h, row, N, H, D, QUERIES, C, TMA)
+        p = tl.exp2(product(k, query.T) * scale_log2 - row_lse[None, :])
+        grad_v = product(p.to(g.dtype), g, grad_v)
+        ds = (p * (product(v, g.T) - row_delta[None, :])).to(g.dtype)
+        grad_k = product(ds, query, grad_k)
+    store_tile(dkv, grad_k * scale, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
+    store_tile(dkv, grad_v, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)

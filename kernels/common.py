@@ -1,0 +1,129 @@
+"""What every op shares: where it runs, what it accepts, how a launch is chosen and listed for the compile report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""True where Triton runs kernels in its interpreter; decided, as Triton does, when the kernels are imported."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an op on `x` launches its Triton kernels (CUDA, or the interpreter) or takes the eager implementation."""
+    return x.is_cuda or INTERPRETED
+
+
+def architecture(x: Tensor) -> int:
+    """Key into the launch tables: 80, 90 or 100; 0, the safe default, for anything else and for the interpreter.
+
+    Triton compiles for the exact chip; the table only picks tile sizes, so 86 and 89 use the table's default because
+    their shared memory is smaller than an A100's.
+    """
+    if not x.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get((major, minor), 0)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast, where enabled for the device of `x`, gives a matrix product; else None."""
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """The tensors in the autocast dtype, as linear casts its operands; unchanged where autocast is off."""
+    dtype = autocast_dtype(x)
+    return [tensor if tensor is None or dtype is None else tensor.to(dtype) for tensor in tensors]
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a backward, so that a forward writes what only the backward reads."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x (..., D) as (M, D): a view wherever the strides allow one; M may be 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def check_dtypes(op: str, **tensors: Tensor) -> None:
+    """Raise unless all tensors share one supported dtype and device: TypeError for dtypes, ValueError for devices."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if INTERPRETED and tensor.dtype == torch.bfloat16 and not tensor.is_cuda:
+            raise TypeError(
+                f"{op}: {name} is bfloat16, which Triton's interpreter multiplies wrongly; use float16 or float32"
+            )
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; supported are bfloat16, float16 and float32")
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; cast one of them")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but {first_name} on {first.device}; move one of them")
+
+
+def check_same_or_fp32(op: str, reference_name: str, reference: Tensor, **tensors: Tensor) -> None:
+    """Raise TypeError unless each tensor has the reference's dtype or is fp32, ValueError on another device."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (reference.dtype, torch.float32):
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype} but {reference_name} is {reference.dtype}; cast {name} to that or fp32"
+            )
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {reference_name} on {reference.device}; move one of them"
+            )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError naming both shapes unless `tensor.shape == expected`."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError naming shape and strides unless the last dimension is contiguous."""
+    if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}; "
+            "its last dimension must be contiguous (call .contiguous())"
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch-table entry: constexpr tile sizes by name, plus Triton's launch options."""
+
+    tiles: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel at one launch-table entry, as `benchmarks.compile_report` compiles it ahead of time.
+
+    signature: argument name -> Triton type ("*bf16", "i32", "fp32", "tensordesc<bf16[64, 64]>").
+    constexprs: argument name -> value. Arguments in neither are an error.
+    not_divisible: integer arguments that may not be assumed to be multiples of 16 (pointers always are).
+    matrix: True where the kernel must use the tensor cores' newest instruction (wgmma on sm_90).
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    matrix: bool
+    not_divisible: frozenset[str] = field(default_factory=frozenset)

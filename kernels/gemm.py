@@ -1,0 +1,371 @@
+"""The matrix product with fused epilogues that every linear layer of the block runs on; no public op.
+
+    forward   out = epilogue(a W^T)       a (M, K), W (N, K) as torch.nn.Linear keeps it
+    backward  out = epilogue(a W)         W (K, N): the same kernel, reading the weight the other way
+
+Epilogues, on the fp32 accumulator, rounded once when stored:
+
+    bias        acc + bias
+    gelu        h = acc + bias; out = gelu(h), and gelu'(h) for the backward where it is wanted
+    residual    residual + keep * gamma * (acc + bias)        keep per sample, gamma per channel, both optional
+    gelu_grad   acc * gelu'(h), and its sums over each block of rows (the gradient of fc1's bias)
+
+16-bit operands run on the tensor cores, read through tensor descriptors (TMA) on sm_90 and sm_100 wherever base and row
+stride are multiples of 16 bytes, else through pointers and masks. fp32 is multiplied in fp32, never in tf32.
+
+Programs go along a row of tiles first: those that run together share a few blocks of `a`, and the whole weight (at most
+4.7 MB at DeiT-B) stays in L2. Two products of the backward have no epilogue, dX = dY W and dW = dY^T X; they are left
+to cuBLAS (`torch.mm`; for fp32 operands PyTorch's own tf32 setting holds there). Not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from deitfast.kernels.common import (
+    INTERPRETED,
+    CompileCase,
+    Launch,
+    architecture,
+    check_dtypes,
+    check_last_contiguous,
+    check_shape,
+    runs_triton,
+)
+from deitfast.kernels.gemm_kernels import linear_kernel, scale_and_sum_kernel
+
+# Launch tables -------------------------------------------------------------------------------------------------------
+
+
+def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Launch:
+    accumulators = m * n // (32 * num_warps)  # a thread
+    parts = {128: 4, 64: 2}.get(accumulators, 1)
+    return Launch({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "EPILOGUE_PARTS": parts}, num_warps, num_stages)
+
+
+_ANY_CHIP = {
+    (4, 64): _tile(64, 64, 16, num_warps=4, num_stages=2),
+    (2, 0): _tile(64, 64, 32, num_warps=4, num_stages=2),
+}
+_TMA = {
+    (2, 64): _tile(128, 64, 64, num_warps=4, num_stages=4),
+    (2, 128): _tile(128, 128, 64, num_warps=4, num_stages=3),
+    (2, 256): _tile(128, 256, 64, num_warps=8, num_stages=3),
+} | _ANY_CHIP
+LAUNCHES: dict[int, dict[tuple[int, int], Launch]] = {
+    0: _ANY_CHIP
+    | {
+        (2, 64): _tile(128, 64, 32, num_warps=4, num_stages=3),
+        (2, 128): _tile(128, 128, 32, num_warps=8, num_stages=3),
+    },
+    80: _ANY_CHIP
+    | {
+        (2, 64): _tile(128, 64, 64, num_warps=4, num_stages=3),
+        (2, 128): _tile(128, 128, 32, num_warps=8, num_stages=4),
+    },
+    90: _TMA,
+    100: _TMA,
+}
+"""Architecture -> (bytes per element, columns of a tile; 0 for rows not aligned to 16 bytes) -> launch.
+
+Tiles of 128 columns let two programs share a multiprocessor, so that the epilogue of one runs under the products of the
+other; 256 columns read less and are for the light epilogues.
+"""
+
+
+def linear_launch(arch: int, itemsize: int, N: int, epilogue: str, aligned: bool) -> Launch:
+    """The widest tile of the chip's table that divides N, at most 128 columns with GELU; else 128.
+
+    aligned: whether the operands' rows are, as `_aligned` says.
+    """
+    table = LAUNCHES[arch]
+    if itemsize == 4:
+        return table[4, 64]
+    if not aligned:
+        return table[2, 0]
+    limit = 256 if epilogue == "linear" else 128
+    widths = (width for size, width in sorted(table, reverse=True) if size == itemsize and 0 < width <= limit)
+    return table[itemsize, next((width for width in widths if N % width == 0), 128)]
+
+
+SUM_LAUNCH = Launch({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=2)
+SUM_PROGRAMS = 2112
+"""Programs of the column sums, sixteen for each multiprocessor of an H100; fixed, so that no chip changes the sums."""
+
+# Triton's interpreter pays for every operation, whatever the size of its tensors: there large tiles are fast.
+INTERPRETER_LAUNCH = Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "EPILOGUE_PARTS": 1}, 4, 1)
+INTERPRETER_SUM_LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 512}, num_warps=4, num_stages=1)
+
+# Launchers -----------------------------------------------------------------------------------------------------------
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether a 2-D tensor has what TMA needs: base and rows on 16 bytes, rows that do not overlap, some elements."""
+    return (
+        x.numel() > 0
+        and x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+    )
+
+
+def _linear(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    transposed: bool,
+    epilogue: str = "linear",
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+    derivative: Tensor | None = None,
+) -> Tensor | None:
+    """Fill `out` (and `derivative`); return the column sums (N,) fp32 for the epilogue gelu_grad, else None."""
+    (M, K), N = a.shape, out.shape[1]
+    arch = architecture(a)
+    aligned = all(_aligned(tensor) for tensor in (a, b, out))
+    descriptors = aligned and arch in (90, 100) and a.element_size() == 2
+    launch = INTERPRETER_LAUNCH if INTERPRETED else linear_launch(arch, a.element_size(), N, epilogue, aligned)
+    block_m, block_n, block_k = (launch.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    operands: tuple[Any, Any] = (a, b)
+    if descriptors:
+        b_block = [block_n, block_k] if transposed else [block_k, block_n]
+        operands = (TensorDescriptor.from_tensor(a, [block_m, block_k]), TensorDescriptor.from_tensor(b, b_block))
+    tiles_m = triton.cdiv(M, block_m)
+    column_sums = None
+    if epilogue == "gelu_grad":
+        column_sums = torch.empty((tiles_m, N), dtype=torch.float32, device=a.device)
+    with torch.cuda.device_of(a):
+        linear_kernel[(tiles_m * triton.cdiv(N, block_n),)](
+            a=operands[0],
+            b=operands[1],
+            bias=bias,
+            residual=residual,
+            gamma=gamma,
+            keep=keep,
+            derivative=derivative,
+            out=out,
+            column_sums=column_sums,
+            stride_a=a.stride(0),
+            stride_b=b.stride(0),
+            stride_residual=0 if residual is None else residual.stride(0),
+            M=M,
+            N=N,
+            K=K,
+            rows_per_sample=1 if keep is None else M // max(1, keep.numel()),
+            TRANSPOSED=transposed,
+            DESCRIPTORS=descriptors,
+            EPILOGUE=epilogue,
+            EXACT_GELU=a.element_size() == 4,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **launch.tiles,
+        )
+    return None if column_sums is None else column_sums.sum(0)
+
+
+def linear_fwd(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """a (M, K), weight (N, K), bias (N,) -> a W^T + bias (M, N)."""
+    if not runs_triton(a):
+        return F.linear(a, weight, bias)
+    out = torch.empty((a.shape[0], weight.shape[0]), dtype=a.dtype, device=a.device)
+    _linear(a, weight, out, transposed=True, bias=bias)
+    return out
+
+
+def linear_gelu_fwd(a: Tensor, weight: Tensor, bias: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
+    """gelu(h) and gelu'(h), (M, N), of h = a W^T + bias: a (M, K), weight (N, K), bias (N,); no gelu' unless `save`."""
+    if not runs_triton(a):
+        h = F.linear(a, weight, bias).float()
+        Phi = 0.5 + 0.5 * torch.erf(h * 0.5**0.5)
+        derivative = Phi + h * torch.exp(-0.5 * h * h) * 0.3989422804014327 if save else h.new_empty(0)
+        return (h * Phi).to(a.dtype), derivative.to(a.dtype)
+    out = torch.empty((a.shape[0], weight.shape[0]), dtype=a.dtype, device=a.device)
+    derivative = torch.empty_like(out) if save else out.new_empty(0)
+    _linear(a, weight, out, transposed=True, epilogue="gelu", bias=bias, derivative=derivative if save else None)
+    return out, derivative
+
+
+def linear_residual_fwd(
+    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None, keep: Tensor | None
+) -> Tensor:
+    """residual + keep * gamma * (a W^T + bias): a (M, K), weight (N, K), residual (M, N), gamma (N,), keep (B,)."""
+    if not runs_triton(a):
+        branch = F.linear(a, weight, bias).to(residual.dtype)
+        if gamma is not None:
+            branch = branch * gamma
+        if keep is not None:
+            branch = branch * keep.repeat_interleave(a.shape[0] // max(1, keep.numel()))[:, None]
+        return (residual + branch).to(residual.dtype)
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    _linear(a, weight, out, transposed=True, bias=bias, residual=residual, gamma=gamma, keep=keep)
+    return out
+
+
+def linear_gelu_bwd(dgelu: Tensor, weight: Tensor, derivative: Tensor) -> tuple[Tensor, Tensor]:
+    """dh = (dgelu W) * gelu'(h) with dgelu (M, K), W (K, N), gelu' (M, N) -> dh (M, N), its column sums (N,) fp32."""
+    if not runs_triton(dgelu):
+        dh = (dgelu @ weight) * derivative
+        return dh, dh.float().sum(0)
+    dh = torch.empty_like(derivative)
+    column_sums = _linear(dgelu, weight, dh, transposed=False, epilogue="gelu_grad", derivative=derivative)
+    assert column_sums is not None
+    return dh, column_sums
+
+
+def scale_and_sum(
+    dout: Tensor, dtype: torch.dtype, gamma: Tensor | None = None, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout (M, N) contiguous -> dout * keep and dout * keep * gamma, of `dtype`, and the first's column sums (N,) fp32.
+
+    A tensor that would be equal to another is that other, not a copy.
+    """
+    if not runs_triton(dout):
+        exact = dout if keep is None else dout * keep.repeat_interleave(dout.shape[0] // max(1, keep.numel()))[:, None]
+        kept = exact.to(dtype)
+        return kept, kept if gamma is None else (exact * gamma).to(dtype), exact.float().sum(0)
+    M, N = dout.shape
+    copies = keep is not None or dtype != dout.dtype
+    kept = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
+    scaled = torch.empty_like(kept) if gamma is not None else kept
+    launch = INTERPRETER_SUM_LAUNCH if INTERPRETED else SUM_LAUNCH
+    block_m, block_n = launch.tiles["BLOCK_M"], launch.tiles["BLOCK_N"]
+    columns = triton.cdiv(N, block_n)
+    grid = (columns, max(1, min(triton.cdiv(SUM_PROGRAMS, columns), triton.cdiv(M, block_m))))
+    column_sums = torch.empty((grid[1], N), dtype=torch.float32, device=dout.device)
+    with torch.cuda.device_of(dout):
+        scale_and_sum_kernel[grid](
+            dout=dout,
+            gamma=gamma,
+            keep=keep,
+            kept=kept if copies else None,
+            scaled=scaled if gamma is not None else None,
+            column_sums=column_sums,
+            M=M,
+            N=N,
+            rows_per_sample=1 if keep is None else M // max(1, keep.numel()),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            **launch.tiles,
+        )
+    return kept, scaled, column_sums.sum(0)
+
+
+def linear_residual_bwd(
+    dout: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of residual + keep * gamma * (a W^T + bias): of a W^T, W, bias and gamma; dout (M, N) contiguous.
+
+    dgamma needs no saved output: with g = dout * keep, sum_m g * (a W^T + bias) = rowsum(W * g^T a) + bias * sum_m g.
+    """
+    kept, dlinear, sums = scale_and_sum(dout, weight.dtype, gamma, keep)
+    dweight = kept.t() @ a
+    if gamma is None:
+        return dlinear, dweight, sums.to(weight.dtype), None
+    dgamma = (weight.float() * dweight.float()).sum(1)
+    if bias is not None:
+        dgamma += bias.float() * sums
+    scale = gamma.float()
+    return dlinear, (dweight * scale[:, None]).to(weight.dtype), (scale * sums).to(weight.dtype), dgamma.to(gamma.dtype)
+
+
+def check_linear(
+    op: str, input_name: str, width: int, weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None
+) -> None:
+    """Raise unless weight (N, `width`) and bias (N,), or None, agree in shape, dtype and device."""
+    if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: {weight_name} has shape {tuple(weight.shape)}, expected (N, {width}) because {input_name} has "
+            f"{width} channels"
+        )
+    check_last_contiguous(op, weight_name, weight)
+    parameters = {weight_name: weight}
+    if bias is not None:
+        check_shape(op, bias_name, bias, (weight.shape[0],))
+        check_last_contiguous(op, bias_name, bias)
+        parameters[bias_name] = bias
+    check_dtypes(op, **parameters)
+
+
+# Compile report ------------------------------------------------------------------------------------------------------
+
+
+def _linear_case(
+    arch: int, dtype: str, width: int, epilogue: str, residual: bool, aligned: bool, stream: str = ""
+) -> CompileCase:
+    """stream: the dtype of residual and out where it is not `dtype`."""
+    launch = linear_launch(arch, 4 if dtype == "fp32" else 2, width, epilogue, aligned)
+    descriptors = aligned and arch in (90, 100) and dtype != "fp32"
+    m, n, k = (launch.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    transposed = epilogue != "gelu_grad"
+    b_block = f"{n}, {k}" if transposed else f"{k}, {n}"
+    operands = (f"tensordesc<{dtype}[{m}, {k}]>", f"tensordesc<{dtype}[{b_block}]>")
+    signature = dict(zip("ab", operands if descriptors else (f"*{dtype}",) * 2, strict=True))
+    signature |= dict.fromkeys(
+        ("out", *["bias"] * transposed, *["derivative"] * (epilogue != "linear"), *["residual", "gamma"] * residual),
+        f"*{dtype}",
+    )
+    signature |= dict.fromkeys(("out", "residual") if stream else (), f"*{stream}")
+    signature |= dict.fromkeys((*["column_sums"] * (not transposed), *["keep"] * residual), "*fp32")
+    absent = {"bias", "residual", "gamma", "keep", "derivative", "column_sums"} - set(signature)
+    strides = ("stride_a", "stride_b", "stride_residual")
+    signature |= dict.fromkeys((*strides, "M", "N", "K", "rows_per_sample"), "i32")
+    flags = {"TRANSPOSED": transposed, "DESCRIPTORS": descriptors, "EPILOGUE": epilogue, "EXACT_GELU": dtype == "fp32"}
+    words = [
+        "linear",
+        "residual" if residual else epilogue,
+        dtype,
+        f"{m}x{n}x{k}",
+        "tma" if descriptors else "pointers",
+    ]
+    words += ["unaligned"] * (not aligned) + [f"{stream} stream"] * bool(stream)
+    return CompileCase(
+        name=" ".join(words),
+        kernel=linear_kernel,
+        signature=signature,
+        constexprs=dict(launch.tiles) | flags | dict.fromkeys(absent, None),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        matrix=dtype != "fp32",
+        not_divisible=frozenset({"M", "rows_per_sample"} if aligned else signature),
+    )
+
+
+def _cases(arch: int) -> Iterator[CompileCase]:
+    for epilogue, residual in (("linear", False), ("linear", True), ("gelu", False), ("gelu_grad", False)):
+        # DeiT-Ti, S and B (192, 384, 768 channels), their qkv and hidden layers have no tile beyond these three.
+        cases = [
+            _linear_case(arch, dtype, width, epilogue, residual, aligned)
+            for dtype, aligned in (("bf16", True), ("bf16", False), ("fp32", True))
+            for width in (192, 384, 768)
+        ]
+        if residual:
+            cases += [_linear_case(arch, "bf16", width, epilogue, True, True, "fp32") for width in (192, 384, 768)]
+        yield from {case.name: case for case in cases}.values()
+    for dtype in ("bf16", "fp32"):
+        yield CompileCase(
+            name=f"scale_and_sum {dtype}",
+            kernel=scale_and_sum_kernel,
+            signature=dict.fromkeys(("dout", "gamma", "kept", "scaled"), f"*{dtype}")
+            | dict.fromkeys(("keep", "column_sums"), "*fp32")
+            | dict.fromkeys(("M", "N", "rows_per_sample"), "i32"),
+            constexprs=SUM_LAUNCH.tiles,
+            num_warps=SUM_LAUNCH.num_warps,
+            num_stages=SUM_LAUNCH.num_stages,
+            matrix=False,
+            not_divisible=frozenset({"M", "rows_per_sample"}),
+        )
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every epilogue at every tile that the table gives DeiT-Ti, S and B, in bf16 and fp32."""
+    return list(_cases(arch))

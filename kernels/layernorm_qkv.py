@@ -1,0 +1,102 @@
+"""LayerNorm and the packed qkv projection.
+
+    out = LayerNorm(x; ln_weight, ln_bias, eps) weight^T + bias
+
+x (..., D), weight (O, D) with O = 3D for qkv but any width allowed, out (..., O).
+
+Forward, two kernels: the LayerNorm pass writes the normalised rows (why it is a pass of its own: layernorm.py), the
+matrix product adds the bias in its epilogue. Saved for the backward: x, the normalised rows, mean and rstd (fp32). The
+rows are 1/16 of the activations that a block keeps; computing them again would cost one more write of them in the
+backward. With n the normalised rows:
+
+    dn = dout W      dx, dln_weight, dln_bias = LayerNorm backward of dn      dW = dout^T n      dbias = sum_m dout
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deitfast.kernels.common import autocast, rows
+from deitfast.kernels.gemm import check_linear, linear_fwd, linear_residual_bwd
+from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
+
+
+def layernorm_qkv_reference(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6
+) -> Tensor:
+    """The op in eager PyTorch: x (..., D), weight (O, D) -> (..., O). Any one floating dtype."""
+    return F.linear(F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps), weight, bias)
+
+
+@torch.library.custom_op("deitfast::layernorm_qkv", mutates_args=(), device_types=("cpu", "cuda"))
+def _layernorm_qkv(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, weight.dtype)
+    out = linear_fwd(normed, weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0]), normed, mean, rstd
+
+
+@_layernorm_qkv.register_fake
+def _(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    M = x.shape[:-1].numel()
+    mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
+    return weight.new_empty(*x.shape[:-1], weight.shape[0]), weight.new_empty(M, x.shape[-1]), mean, rstd
+
+
+@torch.library.custom_op("deitfast::layernorm_qkv_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+def _layernorm_qkv_bwd(
+    dout: Tensor, x: Tensor, ln_weight: Tensor, weight: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dout = rows(dout).contiguous()
+    _, dweight, dbias, _ = linear_residual_bwd(dout, normed, weight, None, None, None)
+    dx, dln_weight, dln_bias = layernorm_bwd(dout @ weight, rows(x), ln_weight, mean, rstd)
+    return dx.view(x.shape), dln_weight, dln_bias, dweight, dbias
+
+
+@_layernorm_qkv_bwd.register_fake
+def _(
+    dout: Tensor, x: Tensor, ln_weight: Tensor, weight: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dln_weight, dln_bias = (ln_weight.new_empty(ln_weight.shape) for _ in range(2))
+    return x.new_empty(x.shape), dln_weight, dln_bias, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, ln_weight, _, weight, bias, _ = inputs
+    _, normed, mean, rstd = output
+    ctx.save_for_backward(x, ln_weight, weight, normed, mean, rstd)
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(normed, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
+    dx, dln_weight, dln_bias, dweight, dbias = _layernorm_qkv_bwd(dout, *ctx.saved_tensors)
+    return dx, dln_weight, dln_bias, dweight, dbias if ctx.has_bias else None, None
+
+
+_layernorm_qkv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def layernorm_qkv(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6
+) -> Tensor:
+    """LayerNorm over D, then the packed qkv projection: x (..., D) -> (..., O), in the dtype of `weight`.
+
+    x (..., D); ln_weight, ln_bias (D,); weight (O, D); bias (O,) or None. bf16, fp16 or fp32; beside a 16-bit weight, x
+    and the LayerNorm's parameters may be fp32. Under torch.autocast weight and bias are cast, all else stays as it is.
+    Raises ValueError for shapes, strides and devices that do not fit, TypeError for dtypes.
+    """
+    weight, bias = autocast(x, weight, bias)
+    check_layernorm("layernorm_qkv", x, ln_weight, ln_bias, "weight", weight)
+    check_linear("layernorm_qkv", "x", x.shape[-1], "weight", weight, "bias", bias)
+    return _layernorm_qkv(x, ln_weight, ln_bias, weight, bias, eps)[0]

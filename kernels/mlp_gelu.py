@@ -1,0 +1,133 @@
+"""The two layers of the MLP with exact GELU in the epilogue of the first.
+
+    h = x fc1_weight^T + fc1_bias      out = gelu(h) fc2_weight^T + fc2_bias      gelu(h) = h * Phi(h)
+
+x (..., D), fc1_weight (H, D), fc2_weight (O, H), out (..., O).
+
+Saved for the backward: x, gelu(h) and its derivative gelu'(h). Keeping h instead of gelu'(h) would take the same bytes
+and compute Phi and phi again; with the derivative the epilogue of the backward is one multiplication. Where no gradient
+is wanted gelu'(h) is not written. With g = dout:
+
+    dh = (g W2) * gelu'(h)      dx = dh W1      dW1 = dh^T x      dW2 = g^T gelu(h)
+
+fc1's bias gradient comes from the epilogue that computes dh, fc2's from one pass over g.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deitfast.kernels.common import autocast, check_dtypes, check_last_contiguous, needs_grad, rows
+from deitfast.kernels.gemm import (
+    check_linear,
+    linear_fwd,
+    linear_gelu_bwd,
+    linear_gelu_fwd,
+    linear_residual_bwd,
+)
+
+
+def mlp_gelu_reference(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None
+) -> Tensor:
+    """The op in eager PyTorch: x (..., D), fc1_weight (H, D), fc2_weight (O, H) -> (..., O). Any one floating dtype."""
+    return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+@torch.library.custom_op("deitfast::mlp_gelu", mutates_args=(), device_types=("cpu", "cuda"))
+def _mlp_gelu(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gelu, derivative = linear_gelu_fwd(rows(x), fc1_weight, fc1_bias, save)
+    out = linear_fwd(gelu, fc2_weight, fc2_bias).view(*x.shape[:-1], fc2_weight.shape[0])
+    return out, gelu, derivative
+
+
+@_mlp_gelu.register_fake
+def _(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = (x.shape[:-1].numel(), fc1_weight.shape[0])
+    return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), x.new_empty(hidden), x.new_empty(hidden if save else 0)
+
+
+@torch.library.custom_op("deitfast::mlp_gelu_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+def _mlp_gelu_bwd(
+    dout: Tensor, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, gelu: Tensor, derivative: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dout = rows(dout).contiguous()
+    _, dfc2_weight, dfc2_bias, _ = linear_residual_bwd(dout, gelu, fc2_weight, None, None, None)
+    dh, dfc1_bias = linear_gelu_bwd(dout, fc2_weight, derivative)
+    dx = (dh @ fc1_weight).view(x.shape)
+    return dx, dh.t() @ rows(x), dfc1_bias.to(fc1_weight.dtype), dfc2_weight, dfc2_bias
+
+
+@_mlp_gelu_bwd.register_fake
+def _(
+    dout: Tensor, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, gelu: Tensor, derivative: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dfc1_weight, dfc2_weight = (w.new_empty(w.shape) for w in (fc1_weight, fc2_weight))
+    dfc1_bias, dfc2_bias = (w.new_empty(w.shape[0]) for w in (fc1_weight, fc2_weight))
+    return x.new_empty(x.shape), dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, _ = inputs
+    _, gelu, derivative = output
+    ctx.save_for_backward(x, fc1_weight, fc2_weight, gelu, derivative)
+    ctx.has_bias = (fc1_bias is not None, fc2_bias is not None)
+    ctx.mark_non_differentiable(gelu, derivative)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 6
+    dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias = _mlp_gelu_bwd(dout, *ctx.saved_tensors)
+    has_fc1_bias, has_fc2_bias = ctx.has_bias
+    return dx, dfc1_weight, dfc1_bias if has_fc1_bias else None, dfc2_weight, dfc2_bias if has_fc2_bias else None, None
+
+
+_mlp_gelu.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_mlp(
+    op: str, x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None
+) -> None:
+    """Raise unless both layers of the MLP fit x (..., D) and each other."""
+    check_linear(op, "x", x.shape[-1], "fc1_weight", fc1_weight, "fc1_bias", fc1_bias)
+    check_linear(op, "the hidden layer", fc1_weight.shape[0], "fc2_weight", fc2_weight, "fc2_bias", fc2_bias)
+    check_dtypes(op, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+
+
+def mlp_gelu(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None
+) -> Tensor:
+    """fc2(gelu(fc1(x))) with the exact (erf) GELU: x (..., D) -> (..., O).
+
+    x (..., D); fc1_weight (H, D); fc1_bias (H,) or None; fc2_weight (O, H); fc2_bias (O,) or None; all bf16, fp16 or
+    fp32, one dtype. Under torch.autocast all are cast.
+    Raises ValueError for shapes, strides and devices that do not fit, TypeError for dtypes.
+    """
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = autocast(x, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"mlp_gelu: x has shape {tuple(x.shape)}, expected (..., D) with D > 0")
+    check_last_contiguous("mlp_gelu", "x", x)
+    check_mlp("mlp_gelu", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    check_dtypes("mlp_gelu", fc1_weight=fc1_weight, x=x)
+    save = needs_grad(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _mlp_gelu(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, save)[0]

@@ -1,0 +1,174 @@
+"""What the tests of the linear ops share: inputs like a trained ViT's, definitions in float64, and the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deitfast.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_reference
+from deitfast.kernels.layernorm_qkv import layernorm_qkv, layernorm_qkv_reference
+from deitfast.kernels.linear_residual import linear_residual, linear_residual_reference
+from deitfast.kernels.mlp_gelu import mlp_gelu, mlp_gelu_reference
+from tests.kernels.tolerance import assert_close_to_float64
+
+Inputs = dict[str, Tensor | None]
+
+
+# Definitions, written out --------------------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.einsum("...k,nk->...n", x, weight)
+    return out if bias is None else out + bias
+
+
+def layernorm_qkv64(x, ln_weight, ln_bias, weight, bias, eps=1e-6):
+    return _linear(_norm(x, ln_weight, ln_bias, eps), weight, bias)
+
+
+def mlp_gelu64(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    h = _linear(x, fc1_weight, fc1_bias)
+    return _linear(h * torch.special.ndtr(h), fc2_weight, fc2_bias)
+
+
+def linear_residual64(x, weight, bias, residual, gamma=None, keep=None):
+    return _add(residual, _linear(x, weight, bias), gamma, keep)
+
+
+def layernorm_mlp64(
+    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps=1e-6, residual=False, gamma=None, keep=None
+):
+    branch = mlp_gelu64(_norm(x, ln_weight, ln_bias, eps), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _add(x, branch, gamma, keep) if residual else branch
+
+
+def _add(residual: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
+    if gamma is not None:
+        branch = gamma * branch
+    if keep is not None:
+        branch = torch.einsum("b,b...->b...", keep, branch)
+    return residual + branch
+
+
+# Inputs --------------------------------------------------------------------------------------------------------------
+
+
+class Draw:
+    """Seeded tensors of one dtype on one device."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, device
+
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) * std + mean).to(self.device, self.dtype)
+
+    def activations(self, *shape: int, ratio: float = 0.3, outliers: int = 0) -> Tensor:
+        """Rows with |mean| / std = `ratio` and `outliers` channels that lie 50 standard deviations off."""
+        x = torch.randn(shape, generator=self.generator)
+        x[..., torch.randperm(shape[-1], generator=self.generator)[:outliers]] += 50
+        x -= x.mean(-1, keepdim=True)
+        return (x + ratio * x.square().mean(-1, keepdim=True).sqrt()).to(self.device, self.dtype)
+
+    def keep(self, batch: int) -> Tensor:
+        """Drop-path factors: every third sample dropped."""
+        return torch.tensor([0.0 if i % 3 == 1 else 1.25 for i in range(batch)], device=self.device)
+
+
+def layernorm_qkv_inputs(draw: Draw, leading: tuple[int, ...], D: int, N: int, **activations: Any) -> Inputs:
+    return {
+        "x": draw.activations(*leading, D, **activations),
+        "ln_weight": draw.normal(D, mean=1.0, std=0.3),
+        "ln_bias": draw.normal(D, std=0.2),
+        "weight": draw.normal(N, D, std=D**-0.5),
+        "bias": draw.normal(N, std=0.1),
+    }
+
+
+def mlp_gelu_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, **activations: Any) -> Inputs:
+    return {
+        "x": draw.activations(*leading, D, **activations),
+        "fc1_weight": draw.normal(H, D, std=D**-0.5),
+        "fc1_bias": draw.normal(H, std=0.3),
+        "fc2_weight": draw.normal(D, H, std=H**-0.5),
+        "fc2_bias": draw.normal(D, std=0.1),
+    }
+
+
+def linear_residual_inputs(draw: Draw, leading: tuple[int, ...], D: int, K: int, **activations: Any) -> Inputs:
+    return {
+        "x": draw.activations(*leading, K, **activations),
+        "weight": draw.normal(D, K, std=K**-0.5),
+        "bias": draw.normal(D, std=0.1),
+        "residual": draw.activations(*leading, D, **activations),
+        "gamma": draw.normal(D, mean=0.1, std=0.3),
+        "keep": draw.keep(leading[0]) if leading else None,
+    }
+
+
+def layernorm_mlp_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, **activations: Any) -> Inputs:
+    norm = {"ln_weight": draw.normal(D, mean=1.0, std=0.3), "ln_bias": draw.normal(D, std=0.2)}
+    branch = {"gamma": draw.normal(D, mean=0.1, std=0.3), "keep": draw.keep(leading[0]) if leading else None}
+    return mlp_gelu_inputs(draw, leading, D, H, **activations) | norm | branch
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op, its eager reference, its definition in float64, and its inputs (draw, leading, two widths)."""
+
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    exact: Callable[..., Tensor]
+    inputs: Callable[..., Inputs]
+    options: Mapping[str, Any]
+
+
+OPS = {
+    "layernorm_qkv": Op(layernorm_qkv, layernorm_qkv_reference, layernorm_qkv64, layernorm_qkv_inputs, {}),
+    "mlp_gelu": Op(mlp_gelu, mlp_gelu_reference, mlp_gelu64, mlp_gelu_inputs, {}),
+    "linear_residual": Op(linear_residual, linear_residual_reference, linear_residual64, linear_residual_inputs, {}),
+    "layernorm_mlp": Op(
+        layernorm_mlp, layernorm_mlp_reference, layernorm_mlp64, layernorm_mlp_inputs, {"residual": True}
+    ),
+}
+
+
+# Comparison ----------------------------------------------------------------------------------------------------------
+
+
+def outputs_and_gradients(function: Callable[..., Tensor], inputs: Inputs, dout: Tensor, **options: Any) -> Inputs:
+    """The output and the gradient of every input but keep, which gets none."""
+    leaves = {
+        name: None if tensor is None else tensor.detach().clone().requires_grad_(name != "keep")
+        for name, tensor in inputs.items()
+    }
+    out = function(**leaves, **options)
+    out.backward(dout.to(out.dtype))
+    gradients = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf is not None and name != "keep"}
+    return {"out": out.detach()} | gradients
+
+
+def check(op: Op, inputs: Inputs, **options: Any) -> None:
+    """Output and all gradients: at most 2 and 3 times as far from float64 as eager PyTorch in the same dtype."""
+    options = dict(op.options) | options
+    inputs64 = {name: None if tensor is None else tensor.double() for name, tensor in inputs.items()}
+    with torch.no_grad():
+        shape = op.exact(**inputs64, **options).shape
+    dtype = next(tensor for name, tensor in inputs.items() if tensor is not None and name != "keep").dtype
+    dout = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(inputs64["x"].device, dtype)
+    exact = outputs_and_gradients(op.exact, inputs64, dout, **options)
+    eager = outputs_and_gradients(op.reference, inputs, dout, **options)
+    actual = outputs_and_gradients(op.function, inputs, dout, **options)
+    assert actual.keys() == eager.keys()
+    for name, result in actual.items():
+        assert result is not None, f"{name} is missing"
+        assert_close_to_float64(name, result, exact[name], eager[name], factor=2 if name == "out" else 3)

@@ -1,0 +1,73 @@
+"""`fuse` and `create_model(fused=...)`: the same model, by another way."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from deitfast.fused import FusedBlock, fuse
+from deitfast.kernels.common import INTERPRETED
+from deitfast.model import Block, DeiT
+from tests.kernels.tolerance import assert_close_to_float64
+from tests.vit_peers import images, outputs_and_gradients, perturb
+
+
+def small_deit(**kwargs) -> DeiT:
+    sizes = {"width": 64, "depth": 2, "num_heads": 2, "image_size": 24, "patch_size": 8, "num_classes": 5}
+    torch.manual_seed(0)
+    return perturb(DeiT(**(sizes | kwargs)))
+
+
+@pytest.mark.parametrize("options", [{}, {"distilled": True, "drop_path": 0.5}, {"layer_scale": 0.1}])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fused_model_is_as_near_to_float64_as_eager(options, training):
+    eager = small_deit(**options).train(training)
+    exact = copy.deepcopy(eager).double()
+    fused = fuse(copy.deepcopy(eager))
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    x = images(eager, batch=3)
+    keep = eager.draw_keep(3, x.device) if training else None
+    found = []
+    for model in (exact, eager, fused):
+        model.forward_features = lambda x, _=None, model=model: type(model).forward_features(model, x, keep)
+        found.append(outputs_and_gradients(model, x.to(next(model.parameters()).dtype)))
+    for name in found[1]:
+        factor = 2.0 if name == "logits" else 3.0
+        assert_close_to_float64(name, found[2][name], found[0][name], found[1][name], factor)
+
+
+def test_fuse_keeps_parameters_and_survives_copies():
+    model = small_deit()
+    parameters = list(model.parameters())
+    assert fuse(model) is model
+    assert all(type(block) is FusedBlock for block in model.blocks)
+    assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))
+    x = images(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(type(block) is FusedBlock for block in twin.blocks)
+        assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs kernels on CPU tensors")
+def test_fused_on_gpu_only_leaves_cpu_in_eager_pytorch():
+    eager = small_deit()
+    fused = fuse(copy.deepcopy(eager), everywhere=False)
+    assert torch.equal(fused(images(eager)), eager(images(eager)))
+    assert isinstance(fused.blocks[0], Block)
+
+
+def test_torch_compile_takes_the_whole_fused_model():
+    model = fuse(small_deit()).eval()
+    x = images(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected, actual = outputs_and_gradients(model, x), outputs_and_gradients(compiled, x)
+    for name in expected:
+        torch.testing.assert_close(actual.get(name, actual.get(f"_orig_mod.{name}")), expected[name])
+
+
+def test_a_head_dimension_without_a_kernel_is_named():
+    with pytest.raises(ValueError, match="head dimensions are 32"):
+        fuse(small_deit(num_heads=4))(torch.zeros(1, 3, 24, 24))
