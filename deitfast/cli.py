@@ -102,6 +102,9 @@ def _add_test(commands: argparse._SubParsersAction) -> None:
 
 
 def _test(args: argparse.Namespace, _: list[str]) -> None:
+    from deitfast.recipe import share_cores_politely
+
+    share_cores_politely()
     from deitfast.distributed import guarded
 
     guarded(lambda: _run_test(args))

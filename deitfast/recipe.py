@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -205,11 +206,21 @@ def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", descr
     return replace(base, **vars(known))
 
 
+def share_cores_politely() -> None:
+    """Let PyTorch's idle CPU threads sleep instead of spin; to be called before torch is imported.
+
+    Spinning threads take the cores from DALI's decoders and from any other process: on two cores beside one other busy
+    process the digits recipe ran at 450 images/s with sleeping threads and at 55 to 210 with spinning ones.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence[str] | None = None) -> None:
     """What a file in recipes/ calls: apply the command line to its recipe and train.
 
     name: the default run folder's name. description: the file's docstring, printed by --help.
     """
+    share_cores_politely()
     from deitfast.distributed import guarded
 
     arguments = sys.argv[1:] if arguments is None else arguments
