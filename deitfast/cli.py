@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from deitfast.errors import EXIT_USER_ERROR, DeitfastError, did_you_mean
+from deitfast.guard import guarded
+from deitfast.recipe import share_cores_politely
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,23 +23,23 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
+    guarded(lambda: _dispatch(arguments))
+
+
+def _dispatch(arguments: Sequence[str] | None) -> None:
     parser = _Parser(prog="deitfast", description="Train and use DeiT vision transformers.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_train(commands)
     _add_test(commands)
     _add_models(commands)
-    try:
-        known, unknown = parser.parse_known_args(arguments)
-        if known.command is None:
-            parser.print_help()
-            return
-        if unknown and known.command != "train":
-            flags = [s for action in commands.choices[known.command]._actions for s in action.option_strings]
-            raise DeitfastError(f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
-        known.run(known, unknown)
-    except DeitfastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    known, unknown = parser.parse_known_args(arguments)
+    if known.command is None:
+        parser.print_help()
+        return
+    if unknown and known.command != "train":
+        flags = [s for action in commands.choices[known.command]._actions for s in action.option_strings]
+        raise DeitfastError(f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
+    known.run(known, unknown)
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -72,7 +74,7 @@ def _launch(arguments: list[str]) -> None:
     try:
         torchrun(arguments)
     except ChildFailedError as error:
-        if error.get_first_failure()[1].exitcode != EXIT_USER_ERROR:
+        if all(failure.exitcode != EXIT_USER_ERROR for failure in error.failures.values()):
             raise
         sys.exit(EXIT_USER_ERROR)
 
@@ -102,15 +104,7 @@ def _add_test(commands: argparse._SubParsersAction) -> None:
 
 
 def _test(args: argparse.Namespace, _: list[str]) -> None:
-    from deitfast.recipe import share_cores_politely
-
     share_cores_politely()
-    from deitfast.distributed import guarded
-
-    guarded(lambda: _run_test(args))
-
-
-def _run_test(args: argparse.Namespace) -> None:
     from deitfast.data import open_dataset
     from deitfast.distributed import start
     from deitfast.evaluate import evaluate

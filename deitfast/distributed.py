@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deitfast.errors import EXIT_USER_ERROR, DeitfastError
+from deitfast.errors import DeitfastError
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
@@ -103,28 +100,6 @@ def start(device: str = "auto") -> World:
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=where if device == "cuda" else None)
     return World(rank, size, local_rank, local_size, where)
-
-
-def guarded(main: Callable[[], None]) -> None:
-    """Run a command: a DeitfastError becomes one line on stderr and exit code 2, told to torchrun too."""
-    try:
-        main()
-    except DeitfastError as error:
-        if str(error) and (dist.is_initialized() or os.environ.get("RANK", "0") == "0"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _tell_torchrun(str(error))
-        sys.exit(EXIT_USER_ERROR)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _tell_torchrun(message: str) -> None:
-    """Have torchrun's own report end with the message instead of `error_file: <N/A>` or our call stack."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path and message:
-        facts = {"py_callstack": f"none, a mistake in the input: {message}", "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": facts}}))
 
 
 def _die_with_parent() -> None:

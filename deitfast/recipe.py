@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.guard import guarded
 
 PAPER_TRAIN_IMAGES = 1_281_167
 
@@ -220,15 +221,13 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
 
     name: the default run folder's name. description: the file's docstring, printed by --help.
     """
-    share_cores_politely()
-    from deitfast.distributed import guarded
-
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def main() -> None:
         chosen = parse_flags(recipe, arguments, description=description)
         chosen = replace(chosen, out=chosen.out or f"runs/{name}")
         chosen.check()
+        share_cores_politely()
         from deitfast.train import smoke, train
 
         if chosen.smoke:

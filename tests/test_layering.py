@@ -49,9 +49,9 @@ def test_imports_respect_the_layers(path: Path) -> None:
         assert {m for m in found if m.startswith("deitfast")} == {"deitfast.recipe"}
 
 
-@pytest.mark.parametrize("name", ["cli", "zoo", "errors", "__init__"])
+@pytest.mark.parametrize("name", ["cli", "zoo", "errors", "guard", "recipe", "__init__"])
 def test_listing_and_help_need_no_torch(name: str) -> None:
     modules = list(imports(ROOT / "deitfast" / f"{name}.py", top_level_only=True))
     assert not [m for m in modules if m.split(".")[0] in ("torch", "triton", "numpy")]
-    ours = {"deitfast.errors", "deitfast.zoo"}
+    ours = {"deitfast.errors", "deitfast.guard", "deitfast.recipe", "deitfast.zoo"}
     assert {m for m in modules if m.startswith("deitfast")} <= ours

@@ -1,0 +1,45 @@
+"""Where every command starts: a user's mistake becomes one line and an exit code. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from deitfast.errors import EXIT_USER_ERROR, DeitfastError
+
+
+_LET_IT_SPEAK_S = 2.0
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run a command: a DeitfastError becomes one line on stderr and exit code 2, told to torchrun too."""
+    try:
+        main()
+    except DeitfastError as error:
+        if not str(error):  # another process tells it, and torchrun kills the rest when the first one exits
+            time.sleep(_LET_IT_SPEAK_S)
+        elif _started() or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _tell_torchrun(str(error))
+        sys.exit(EXIT_USER_ERROR)
+    finally:
+        if _started():
+            sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _tell_torchrun(message: str) -> None:
+    """Have torchrun's own report end with the message instead of `error_file: <N/A>` or our call stack."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and message:
+        facts = {"py_callstack": f"none, a mistake in the input: {message}", "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": facts}}))
+
+
+def _started() -> bool:
+    """Whether the processes have joined: before that they all make the same mistake, and one of them tells it."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
