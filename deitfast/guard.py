@@ -11,7 +11,6 @@ from pathlib import Path
 
 from deitfast.errors import EXIT_USER_ERROR, DeitfastError
 
-
 _LET_IT_SPEAK_S = 2.0
 
 

@@ -168,8 +168,9 @@ def set_up(recipe: Recipe) -> tuple[Run, Dataset]:
     data = world.agree(lambda: open_data(recipe, world))
     assert data.train is not None
     assert data.val is not None
-    plan = Plan(len(data.train), recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group)
-    micro_batch, accumulation = split_batch(recipe, world)
+    images = len(data.train)
+    plan = world.agree(lambda: Plan(images, recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group))
+    micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world))
     torch.manual_seed(recipe.seed)
     model = world.agree(lambda: make_model(recipe, len(data.classes))).to(world.device)
     run = Run(
