@@ -23,7 +23,8 @@ setup(
         "pillow>=11",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "timm>=1.0.20", "transformers>=5", "scikit-learn"],
+        "bench": ["timm>=1.0.20", "transformers>=5", "matplotlib>=3.9"],
+        "test": ["deitfast[bench]", "pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn"],
         "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["deitfast = deitfast.cli:main"]},

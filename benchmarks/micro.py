@@ -1,0 +1,334 @@
+"""The loop that the micro benchmarks share: check an op, time it beside its baselines, print a table, write rows.
+
+Every way of computing an op is called with the same tensors. The fused op is first compared with float64 at the very
+shape that is timed, output and every gradient; where that fails, no way gets a number at that shape. Baselines are
+compared too, with a wider margin: one that disagrees is listed as failed.
+
+Every time is taken twice, with all other ways in between, so that the difference shows the noise. On a GPU what is
+timed are replays of a CUDA graph (`launch`: "graph"), as in a training step; a way that cannot be captured is timed
+as the host launches it ("stream").
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import (
+    Budget,
+    Recorder,
+    Roofs,
+    Timing,
+    measure,
+    peak_bytes,
+    roofs,
+    rotating,
+    timed_row,
+    verify,
+)
+from benchmarks.ops import MODELS, OPS, Draw, Op, Shape, Tensors
+from benchmarks.peers_ops import COMPILED, FUSED, Absent, Way, ways
+
+FORWARD, BOTH = "forward", "forward+backward"
+RUNS = 2
+PEER_FACTOR = 10.0
+"""How much farther than eager a baseline may be from float64: enough to tell another rounding from another function."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of tensors of a case, and the gradient of the output."""
+
+    tensors: Tensors
+    dout: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape, on one device in one dtype."""
+
+    op: Op
+    shape: Shape
+    device: str
+    dtype: torch.dtype
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        draw = Draw(seed, self.dtype, self.device)
+        tensors = self.op.inputs(draw, self.shape)
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name != "keep")
+        width = self.shape.width * (3 if self.op.name == "layernorm_qkv" else 1)
+        return Inputs(tensors, draw.activations(self.shape, width))
+
+    def forward(self, way: Way, inputs: Inputs) -> Tensor:
+        return way(**inputs.tensors, **self.op.options(self.shape))
+
+    def both(self, way: Way, inputs: Inputs) -> dict[str, Tensor]:
+        """The output, as `out`, and the gradient of every input but keep."""
+        out = self.forward(way, inputs)
+        names = [name for name, tensor in inputs.tensors.items() if tensor.requires_grad]
+        grads = torch.autograd.grad(out, [inputs.tensors[name] for name in names], inputs.dout)
+        return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+    def exact(self, inputs: Inputs, chunk: int = 32) -> dict[str, Tensor]:
+        """The same in float64 by the reference, `chunk` samples at a time to save memory."""
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, self.shape.batch, chunk):
+            part = {
+                name: (tensor.detach()[start : start + chunk] if name in self.op.per_sample else tensor.detach())
+                .double()
+                .requires_grad_(tensor.requires_grad)
+                for name, tensor in inputs.tensors.items()
+            }
+            results = self.both(self.op.reference, Inputs(part, inputs.dout[start : start + chunk].double()))
+            for name, value in results.items():
+                parts.setdefault(name, []).append(value)
+        per_sample = {"out"} | {f"d{name}" for name in self.op.per_sample}
+        return {
+            name: torch.cat(values) if name in per_sample else torch.stack(values).sum(0)
+            for name, values in parts.items()
+        }
+
+    def check(self, way: Way, inputs: Inputs, exact: Tensors, eager: Tensors, factors: tuple[float, float]) -> None:
+        """Raise Refused unless the output and every gradient of `way` are about as close to float64 as eager's."""
+        for name, value in self.both(way, inputs).items():
+            verify(f"{self.op.name} {name}", value, exact[name], eager[name], factors[name != "out"])
+
+    def step(self, way: Way, direction: str) -> Callable[[Inputs], object]:
+        if direction == BOTH:
+            return partial(self.both, way)
+
+        def forward(inputs: Inputs) -> Tensor:
+            with torch.no_grad():
+                return self.forward(way, inputs)
+
+        return forward
+
+
+def time_case(
+    case: Case, chosen: dict[str, Way | Absent], recorder: Recorder, roof: Roofs, budget_ms: float, graph: bool
+) -> None:
+    """Check and time the `chosen` ways of a case, and record one row for each way and direction."""
+    key = {"op": case.op.name, **case.shape.key(), "dtype": str(case.dtype).removeprefix("torch.")}
+    for name, way in chosen.items():
+        row = {"key": {"op": case.op.name, "way": name}, "absent": way.reason} if isinstance(way, Absent) else None
+        if row and row not in recorder.rows:  # once is enough, not at every shape
+            _report(recorder, row)
+    present = {name: way for name, way in chosen.items() if not isinstance(way, Absent)}
+    fused = present.get(FUSED, case.op.fused)
+    inputs = case.inputs()
+    exact, eager = case.exact(inputs), case.both(case.op.reference, inputs)
+    try:
+        case.check(fused, inputs, exact, eager, (2.0, 3.0))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # wrong, or it does not even run
+        _report(recorder, {"key": key, "refused": _first_line(problem)})
+        return
+    for name, way in list(present.items()):
+        try:
+            if name != FUSED:
+                case.check(way, inputs, exact, eager, (PEER_FACTOR, PEER_FACTOR))
+        except Exception as problem:  # other people's code: an SDPA backend that does not take this shape, say
+            _report(recorder, {"key": {**key, "way": name}, "failed": _first_line(problem)})
+            del present[name]
+    del inputs, exact, eager
+    seeds = itertools.count()
+    sets = rotating(lambda: case.inputs(next(seeds)), case.device)
+    for direction in (FORWARD, BOTH):
+        _time_direction(case, key, direction, present, sets, recorder, roof, budget_ms, graph)
+
+
+def _time_direction(
+    case: Case,
+    key: dict[str, Any],
+    direction: str,
+    present: dict[str, Way],
+    sets: Sequence[Inputs],
+    recorder: Recorder,
+    roof: Roofs,
+    budget_ms: float,
+    graph: bool,
+) -> None:
+    runs: dict[str, list[Timing]] = {name: [] for name in present}
+    launch: dict[str, str] = {}
+    for _, (name, way) in itertools.product(range(RUNS), present.items()):
+        if launch.get(name) == "failed":
+            continue
+        try:
+            timing, launch[name] = _measure(case.step(way, direction), sets, case.device, budget_ms, graph)
+            runs[name].append(timing)
+        except RuntimeError as problem:  # out of memory
+            launch[name] = "failed"
+            row_key = {**key, "way": name, "pass": direction}
+            _report(recorder, {"key": row_key, "failed": _first_line(problem)})
+    flops, nbytes = case.op.work(case.shape).total(direction == BOTH, case.dtype.itemsize)
+    for name, timings in runs.items():
+        if launch[name] == "failed":
+            continue
+        row = timed_row({**key, "way": name, "pass": direction}, timings, flops, nbytes, roof)
+        row |= {"launch": launch[name], "peak_bytes": None}
+        row["peak_bytes"] = peak_bytes(partial(case.step(present[name], direction), sets[0]), case.device)
+        if name != FUSED and (ours := _find(recorder, {**key, "way": FUSED, "pass": direction})):
+            row["fused_speedup"] = row["ms"] / ours["ms"]
+        _report(recorder, row)
+
+
+def _measure(
+    step: Callable[[Inputs], object], sets: Sequence[Inputs], device: str, budget_ms: float, graph: bool
+) -> tuple[Timing, str]:
+    if graph and device == "cuda":
+        try:
+            return measure(step, device=device, sets=sets, budget_ms=budget_ms, graph=True), "graph"
+        except RuntimeError:  # something in it may not be captured; what the host launches can be timed all the same
+            torch.cuda.synchronize()
+    return measure(step, device=device, sets=sets, budget_ms=budget_ms), "stream"
+
+
+def _find(recorder: Recorder, key: dict[str, Any]) -> dict[str, Any] | None:
+    return next((row for row in recorder.rows if row["key"] == key and "ms" in row), None)
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return lines[0] if lines else type(problem).__name__
+
+
+# On screen -----------------------------------------------------------------------------------------------------------
+
+
+def _report(recorder: Recorder, row: dict[str, Any]) -> None:
+    """Record a row and print it in one line."""
+    recorder.add(row)
+    key = row["key"]
+    shape = Shape(key["model"], key["tokens"], key["batch"]) if "model" in key else "any shape"
+    label = f"{key['op']:15} {shape!s:12}"
+    way = f"{key.get('way', ''):15} {key.get('pass', ''):16}"
+    reason = next((kind for kind in ("refused", "failed", "absent", "skipped") if kind in row), None)
+    print(f"{label} {way} {f'{reason}: {row[reason]}' if reason else _numbers(row)}", flush=True)
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    memory = "" if row["peak_bytes"] is None else f" {row['peak_bytes'] / 2**20:8.0f} MiB"
+    low, high = (sum(run[name] for run in row["runs"]) / len(row["runs"]) for name in ("p20_ms", "p80_ms"))
+    speedup = f" fused {row['fused_speedup']:.2f}x" if "fused_speedup" in row else ""
+    return (
+        f"{row['ms']:9.4f} ms ({low:.4f} to {high:.4f}) {row['tflops']:7.2f} TFLOP/s {row['gbps']:7.1f} GB/s "
+        f"{row['roof_percent']:5.1f} % of the {row['bound']} roof{memory}{speedup}"
+    )
+
+
+def table(op: str, rows: Iterable[dict[str, Any]]) -> str:
+    """One line a shape and direction: the fused op's numbers, then how many times as long each baseline takes."""
+    rows = [row for row in rows if row["key"]["op"] == op and "ms" in row]
+    baselines = list(dict.fromkeys(row["key"]["way"] for row in rows if row["key"]["way"] != FUSED))
+    head = f"{'shape':12} {'pass':16} {'fused ms':>9} {'TFLOP/s':>8} {'GB/s':>7} {'roof %':>6} {'MiB':>6}"
+    lines = [f"== {op}", head + "".join(f" {name:>14}" for name in baselines)]
+    for ours in (row for row in rows if row["key"]["way"] == FUSED):
+        key = ours["key"]
+        peers = {row["key"]["way"]: row for row in rows if row["key"] == {**key, "way": row["key"]["way"]}}
+        memory = "-" if ours["peak_bytes"] is None else f"{ours['peak_bytes'] / 2**20:.0f}"
+        line = f"{Shape(key['model'], key['tokens'], key['batch'])!s:12} {key['pass']:16} {ours['ms']:9.4f}"
+        line += f" {ours['tflops']:8.2f} {ours['gbps']:7.1f} {ours['roof_percent']:6.1f} {memory:>6}"
+        for name in baselines:
+            value = f"{peers[name]['ms'] / ours['ms']:.2f}x" if name in peers else "-"
+            line += f" {value:>14}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def shapes(quick: bool) -> list[Shape]:
+    """DeiT's shapes, the most telling first; few and tiny with `quick`."""
+    if quick:
+        return [Shape("Ti", 5, 3)]
+    ordered = [(197, 256), (577, 32), (198, 256), (197, 64), (577, 128), (197, 512)]
+    return [Shape(model, tokens, batch) for tokens, batch in ordered for model in ("B", "S", "Ti")]
+
+
+def arguments(parser: argparse.ArgumentParser, minutes: float = 8.0) -> None:
+    """The options that all benchmarks of this folder have."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: proves that everything runs, not how fast")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON, rewritten after every row")
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"wall time (default {minutes:g})")
+
+
+def device_missing(program: str, device: str) -> bool:
+    """Whether the device is not there; says so."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print(f"{program}: no CUDA device; --device cpu --quick rehearses on CPU", file=sys.stderr)
+        return True
+    return False
+
+
+def main(names: Sequence[str], theme: str, argv: Sequence[str] | None = None, ops: dict[str, Op] | None = None) -> int:
+    """Run the micro benchmark of the ops `names`. Exit status 1 where an op is refused, 2 without the device.
+
+    ops: definitions in place of `benchmarks.ops.OPS`.
+    """
+    program = f"bench_{theme}"
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=f"Time {', '.join(names)}.")
+    arguments(parser)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="default: all")
+    parser.add_argument("--tokens", nargs="+", type=int, help="default: 197 198 577")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 32 to 512")
+    parser.add_argument("--only", nargs="+", choices=list(names), default=list(names), help="ops; default: all")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes longest")
+    parser.add_argument("--no-graph", action="store_true", help="time what the host launches, not a CUDA graph")
+    options = parser.parse_args(argv)
+    if device_missing(program, options.device):
+        return 2
+    budget = Budget(options.minutes)
+    definitions = OPS if ops is None else ops
+    selected = [
+        shape
+        for shape in shapes(options.quick)
+        if (not options.models or shape.model in options.models)
+        and (not options.tokens or shape.tokens in options.tokens)
+        and (not options.batches or shape.batch in options.batches)
+    ]
+    if not selected:
+        every = ", ".join(map(str, shapes(options.quick)))
+        print(f"{program}: no shape is left of {every}; change --models, --tokens or --batches", file=sys.stderr)
+        return 2
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    with Recorder(options.out, theme, options.device, options.quick) as recorder:
+        roof = roofs(options.device, options.quick)
+        recorder.note("roofs", asdict(roof))
+        print(f"roof: {roof.tflops:.1f} TFLOP/s, {roof.gbps:.0f} GB/s")
+        slowest = {False: 0.0, True: 0.0}
+        # torch.compile comes in a round of its own, last: it takes longer than all else and must not crowd it out.
+        rounds = (False, True) if not options.no_compile else (False,)
+        for compiled, shape, name in itertools.product(rounds, selected, options.only):
+            case = Case(definitions[name], shape, options.device, dtype)
+            if not budget.fits(slowest[compiled] or 1.0):
+                key = {"op": name, **shape.key(), "dtype": str(dtype).removeprefix("torch.")}
+                _report(recorder, {"key": key | ({"way": COMPILED} if compiled else {}), "skipped": "no time left"})
+                continue
+            chosen = {way: call for way, call in ways(case.op, options.device).items() if compiled == (way == COMPILED)}
+            if compiled:
+                torch.compiler.reset()
+            start = time.monotonic()
+            try:
+                time_case(case, chosen, recorder, roof, 10.0 if options.quick else 50.0, not options.no_graph)
+            except torch.OutOfMemoryError as problem:
+                _report(recorder, {"key": {"op": name, **shape.key()}, "failed": _first_line(problem)})
+            slowest[compiled] = max(slowest[compiled], time.monotonic() - start)
+        for name in options.only:
+            print(table(name, recorder.rows))
+        for row in recorder.refused:
+            print(f"REFUSED {row['key']['op']}: {row['refused']}", file=sys.stderr)
+        return 1 if recorder.refused else 0

@@ -1,0 +1,127 @@
+"""The one page that a suite of measurements ends with, in Markdown, from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks import bench_loader, breakdown
+from benchmarks.bench_train_step import ratios
+from benchmarks.goals import NOT_MEASURED, goal_table
+
+Row = dict[str, Any]
+
+
+def rows_of(results: dict[str, Any], op: str) -> list[Row]:
+    return [row for row in results["rows"] if row["key"].get("op") == op]
+
+
+def write_page(results: dict[str, Any], plots: Iterable[str] = ()) -> str:
+    """The page. results: what `gpu_suite` keeps in results.json; plots: names of the images beside it."""
+    facts, steps = results["facts"], rows_of(results, "train_step")
+    on_gpu = results["device"] == "cuda"
+    lines = [f"# Training speed on {facts['gpu'] or 'a CPU'}", ""]
+    if not on_gpu:
+        lines += ["A rehearsal on CPU: it shows that everything runs, and says nothing of a GPU.", ""]
+    lines += ["## Goals", "", goal_table(steps if on_gpu else []), "", "## Training step", "", step_table(steps), ""]
+    lines += [f"{text}." for text in ratios(steps)] + [""]
+    lines += ["Every way of a model takes the same weights, batch, loss, optimiser and average, without drop-path,"]
+    lines += ["and was compared with eager fp32 before it was timed. First step: from the start of the process.", ""]
+    parts = rows_of(results, "breakdown")
+    lines += [
+        "## One step, microseconds an image",
+        "",
+        breakdown.table(parts, markdown=True) if parts else NOT_MEASURED,
+    ]
+    if parts:
+        whole = parts[-1]["key"]
+        lines += ["", f"{whole['model']}, batch {whole['batch']}, {whole['way']}. The budget is a plan, not a result."]
+    lines += ["", "## Ops", "", op_table([row for row in results["rows"] if "pass" in row["key"]])]
+    lines += ["", "## Loader", "", loader_table(rows_of(results, "loader")), ""]
+    lines += bench_loader.summary(rows_of(results, "loader"))
+    lines += ["", "## How it was measured", "", *provenance(results)]
+    for name in plots:
+        lines += ["", f"![{name.removesuffix('.png')}]({name})"]
+    return "\n".join(lines) + "\n"
+
+
+def _reason(row: Row) -> str | None:
+    kinds = ("refused", "failed", "absent", "skipped")
+    return next((f"{kind}: {row[kind]}" for kind in kinds if kind in row), None)
+
+
+def _number(value: float | None, text: str = "{:,.1f}") -> str:
+    return "-" if value is None else text.format(value)
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    lines = ["| model | batch | way | images/s | ms | MFU sheet % | MFU roof % | GiB | first step s | 300 epochs h |"]
+    lines += ["|---|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        key = row["key"]
+        head = f"| {key['model']} | {key['batch']} | {key['way']}{' (taken over)' if row.get('reused') else ''} |"
+        if reason := _reason(row):
+            lines.append(f"{head} {reason.replace('|', '/')} | | | | | | |")
+            continue
+        names = ("images_per_second", "ms", "mfu_datasheet_percent", "mfu_roof_percent", "memory_gib", "first_step_s")
+        cells = [_number(row.get(name)) for name in (*names, "hours_300_epochs")]
+        lines.append(f"{head} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def op_table(rows: Sequence[Row]) -> str:
+    """The fused op of every shape, and how many times as long the fastest baseline takes."""
+    timed = [row for row in rows if "ms" in row]
+    if not timed:
+        return NOT_MEASURED
+    lines = ["| op | model | tokens | batch | pass | fused ms | % of roof | fastest baseline | fused is |"]
+    lines += ["|---|---|--:|--:|---|--:|--:|---|--:|"]
+    for row in timed:
+        key = row["key"]
+        if key["way"] != "fused":
+            continue
+        peers = [r for r in timed if r["key"]["way"] != "fused" and r["key"] == {**key, "way": r["key"]["way"]}]
+        fastest = min(peers, key=lambda r: r["ms"], default=None)
+        beside = (
+            f"{fastest['key']['way']} {fastest['ms']:.4f} | {fastest['ms'] / row['ms']:.2f} x" if fastest else "- | -"
+        )
+        lines.append(
+            f"| {key['op']} | {key['model']} | {key['tokens']} | {key['batch']} | {key['pass']} | {row['ms']:.4f} | "
+            f"{row['roof_percent']:.0f} | {beside} |"
+        )
+    for row in rows:
+        if "refused" in row or "failed" in row:
+            key = row["key"]
+            lines.append(f"| {key['op']} | {key['model']} | | | {key.get('way', '')} | {_reason(row)} | | | |")
+    return "\n".join(lines)
+
+
+def loader_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    lines = ["| loader | decoding | threads | images/s |", "|---|---|--:|--:|"]
+    for row in rows:
+        key = row["key"]
+        speed = _reason(row) or _number(row["images_per_second"], "{:,.0f}")
+        lines.append(f"| {key['way']} | {key['decode']} | {key['threads']} | {speed} |")
+    return "\n".join(lines)
+
+
+def provenance(results: dict[str, Any]) -> list[str]:
+    """Machine, versions, commit, roof, and what became of each part of the suite."""
+    facts, roof = results["facts"], results.get("roofs")
+    versions = ", ".join(f"{name} {facts.get(name)}" for name in ("driver", "cuda", "torch", "triton", "python"))
+    lines = [f"- {facts['gpu'] or facts['cpu']}, {versions}", f"- {facts['date']}, commit {facts['commit']}"]
+    lines += [f"- sources {facts['sources']}; `{facts['command']}`"]
+    if roof:
+        lines.append(f"- roof measured in this run: {roof['tflops']:,.1f} TFLOP/s, {roof['gbps']:,.0f} GB/s")
+    for when, state in (("before", facts["gpu_state"]), ("after", (results["finished"] or {}).get("gpu_state"))):
+        if state:
+            clocks = f"SM {state.get('sm_clock')}, memory {state.get('memory_clock')}"
+            lines.append(f"- {when}: {clocks}, throttle {state.get('throttle_reasons')}, {state.get('temperature')} C")
+    for name, part in results["parts"].items():
+        problem = f": {part['problem']}" if part.get("problem") else ""
+        lines.append(f"- part {name}: {part['status']} in {part['seconds']:.0f} s{problem}")
+    return lines

@@ -1,0 +1,325 @@
+"""The roofline on paper: FLOPs, bytes and the least time of every op of a training step. Needs no GPU.
+
+    python -m benchmarks.roofline --model deit_base --gpu h100 [--batch 512] [--tflops X --gbps Y]
+
+Counted for one image: each op reads its inputs once and writes its outputs once, activations and weights in bf16 (2
+bytes), weights and optimiser state shared by the images of a batch. A matrix product that ends in an epilogue (bias,
+GELU and its derivative, residual) counts the epilogue's tensors and no pass of their own; LayerNorm counts as a pass.
+An op's floor is the larger of FLOPs / matmul rate and bytes / bandwidth. Rates are the datasheet's unless given.
+
+Model FLOPs, the numerator of MFU, are three times the forward's, as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311,
+appendix B); the attention backward computes its scores a second time, which the floor counts and MFU does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.zoo import VARIANTS, Variant, find_variant
+
+IMAGENET_EPOCHS, IMAGENET_IMAGES, CLASSES = 300, 1_281_167, 1000
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Datasheet rates: dense bf16 matrix products in TFLOP/s, memory in GB/s."""
+
+    name: str
+    tflops: float
+    gbps: float
+
+
+GPUS = {
+    "a100": Gpu("A100 80 GB SXM", 312, 2039),
+    "h100": Gpu("H100 SXM", 989.4, 3350),
+    "h100-pcie": Gpu("H100 PCIe", 756, 2000),
+    "h200": Gpu("H200 SXM", 989.4, 4800),
+}
+"""NVIDIA's datasheets, without sparsity."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One line of the plan for DeiT-B at 224 px on one H100, in microseconds an image. A plan, not a measurement."""
+
+    part: str
+    floor: float
+    budget: float
+    how: str
+
+
+BUDGET_MODEL = "deit_base_patch16_224"
+BUDGET = (
+    Budget("GEMM forward", 42, 55, "epilogues fused, no separate GELU, bias or residual pass"),
+    Budget("GEMM dgrad", 42, 55, "gelu' multiply and bias column sums in the epilogue"),
+    Budget("GEMM wgrad", 42, 54, ""),
+    Budget("attention", 16, 22, "whole sequence on chip, straight from packed qkv"),
+    Budget("norm", 6, 14, "LayerNorm, residual, statistics: in GEMM epilogues both ways, or one pass each"),
+    Budget("optimiser", 2.5, 4, "AdamW, EMA and casts in one kernel over flat buffers, batch 512"),
+    Budget("input", 1, 4, "uint8 in, patches out; patch product, heads, loss"),
+    Budget("gaps", 0, 0, "the whole step in a CUDA graph"),
+)
+PARTS = tuple(line.part for line in BUDGET if line.part != "gaps")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of the step, as often as it occurs an image. flops, nbytes: of one occurrence, for one image."""
+
+    name: str
+    part: str
+    flops: float
+    nbytes: float
+    count: int = 1
+
+    def floor_us(self, tflops: float, gbps: float) -> float:
+        """Least time of all occurrences, microseconds an image."""
+        return self.count * max(self.flops / tflops / 1e6, self.nbytes / gbps / 1e3)
+
+    def bound(self, tflops: float, gbps: float) -> str:
+        return "compute" if self.flops / tflops >= 1e3 * self.nbytes / gbps else "memory"
+
+
+def full_name(model: str) -> str:
+    """`deit_tiny` -> `deit_tiny_patch16_224`, `deit_base_384` -> `deit_base_patch16_384`; whole names pass.
+
+    Raises DeitfastError with the nearest name.
+    """
+    family, _, size = model.rpartition("_")
+    for name in (model, f"{model}_patch16_224", f"{family}_patch16_{size}"):
+        if name in VARIANTS:
+            return name
+    raise DeitfastError(f"model {model!r} unknown.{did_you_mean(model, VARIANTS) or ' `deitfast models` lists them.'}")
+
+
+def short_name(model: str) -> str:
+    """The inverse of `full_name`, for tables."""
+    return model.replace("_patch16_224", "").replace("_patch16", "")
+
+
+def tokens_of(variant: Variant) -> int:
+    return (variant.image_size // variant.patch_size) ** 2 + (2 if variant.distilled else 1)
+
+
+def parameters_of(variant: Variant) -> int:
+    """Number of parameters, by formula."""
+    D, N, heads = variant.width, tokens_of(variant), 2 if variant.distilled else 1
+    block = 12 * D * D + 13 * D
+    patch = 3 * variant.patch_size**2 * D + D
+    return variant.depth * block + patch + N * D + heads * D + 2 * D + heads * (D + 1) * CLASSES
+
+
+def step_ops(variant: Variant, batch: int) -> list[Op]:
+    """Every op of one training step, for one image of a batch."""
+    D, L, N, S = variant.width, variant.depth, tokens_of(variant), variant.image_size
+    heads = 2 if variant.distilled else 1
+    patches, pixels = N - heads, 3 * variant.patch_size**2
+
+    def product(name: str, rows: int, K: int, out: int, extra: float, more: float, count: int = L) -> list[Op]:
+        """Forward, dgrad and wgrad of x (rows, K) W^T (K, out); extra and more: further elements forward, dgrad."""
+        flops, weight, x, y = 2.0 * rows * K * out, K * out / batch, rows * K, rows * out
+        return [
+            Op(f"{name} forward", "GEMM forward", flops, 2 * (x + weight + y + extra), count),
+            Op(f"{name} dgrad", "GEMM dgrad", flops, 2 * (y + weight + x + more), count),
+            Op(f"{name} wgrad", "GEMM wgrad", flops, 2 * (y + x + weight), count),
+        ]
+
+    ops = product("qkv", N, D, 3 * D, 0, 0) + product("proj", N, D, D, N * D, 0)
+    ops += product("fc1", N, D, 4 * D, 4 * N * D, 0) + product("fc2", N, 4 * D, D, N * D, 4 * N * D)
+    statistics = 4.0 * variant.heads * N
+    ops += [
+        Op("attention forward", "attention", 4.0 * N * N * D, 2 * 4 * N * D + statistics, L),
+        Op("attention backward", "attention", 10.0 * N * N * D, 2 * 8 * N * D + statistics, L),
+        Op("LayerNorm forward", "norm", 8.0 * N * D, 2 * 2 * N * D, 2 * L + 1),
+        Op("LayerNorm backward", "norm", 14.0 * N * D, 2 * 4 * N * D, 2 * L + 1),
+    ]
+    # Parameter, both moments and the average read and written, the gradient read (fp32); the bf16 copy written.
+    ops.append(Op("AdamW, EMA, casts", "optimiser", 0.0, (4 * 2 * 4 + 4 + 2) * parameters_of(variant) / batch))
+    patch, _, patch_wgrad = product("patch", patches, pixels, D, D * heads, 0, 1)
+    head = product("head", 1, D, CLASSES, 0, 0, heads)
+    ops += [
+        Op("uint8 to patches", "input", 0.0, 3 * S * S + 2 * patches * pixels),
+        *(Op(op.name, "input", op.flops, op.nbytes, op.count) for op in (patch, patch_wgrad, *head)),
+        Op("loss", "input", 0.0, 2 * 3 * CLASSES, heads),
+    ]
+    return ops
+
+
+def _is_forward(op: Op) -> bool:
+    return op.name.endswith(" forward") and op.part != "norm"
+
+
+def forward_macs(model: str) -> float:
+    """Multiply-adds of one image's forward pass: its matrix products, attention included."""
+    return sum(op.count * op.flops for op in step_ops(find_variant(full_name(model)), 1) if _is_forward(op)) / 2
+
+
+def model_flops(model: str) -> float:
+    """FLOPs that MFU counts for one trained image: three times the forward's."""
+    return 6 * forward_macs(model)
+
+
+def mfu(images_per_second: float, model: str, tflops: float) -> float:
+    """Share of `tflops` that the model's FLOPs take, 0 to 1."""
+    return images_per_second * model_flops(model) / (tflops * 1e12)
+
+
+def hours_for_imagenet(images_per_second: float) -> float:
+    """Hours for the paper's 300 epochs of ImageNet-1k."""
+    return IMAGENET_EPOCHS * IMAGENET_IMAGES / images_per_second / 3600
+
+
+def part_floors(model: str, batch: int, tflops: float, gbps: float) -> dict[str, float]:
+    """Part of the budget -> floor in microseconds an image."""
+    floors = dict.fromkeys(PARTS, 0.0)
+    for op in step_ops(find_variant(full_name(model)), batch):
+        floors[op.part] += op.floor_us(tflops, gbps)
+    return floors
+
+
+def gpu_of(device_name: str) -> Gpu | None:
+    """The datasheet of the GPU that calls itself `device_name`, or None where there is none here."""
+    upper = device_name.upper()
+    if "H100" in upper and ("PCIE" in upper or "NVL" in upper):
+        return GPUS["h100-pcie"] if "PCIE" in upper else None
+    for key in ("h200", "h100"):
+        if key.upper() in upper:
+            return GPUS[key]
+    return GPUS["a100"] if "A100" in upper and "80GB" in upper and "PCIE" not in upper else None
+
+
+# torch.utils.flop_counter --------------------------------------------------------------------------------------------
+
+
+def _numel(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _attention(factor: int, qkv: Sequence[int]) -> int:
+    """factor B N^2 D for packed qkv (B, N, 3D)."""
+    batch, tokens, packed = qkv
+    return factor * batch * tokens * tokens * packed // 3
+
+
+def _products(x: Sequence[int], *weights: Sequence[int], factor: int = 2) -> int:
+    """factor x rows of x x the weights' sizes: 2 for a forward, 4 for a backward."""
+    return factor * _numel(x[:-1]) * sum(map(_numel, weights))
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas for `FlopCounterMode(custom_mapping=...)`: the ops of `deitfast.kernels`, which would count zero, and
+    the CPU's own attention. Arguments are the op's, tensors as shapes."""
+    import torch
+
+    import deitfast.fused  # noqa: F401 (defines the ops)
+
+    ours, aten = torch.ops.deitfast, torch.ops.aten
+
+    def sdpa(factor: int, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
+        batch, heads, rows, width = q
+        return factor * batch * heads * rows * k[2] * width
+
+    return {
+        ours.attention_fwd: lambda qkv, *_, **__: _attention(4, qkv),
+        ours.attention_bwd: lambda dout, qkv, *_, **__: _attention(10, qkv),
+        ours.layernorm_qkv: lambda x, lw, lb, w, *_, **__: _products(x, w),
+        ours.layernorm_qkv_bwd: lambda dout, x, lw, w, *_, **__: _products(x, w, factor=4),
+        ours.linear_residual: lambda x, w, *_, **__: _products(x, w),
+        ours.linear_residual_bwd: lambda dout, x, w, *_, **__: _products(x, w, factor=4),
+        ours.mlp_gelu: lambda x, w1, b1, w2, *_, **__: _products(x, w1, w2),
+        ours.mlp_gelu_bwd: lambda dout, x, w1, w2, *_, **__: _products(x, w1, w2, factor=4),
+        ours.layernorm_mlp: lambda x, lw, lb, w1, b1, w2, *_, **__: _products(x, w1, w2),
+        ours.layernorm_mlp_bwd: lambda dout, x, lw, w1, w2, *_, **__: _products(x, w1, w2, factor=4),
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa(4, q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, q, k, v, *_, **__: sdpa(10, q, k, v),
+    }
+
+
+def counted_flops(model: str, *, fused: bool, backward: bool = False) -> int:
+    """FLOPs of one image as torch.utils.flop_counter sees them in `deitfast.create_model(model, fused=fused)`.
+
+    Runs on the meta device: nothing is computed.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from deitfast.model import DeiT, create_model
+
+    # The truncated normal looks at its draws, which the meta device has none of.
+    with torch.device("meta"), mock.patch.object(DeiT, "init_weights"):
+        net = create_model(full_name(model), fused=fused)
+    images = torch.empty(1, 3, net.image_size, net.image_size, device="meta")
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        out = net(images)
+        if backward:
+            (torch.stack(out) if isinstance(out, tuple) else out).sum().backward()
+    return counter.get_total_flops()
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def report(model: str, batch: int, gpu: Gpu) -> str:
+    """The table of every op, the sums by part and, for DeiT-B at 224, the budget beside them."""
+    name = full_name(model)
+    variant = find_variant(name)
+    ops = step_ops(variant, batch)
+    lines = [
+        f"{name}, batch {batch}, {gpu.name} ({gpu.tflops:g} TFLOP/s, {gpu.gbps:g} GB/s); an image at a time",
+        f"{'op':22}{'part':14}{'count':>6}{'GFLOP':>10}{'MB':>10}{'bound':>9}{'floor us':>10}",
+    ]
+    for op in ops:
+        gflop, megabytes = op.count * op.flops / 1e9, op.count * op.nbytes / 1e6
+        bound, floor = op.bound(gpu.tflops, gpu.gbps), op.floor_us(gpu.tflops, gpu.gbps)
+        lines.append(f"{op.name:22}{op.part:14}{op.count:6}{gflop:10.3f}{megabytes:10.3f}{bound:>9}{floor:10.3f}")
+    planned = {line.part: line for line in BUDGET} if name == BUDGET_MODEL else {}
+    lines += ["", f"{'part':22}{'floor us':>10}" + (f"{'plan: floor':>14}{'budget':>8}  how" if planned else "")]
+    floors = part_floors(name, batch, gpu.tflops, gpu.gbps)
+    for part, floor in floors.items():
+        plan = planned.get(part)
+        tail = f"{plan.floor:14g}{plan.budget:8g}  {plan.how}" if plan else ""
+        lines.append(f"{part:22}{floor:10.2f}{tail}".rstrip())
+    total = sum(floors.values())
+    tail = f"{sum(x.floor for x in BUDGET):14g}{sum(x.budget for x in BUDGET):8g}" if planned else ""
+    lines.append(f"{'sum':22}{total:10.2f}{tail}")
+    lines += [
+        "",
+        f"forward {forward_macs(name) / 1e9:.2f} G multiply-adds, training {model_flops(name) / 1e9:.1f} GFLOP an "
+        f"image (3 x forward), {parameters_of(variant) / 1e6:.2f} M parameters",
+        f"no step is faster than {1e6 / total:,.0f} images/s, {hours_for_imagenet(1e6 / total):.1f} hours for "
+        f"{IMAGENET_EPOCHS} epochs of ImageNet-1k: a bound, not a measurement",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="deit_base", help="deit_tiny, deit_base_384, ... or a whole name")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="whose datasheet (default h100)")
+    parser.add_argument("--batch", type=int, default=512, help="images that share weights and optimiser (default 512)")
+    parser.add_argument("--tflops", type=float, help="matmul rate to use instead, such as a measured roof")
+    parser.add_argument("--gbps", type=float, help="bandwidth to use instead")
+    options = parser.parse_args(argv)
+    sheet = GPUS[options.gpu]
+    try:
+        if min(options.batch, options.tflops or 1, options.gbps or 1) <= 0:
+            raise DeitfastError("--batch, --tflops and --gbps must be positive")
+        gpu = Gpu(sheet.name, options.tflops or sheet.tflops, options.gbps or sheet.gbps)
+        print(report(options.model, options.batch, gpu))
+    except DeitfastError as error:
+        print(f"roofline: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""One training step of one library, ready to be timed: what the worker processes of `bench_train_step` run.
+
+The step is forward, loss on mixed and smoothed targets, backward, AdamW and the moving average. Loss, optimiser (fused
+AdamW on CUDA), parameter groups and average are the same code for every library: what differs is the model and how
+it is run. Data are random, normalised images that already lie on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
+from benchmarks.peers_models import build, logits_of, reference_state, version
+from benchmarks.roofline import CLASSES
+from deitfast.data import Targets
+from deitfast.losses import soft_cross_entropy
+from deitfast.optim import Ema, make_optimizer
+from deitfast.recipe import Recipe
+from deitfast.zoo import find_variant
+
+CHECKED_IMAGES = 4
+LIMITS = {"bf16": (2e-3, 1e-2, 3e-2), "fp32": (1e-4, 1e-3, 1e-3)}
+"""Largest relative error of loss, gradient norm and logits against eager fp32; bf16's own error is near a third."""
+
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker runs. model: a zoo name. compile: torch.compile's mode, or "" for eager.
+
+    launched: `time.time()` when the process was started. quick: few samples.
+    """
+
+    library: str
+    model: str
+    batch: int
+    device: str
+    precision: str = "bf16"
+    fused: bool = False
+    ema: bool = True
+    drop_path: float = 0.0
+    compile: str = ""
+    quick: bool = False
+    launched: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The first step in eager fp32: loss, 2-norm of all gradients, logits of the first images."""
+
+    loss: float
+    gradient_norm: float
+    logits: list[list[float]]
+
+
+class TrainStep:
+    """`step()` is one training step; `forward`, `backward` and `update` are its parts."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.device = job, torch.device(job.device)
+        self.model = build(
+            job.library, job.model, reference_state(job.model), fused=job.fused, drop_path=job.drop_path
+        ).to(self.device)
+        self.images, self.targets = synthetic_batch(job)
+        self.optimizer = make_optimizer(self.model, Recipe())
+        self.ema = Ema(self.model, Recipe().ema_decay) if job.ema else None
+        self.run: Any = torch.compile(self.model, mode=job.compile) if job.compile else self.model
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(loss, logits)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.precision == "bf16"):
+            logits = logits_of(self.run(self.images))
+        return soft_cross_entropy(logits, self.targets), logits
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+
+    def __call__(self) -> None:
+        loss, _ = self.forward()
+        self.backward(loss)
+        self.update()
+
+    def first(self) -> Reference:
+        """The first step, with what is compared."""
+        loss, logits = self.forward()
+        logits = logits[:CHECKED_IMAGES].detach().float().cpu()
+        self.backward(loss)
+        norm = gradient_norm(self.model)
+        self.update()
+        return Reference(float(loss.detach()), norm, logits.tolist())
+
+
+def synthetic_batch(job: Job) -> tuple[Tensor, Targets]:
+    """Normal images (B, 3, S, S) in fp32 and mixed, smoothed targets, on the device; the same on every machine."""
+    side = find_variant(job.model).image_size
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(job.batch, 3, side, side, generator=generator)
+    labels, partners = (torch.randint(0, CLASSES, (job.batch,), generator=generator) for _ in range(2))
+    lam = torch.rand(job.batch, generator=generator)
+    targets = Targets(labels.to(job.device), partners.to(job.device), lam.to(job.device), Recipe().smoothing)
+    return images.to(job.device), targets
+
+
+def gradient_norm(model: torch.nn.Module) -> float:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float()))
+
+
+def reference(job: Job, chunk: int = 32) -> Reference:
+    """Loss, gradient norm and logits of our eager model in fp32, accumulated over chunks of the same batch."""
+    model = build("ours", job.model, reference_state(job.model), fused=False).to(job.device)
+    images, targets = synthetic_batch(job)
+    total, logits = 0.0, torch.empty(0)
+    for start in range(0, job.batch, chunk):
+        part = slice(start, start + chunk)
+        outputs = model(images[part])
+        share = Targets(targets.labels[part], targets.partner_labels[part], targets.lam[part], targets.smoothing)
+        loss = soft_cross_entropy(outputs, share) * (len(outputs) / job.batch)
+        loss.backward()
+        total += float(loss.detach())
+        if start == 0:
+            logits = outputs[:CHECKED_IMAGES].detach().cpu()
+    return Reference(total, gradient_norm(model), logits.tolist())
+
+
+def compare(actual: Reference, expected: Reference, precision: str) -> None:
+    """Raise Refused unless loss, gradient norm and logits agree within `LIMITS`."""
+    logits, exact = torch.tensor(actual.logits), torch.tensor(expected.logits)
+    if logits.shape != exact.shape:
+        raise Refused(f"logits of shape {tuple(logits.shape)}, expected {tuple(exact.shape)}")
+    errors = (
+        abs(actual.loss - expected.loss) / abs(expected.loss),
+        abs(actual.gradient_norm - expected.gradient_norm) / expected.gradient_norm,
+        float((logits - exact).norm() / exact.norm()),
+    )
+    for name, error, limit in zip(("loss", "gradient norm", "logits"), errors, LIMITS[precision], strict=True):
+        if not error <= limit:
+            raise Refused(f"{name} is off by {error:.1e} relative to eager fp32, limit {limit:.0e} in {precision}")
+
+
+def fastest_attention(job: Job) -> str:
+    """The fastest scaled_dot_product_attention backend, forward and backward, at the model's shape. CUDA only."""
+    variant = find_variant(job.model)
+    tokens = (variant.image_size // variant.patch_size) ** 2 + 1
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    packed = torch.randn(
+        min(job.batch, 64), tokens, 3, variant.heads, variant.width // variant.heads, device=job.device, dtype=dtype
+    ).requires_grad_()
+    dout = torch.randn_like(packed[:, :, 0].transpose(1, 2))
+    times: dict[str, float] = {}
+    for name, backend in _BACKENDS.items():
+
+        def run() -> None:
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+            torch.nn.functional.scaled_dot_product_attention(q, k, v).backward(dout)
+
+        # A backend that does not take this shape, dtype or chip says so with a RuntimeError.
+        with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
+            times[name] = measure(run, device=job.device, budget_ms=20, flush=False).median_ms
+    return min(times, key=lambda name: times[name])
+
+
+def work(job: Job, expected: Reference | None) -> dict[str, Any]:
+    """Run one job: build, first step, check against `expected` (none with drop-path, whose draws differ), time.
+
+    Returns the row without its key; raises Refused, ImportError, torch.OutOfMemoryError or what the peer raises.
+    """
+    on_cuda = torch.device(job.device).type == "cuda"
+    facts: dict[str, Any] = {"version": version(job.library), "attention": "ours" if job.fused else "default"}
+    with contextlib.ExitStack() as stack:
+        if on_cuda and not job.fused:
+            facts["attention"] = fastest_attention(job)
+            backends = [_BACKENDS[facts["attention"]], SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(backends, set_priority=True))
+        start = time.time()
+        step = TrainStep(job)
+        synchronize(job.device)
+        built = time.time()
+        first = step.first()
+        synchronize(job.device)
+        facts |= {"build_s": built - start, "first_call_s": time.time() - built, "loss": first.loss}
+        facts |= {"first_step_s": time.time() - job.launched, "checked": expected is not None}
+        if expected is not None:
+            compare(first, expected, job.precision)
+        if on_cuda:
+            for _ in range(2):
+                step()
+            synchronize(job.device)
+            torch.cuda.reset_peak_memory_stats()
+        budget, warmup = (500.0, 1) if job.quick else (3000.0, 3)
+        runs = [
+            measure(step, device=job.device, budget_ms=budget, warmup=warmup, flush=False, most=100)
+            for _ in range(1 if job.quick else 2)
+        ]
+        if on_cuda:
+            facts["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            facts["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    return {**timed_row({}, runs), **facts}
+
+
+def measured_roofs(job: Job) -> dict[str, float]:
+    return asdict(roofs(job.device, job.quick))
+
+
+def roof_from(values: Sequence[float]) -> Roofs:
+    """`TFLOP/s,GB/s` of the command line."""
+    tflops, gbps = values
+    return Roofs(tflops, gbps)

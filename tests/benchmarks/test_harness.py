@@ -1,0 +1,311 @@
+"""The instrument itself: does it see a slow-down, refuse a wrong result, and keep what a cut-off run measured?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Budget, Recorder, Refused, Roofs, Timing, load, measure, rates, roofs, timed_row, verify
+from benchmarks.record import ROOT
+
+KEYS = {"date", "command", "commit", "sources", "device", "gpu", "driver", "python", "torch", "triton"}
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_slow_down_is_measured():
+    fast = measure(lambda: time.sleep(0.002), device="cpu", budget_ms=20)
+    slow = measure(lambda: time.sleep(0.012), device="cpu", budget_ms=60)
+    assert fast.median_ms >= 2
+    assert slow.median_ms >= 12
+    assert slow.median_ms > 2 * fast.median_ms
+
+
+def test_the_sets_take_turns():
+    seen = []
+    timing = measure(seen.append, device="cpu", sets=["a", "b", "c"], budget_ms=0.0, warmup=3)
+    assert seen[:3] == ["a", "b", "c"]
+    assert seen[4:7] == ["a", "b", "c"]
+    assert timing.samples == 3
+
+
+def test_warm_up_is_not_timed():
+    calls = []
+
+    def call():
+        calls.append(None)
+        if len(calls) <= 2:
+            time.sleep(0.05)
+
+    assert measure(call, device="cpu", budget_ms=1, warmup=2).p80_ms < 50
+
+
+def test_percentiles_are_those_of_the_samples():
+    timing = Timing.of([float(value) for value in range(100, -1, -1)])
+    assert (timing.median_ms, timing.p20_ms, timing.p80_ms, timing.samples) == (50, 20, 80, 101)
+
+
+def test_rotating_needs_one_set_on_cpu_and_more_than_the_cache_elsewhere(monkeypatch):
+    def make():
+        return {"x": torch.zeros(256), "y": [torch.zeros(256)]}  # 2 KiB
+
+    assert len(harness.rotating(make, "cpu")) == 1
+    monkeypatch.setattr(harness, "l2_bytes", lambda device: 5 << 10)
+    sets = harness.rotating(make, "cpu")
+    assert len(sets) == 5
+    assert len({inputs["x"].data_ptr() for inputs in sets}) == 5
+
+
+def test_a_budget_runs_out():
+    assert Budget(1).fits(59)
+    assert not Budget(1).fits(61)
+    assert not Budget(0).fits(0.1)
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: events read a clock that each call moves on; counts what the host waits for."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.waits, self.events, self.captures, self.lap = 0.0, 0, 0, 0, None
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                fake.events += 1
+
+            def record(self):
+                self.at = fake.now
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class Graph:
+            def replay(self):
+                fake.lap()
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        class Capture(contextlib.nullcontext):
+            def __init__(self, graph, stream):
+                super().__init__()
+                fake.captures += 1
+
+        def wait(device=None):
+            fake.waits += 1
+
+        for name, value in {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "Stream": Stream,
+            "current_stream": Stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "graph": Capture,
+            "synchronize": wait,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_on_a_gpu_events_time_and_the_host_waits_once(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def call(inputs):
+        cuda.now += inputs
+
+    timing = measure(call, device="cuda", sets=[2.0, 4.0, 6.0], budget_ms=1e6, most=30)
+    assert (timing.median_ms, timing.p20_ms, timing.p80_ms, timing.samples) == (4, 2, 6, 30)
+    assert cuda.events == 60
+    assert cuda.waits == 3, "after warm-up, after the estimate, and at the end"
+
+
+def test_a_graph_is_a_lap_over_all_sets(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def call(inputs):
+        cuda.now += inputs
+
+    cuda.lap = lambda: call(12.0)
+    timing = measure(call, device="cuda", sets=[2.0, 4.0, 6.0], budget_ms=1e6, most=10, graph=True)
+    assert timing.median_ms == 4, "a lap of 12 ms over three sets"
+    assert cuda.captures == 1
+
+
+# The roof ------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_are_arithmetic():
+    roof = Roofs(tflops=2.0, gbps=100.0)
+    ms = Timing(4.0, 4.0, 4.0, 1)
+    found = rates(flops=4e9, nbytes=1e8, timing=ms, roof=roof)  # floors: 2 ms of arithmetic, 1 ms of memory
+    assert found == pytest.approx(
+        {"tflops": 1.0, "gbps": 25.0, "floor_ms": 2.0, "roof_percent": 50.0, "bound": "compute"}
+    )
+    assert rates(flops=0, nbytes=1e8, timing=ms, roof=roof)["bound"] == "memory"
+    assert rates(flops=0, nbytes=1e8, timing=ms, roof=roof)["roof_percent"] == pytest.approx(25)
+
+
+def test_the_roof_is_measured():
+    roof = roofs("cpu", quick=True)
+    assert roof.tflops > 0
+    assert roof.gbps > 0
+
+
+def test_a_row_keeps_both_runs():
+    row = timed_row({"op": "x"}, [Timing(1, 1, 1, 5), Timing(3, 3, 3, 5)])
+    assert row["ms"] == 2
+    assert [run["median_ms"] for run in row["runs"]] == [1, 3]
+
+
+# Correctness ---------------------------------------------------------------------------------------------------------
+
+
+def rounded(dtype):
+    reference = torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return reference, reference.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_right_result_passes(dtype):
+    reference, eager = rounded(dtype)
+    verify("op", eager.clone(), reference, eager)
+
+
+def test_planted_wrong_results_are_refused():
+    reference, eager = rounded(torch.bfloat16)
+    one_wrong = eager.clone()
+    one_wrong[3, 5] += 0.25
+    rough = eager * (1 + 2.0**-5)
+    not_finite = eager.clone()
+    not_finite[0, 0] = float("nan")
+    for name, wrong in (("largest", one_wrong), ("2-norm", rough), ("not finite", not_finite)):
+        with pytest.raises(Refused, match=name if name != "2-norm" else "error"):
+            verify("op", wrong, reference, eager)
+    with pytest.raises(Refused, match="shapes"):
+        verify("op", eager[:3], reference, eager)
+    with pytest.raises(Refused, match="dtypes"):
+        verify("op", eager.float(), reference, eager)
+
+
+def test_loss_of_precision_that_hides_below_one_outlier_is_refused():
+    reference, eager = rounded(torch.bfloat16)
+    reference[0, 0], eager[0, 0] = 1001.9, 1000.0  # eager's largest error is this one element's
+    rough = eager + 0.5
+    rough[0, 0] = eager[0, 0]
+    with pytest.raises(Refused, match="2-norm"):
+        verify("op", rough, reference, eager, magnitude=reference[1:])
+
+
+def test_the_rule_is_that_of_the_kernel_tests():
+    from tests.kernels.tolerance import ATOL, assert_close_to_float64
+
+    assert harness.SLACK == ATOL
+    reference, eager = rounded(torch.float16)
+    for factor in (1 + 2.0**-12, 1 + 2.0**-10, 1 + 2.0**-9, 1 + 2.0**-8):
+        actual = (reference * factor).half()
+        verdicts = []
+        for rule, error in ((assert_close_to_float64, AssertionError), (verify, Refused)):
+            try:
+                rule("op", actual, reference, eager, factor=2.0)
+                verdicts.append(True)
+            except error:
+                verdicts.append(False)
+        assert verdicts[0] == verdicts[1]
+
+
+# The results file ----------------------------------------------------------------------------------------------------
+
+
+def test_the_recorder_says_where_and_when(tmp_path):
+    path = tmp_path / "folder" / "results.json"
+    with Recorder(path, "theme", "cpu", quick=True) as recorder:
+        recorder.note("roofs", {"tflops": 1.0})
+        recorder.add({"key": {"op": "x"}, "ms": 1.0})
+        assert load(path)["rows"] == recorder.rows
+        assert load(path)["finished"] is None
+    data = load(path)
+    assert data["facts"].keys() >= KEYS
+    assert data["facts"]["torch"] == torch.__version__
+    assert (data["theme"], data["quick"], data["roofs"]) == ("theme", True, {"tflops": 1.0})
+    assert data["finished"]["date"]
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+CUT_OFF = """
+import os, sys, time
+from benchmarks.record import Recorder
+recorder = Recorder(sys.argv[1], "cut", "cpu")
+for i in range(10**6):
+    recorder.add({"key": {"i": i}, "ms": 1.0})
+    if i == 20:
+        print("ready", flush=True)
+"""
+
+
+def test_a_run_that_is_killed_leaves_whole_json(tmp_path):
+    path = tmp_path / "cut.json"
+    command = [sys.executable, "-c", CUT_OFF, str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.wait()
+    data = load(path)
+    assert len(data["rows"]) >= 21
+    assert [row["key"]["i"] for row in data["rows"]] == list(range(len(data["rows"])))
+    assert data["finished"] is None
+
+
+def test_an_exception_leaves_the_file_unfinished(tmp_path):
+    path = tmp_path / "failed.json"
+    with pytest.raises(RuntimeError), Recorder(path, "theme", "cpu") as recorder:  # noqa: PT012
+        recorder.add({"key": {}, "ms": 1.0})
+        raise RuntimeError("out of memory")
+    assert len(load(path)["rows"]) == 1
+    assert load(path)["finished"] is None
+
+
+def test_no_file_holds_what_is_not_json(tmp_path):
+    path = tmp_path / "nan.json"
+    recorder = Recorder(path, "theme", "cpu")
+    with pytest.raises(ValueError, match="JSON"):
+        recorder.add({"key": {}, "ms": float("nan")})
+    json.loads(path.read_text())
+    with pytest.raises(ValueError, match="recorder's own"):
+        recorder.note("rows", [])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', "{"])
+def test_another_file_is_named_in_one_line(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json: not a results file"):
+        load(path)
+
+
+SMI = """#!/bin/sh
+case "$*" in
+*clocks_throttle_reasons*) echo 'Field "clocks_throttle_reasons.active" is not a valid field to query.'; exit 2;;
+*driver_version*) echo "580.1";;
+*clocks.sm*) echo "1980 MHz";;
+*) exit 1;;
+esac
+"""
+
+
+def test_a_field_that_nvidia_smi_does_not_know_costs_only_itself(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert harness.gpu_state() == {"driver": "580.1", "sm_clock": "1980 MHz"}
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert harness.gpu_state() is None

@@ -1,0 +1,282 @@
+"""Every micro benchmark and the tuner, rehearsed on CPU; a planted wrong op gets no number."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import sys
+import time
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from benchmarks import (
+    bench_attention,
+    bench_block_ops,
+    bench_layernorm_qkv,
+    bench_mlp_gelu,
+    compile_report,
+    micro,
+    peers_ops,
+    sanitize,
+    tune,
+    tune_sites,
+)
+from benchmarks.harness import Refused, load
+from benchmarks.ops import OPS, Draw, Shape
+from benchmarks.tune_sites import Candidate
+from deitfast.kernels.common import INTERPRETED, Launch
+
+QUICK = ["--device", "cpu", "--quick"]
+BENCHES = {
+    bench_attention: {"attention"},
+    bench_layernorm_qkv: {"layernorm_qkv", "layernorm"},
+    bench_mlp_gelu: {"mlp_gelu"},
+    bench_block_ops: {"block", "layernorm_mlp", "linear_residual"},
+}
+
+
+def test_the_benches_cover_every_op():
+    assert set().union(*BENCHES.values()) == OPS.keys()
+
+
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: bench.__name__)
+def test_the_quick_path_times_every_way_in_both_directions(bench, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    assert bench.main([*QUICK, "--out", str(out)]) == 0
+    data = load(out)
+    timed = {(row["key"]["op"], row["key"]["way"], row["key"]["pass"]) for row in data["rows"] if "ms" in row}
+    for op in BENCHES[bench]:
+        for way in ("fused", "eager", "torch.compile"):
+            assert {(op, way, "forward"), (op, way, "forward+backward")} <= timed
+    for row in data["rows"]:
+        assert "ms" in row or row.keys() & {"absent", "failed"}
+        if "ms" in row:
+            assert len(row["runs"]) == 2
+            assert row["tflops"] >= 0
+            assert row["gbps"] > 0
+            assert row["roof_percent"] > 0
+    assert data["roofs"]["tflops"] > 0
+    assert data["finished"]
+    printed = capsys.readouterr().out
+    assert all(f"== {op}\n" in printed for op in BENCHES[bench])
+
+
+def test_every_attention_baseline_is_named_also_where_it_cannot_run(tmp_path):
+    out = tmp_path / "results.json"
+    assert bench_attention.main([*QUICK, "--no-compile", "--out", str(out)]) == 0
+    named = {row["key"]["way"] for row in load(out)["rows"]}
+    assert named == {"fused", "eager", *peers_ops.SDPA, "flash-attn 2", "flash-attn 3"}
+
+
+def planted(break_it):
+    """OPS with a `mlp_gelu` whose result `break_it` has changed."""
+    op = OPS["mlp_gelu"]
+    return OPS | {"mlp_gelu": dataclasses.replace(op, fused=lambda **tensors: break_it(op.fused, tensors))}
+
+
+def double_one_gradient(fused, tensors):
+    bias = tensors["fc1_bias"]
+    return fused(**tensors | {"fc1_bias": 2 * bias - bias.detach()})
+
+
+PLANTED = {
+    "an output": lambda fused, tensors: fused(**tensors) * 1.1,
+    "one gradient": double_one_gradient,
+    "a shape": lambda fused, tensors: fused(**tensors)[:-1],
+}
+
+
+@pytest.mark.parametrize("break_it", PLANTED.values(), ids=PLANTED)
+def test_a_wrong_op_gets_no_number(break_it, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    assert micro.main(["mlp_gelu"], "mlp_gelu", [*QUICK, "--out", str(out)], ops=planted(break_it)) == 1
+    rows = load(out)["rows"]
+    assert rows
+    assert all("refused" in row and not row.keys() & {"ms", "runs", "tflops"} for row in rows)
+    captured = capsys.readouterr()
+    assert "refused: " in captured.out
+    assert " ms " not in captured.out.replace("fused ms ", "")
+    assert "REFUSED mlp_gelu" in captured.err
+
+
+def test_a_planted_slow_down_of_an_op_is_measured(tmp_path):
+    def slow(fused, tensors):
+        time.sleep(0.03)
+        return fused(**tensors)
+
+    rows = []
+    for name, ops in (("right", OPS), ("slow", planted(slow))):
+        out = tmp_path / f"{name}.json"
+        assert micro.main(["mlp_gelu"], "mlp_gelu", [*QUICK, "--no-compile", "--out", str(out)], ops=ops) == 0
+        key = {"way": "fused", "pass": "forward"}
+        rows += [row for row in load(out)["rows"] if key.items() <= row["key"].items()]
+    assert rows[1]["ms"] > 30
+    assert rows[1]["ms"] > 2 * rows[0]["ms"]
+
+
+def test_what_there_is_no_time_for_is_listed(tmp_path):
+    out = tmp_path / "results.json"
+    assert bench_mlp_gelu.main([*QUICK, "--minutes", "0", "--out", str(out)]) == 0
+    rows = load(out)["rows"]
+    assert len(rows) == 2
+    assert all(row["skipped"] == "no time left" for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("main", "name"), [(bench_attention.main, "bench_attention"), (tune.main, "tune")])
+def test_without_a_gpu_it_says_so(main, name, capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err == f"{name}: no CUDA device; --device cpu --quick rehearses on CPU\n"
+
+
+def test_no_shape_left_is_said(capsys):
+    assert bench_attention.main([*QUICK, "--models", "B"]) == 2
+    assert "no shape is left of Ti 3 x 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_work_is_what_the_matrix_products_do(name):
+    """FLOPs against torch's own counter, which sees the matrix products that run."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = Shape("Ti", 5, 3)
+    case = micro.Case(OPS[name], shape, "cpu", torch.float32)
+    inputs = case.inputs()
+    work = case.op.work(shape)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        case.forward(case.op.reference, inputs)
+    with FlopCounterMode(display=False) as both:
+        case.both(case.op.reference, inputs)
+    if name not in ("attention", "block"):  # the counter does not know attention on CPU
+        assert forward.get_total_flops() == work.forward_flops
+        assert both.get_total_flops() == work.forward_flops + work.backward_flops
+    elif name == "attention":
+        # q k^T and p v forward; five products backward: s again, dp, dv, dq, dk
+        product = 2 * shape.batch * shape.tokens**2 * shape.width
+        assert (work.forward_flops, work.backward_flops) == (2 * product, 5 * product)
+
+
+@pytest.mark.parametrize("name", ["linear_residual", "block"])
+def test_the_reference_in_pieces_is_the_reference(name):
+    """Per-sample gradients are joined, those of parameters added up."""
+    case = micro.Case(OPS[name], Shape("Ti", 5, 5), "cpu", torch.float64)
+    inputs = case.inputs()
+    whole, pieces = case.both(case.op.reference, inputs), case.exact(inputs, chunk=2)
+    assert whole.keys() == pieces.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(pieces[key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_the_sanitizer_runs_each_op_in_a_process_and_reports_one_that_fails(tmp_path, capsys):
+    out = tmp_path / "sanitize.json"
+    assert sanitize.main([*QUICK, "--only", "layernorm", "--out", str(out)]) == 0
+    assert load(out)["rows"][0]["verdict"] == "clean"
+    result = sanitize.watch([sys.executable, "-c", "print('gone'); raise SystemExit(9)"], 30)
+    assert (result["status"], result["tail"]) == (9, ["gone"])
+    assert sanitize.watch([sys.executable, "-c", "import time; time.sleep(30)"], 0.2)["status"] is None
+
+
+# The tuner -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing compiles in the interpreter")
+def test_the_tuner_rehearses_without_a_number(tmp_path, capsys):
+    out = tmp_path / "tune.json"
+    assert tune.main([*QUICK, "--only", "layernorm", "--models", "Ti", "--out", str(out)]) == 0
+    rows = load(out)["rows"]
+    assert len(rows) == 4, "two kernels, two candidates each"
+    assert all(row["checked"] and row["short_ms"] is None for row in rows)
+    printed = capsys.readouterr().out
+    assert "nothing was timed" in printed
+    assert '("fwd", 192): Launch(' in printed
+    assert " ms" not in printed
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing compiles in the interpreter")
+def test_a_candidate_that_compiles_badly_is_dropped_and_survivors_are_kept(tmp_path, monkeypatch):
+    bad = Launch({"BLOCK_M": 32, "BLOCK_D": 256}, num_warps=1, num_stages=2)
+    real = tune_sites.sites
+
+    def with_bad(batch=256):
+        return [
+            dataclasses.replace(site, candidates=[Candidate(bad, 528)])
+            if site.name.startswith("layernorm_bwd")
+            else site
+            for site in real(batch)
+        ]
+
+    monkeypatch.setattr(tune, "sites", with_bad)
+    survivors, out = tmp_path / "survivors.json", tmp_path / "tune.json"
+    command = [*QUICK, "--only", "layernorm", "--models", "Ti"]
+    assert tune.main([*command, "--compile-only", str(survivors)]) == 0
+    verdicts = json.loads(survivors.read_text())
+    (name,) = [name for name in verdicts if name.startswith("layernorm_bwd")]
+    current, dropped = verdicts[name].values()
+    assert current == ""
+    assert "spills" in dropped
+
+    def never(*arguments):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(compile_report, "compile_case", never)
+    assert tune.main([*command, "--compiled", str(survivors), "--out", str(out)]) == 0
+    assert [row["failed"] for row in load(out)["rows"] if "failed" in row] == [dropped]
+
+
+def test_a_wrong_candidate_is_not_timed():
+    """A kernel that a launch makes wrong: the site's call is changed while the candidate is applied."""
+    site = next(site for site in tune_sites.sites(1) if site.name.startswith("layernorm_fwd Ti"))
+    wrong = site.candidates[0]
+    applied = []
+
+    @contextlib.contextmanager
+    def apply(arch, candidate):
+        applied.append(candidate)
+        yield
+        applied.pop()
+
+    def call(tensors):
+        (out,) = site.call(tensors)
+        return (out * 1.5,) if applied[-1] is wrong else (out,)
+
+    broken = dataclasses.replace(site, apply=apply, call=call)
+    trial = tune.Trial(broken, 90, "cpu")
+    trial.check(site.current(90))
+    with pytest.raises(Refused, match="layernorm_fwd"):
+        trial.check(wrong)
+
+
+@pytest.mark.parametrize("site", tune_sites.sites(1), ids=lambda site: site.name)
+def test_every_site_is_right_on_cpu_and_its_candidates_reach_the_kernel(site):
+    if INTERPRETED:
+        pytest.skip("the interpreter has launches of its own")
+    trial = tune.Trial(site, 90, "cpu")
+    trial.check(site.current(90))
+    inputs = site.inputs(Draw(0, torch.float32, "cpu"), site.shape)
+    assert inputs.keys() == trial.sets[0].keys()
+    before = site.current(90)
+    for candidate in (site.candidates[0], site.candidates[-1]):
+        with site.apply(90, candidate):
+            for case in site.cases(90):
+                assert candidate.launch is not None
+                assert case.num_warps == candidate.launch.num_warps
+                assert case.num_stages == candidate.launch.num_stages
+                changed = {name: v for name, v in candidate.launch.tiles.items() if v and name in case.constexprs}
+                assert changed.items() <= dict(case.constexprs).items()
+            assert site.cases(90) or candidate.launch is None
+    assert str(site.current(90)) == str(before), "the package's table is as it was"
+
+
+def test_a_winner_must_beat_the_noise():
+    current, other = (Candidate(Launch({"BLOCK_M": m}, 4, 2)) for m in (1, 2))
+    for runs, winner in (((0.80, 0.82), other), ((0.97, 0.99), current), ((0.5, 1.2), current)):
+        assert tune.choose(current, [other], {str(current): [1.0, 1.05], str(other): list(runs)}) is winner
+
+
+def test_triton_still_launches_as_the_tuner_expects():
+    parameters = inspect.signature(JITFunction.run).parameters
+    assert {"grid", "warmup"} <= parameters.keys()

@@ -1,0 +1,96 @@
+"""The roofline on paper against published multiply-adds and torch's own FLOP counter."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import roofline
+from deitfast.errors import DeitfastError
+from deitfast.zoo import VARIANTS, find_variant
+
+PUBLISHED = {"deit_tiny": 1.26, "deit_small": 4.61, "deit_base": 17.58, "deit_base_384": 55.54}
+"""10^9 multiply-adds of a forward pass: timm's tables for ViT-Ti, S, B at 224 px and B at 384."""
+
+
+@pytest.mark.parametrize(("model", "gmacs"), PUBLISHED.items())
+def test_multiply_adds_are_the_published_ones(model, gmacs):
+    assert roofline.forward_macs(model) / 1e9 == pytest.approx(gmacs, rel=0.02)
+    for fused in (False, True):
+        assert roofline.counted_flops(model, fused=fused) / 2e9 == pytest.approx(gmacs, rel=0.02)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_ops_of_a_step_add_up_to_what_torch_counts(model):
+    ops = roofline.step_ops(find_variant(roofline.full_name(model)), 1)
+    products = sum(op.count * op.flops for op in ops if op.part != "norm")
+    assert roofline.counted_flops(model, fused=True, backward=True) == pytest.approx(products, rel=1e-6)
+    # Eager attention on the meta device keeps its scores, so its backward has four products, not five.
+    kept = sum(op.count * op.flops for op in ops if op.name == "attention backward") / 5
+    assert roofline.counted_flops(model, fused=False, backward=True) == pytest.approx(products - kept, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.params_millions])
+def test_parameters_are_the_published_ones(name):
+    variant = find_variant(name)
+    assert roofline.parameters_of(variant) / 1e6 == pytest.approx(variant.params_millions, abs=0.006)
+
+
+def test_a_distilled_model_counts_its_token_and_head():
+    name = "deit_tiny_distilled_patch16_224"
+    assert roofline.counted_flops(name, fused=False) == pytest.approx(2 * roofline.forward_macs(name), rel=1e-6)
+
+
+def test_names_are_completed_and_mistakes_named():
+    assert roofline.full_name("deit_base_384") == "deit_base_patch16_384"
+    assert roofline.short_name("deit_base_patch16_384") == "deit_base_384"
+    assert roofline.full_name("deit_tiny_distilled") == "deit_tiny_distilled_patch16_224"
+    with pytest.raises(DeitfastError, match=r"'deit_bse' unknown\. Did you mean deit_base"):
+        roofline.full_name("deit_bse")
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory():
+    compute, memory = roofline.Op("a", "norm", 4e6, 1e3, 3), roofline.Op("b", "norm", 1e3, 4e3)
+    assert compute.floor_us(2.0, 1.0) == pytest.approx(6.0)
+    assert (compute.bound(2.0, 1.0), memory.bound(2.0, 1.0)) == ("compute", "memory")
+    assert memory.floor_us(2.0, 1.0) == pytest.approx(4.0)
+    floors = roofline.part_floors("deit_base", 512, 2.0, 1e9)
+    products = 2 * sum(x for part, x in floors.items() if part.startswith("GEMM"))  # compute bound at 2 TFLOP/s
+    assert products * 1e6 == pytest.approx(3 * 2 * 12 * 12 * 768**2 * 197)
+
+
+def test_the_budget_is_the_plan_and_covers_every_part():
+    assert {op.part for op in roofline.step_ops(find_variant(roofline.BUDGET_MODEL), 1)} == set(roofline.PARTS)
+    assert sum(line.budget for line in roofline.BUDGET) == 208
+    assert all(line.floor <= line.budget for line in roofline.BUDGET)
+
+
+def test_rates_become_hours_and_mfu():
+    # 300 x 1,281,167 images in one day need 4,448.5 images/s.
+    assert roofline.hours_for_imagenet(4448.5) == pytest.approx(24, abs=0.01)
+    assert roofline.mfu(1e12 / roofline.model_flops("deit_base"), "deit_base", 2.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200 SXM"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80 GB SXM"),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_the_datasheet_is_found_by_the_device_name(device, name):
+    gpu = roofline.gpu_of(device)
+    assert (gpu and gpu.name) == name
+
+
+def test_the_command_prints_the_table_and_one_line_for_a_mistake(capsys):
+    assert roofline.main(["--model", "deit_base", "--gpu", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert "17.56 G multiply-adds" in out
+    assert "208" in out
+    assert roofline.main(["--model", "deit_bse"]) == 2
+    assert capsys.readouterr().err.startswith("roofline: model 'deit_bse' unknown.")
+    assert roofline.main(["--batch", "0"]) == 2
