@@ -11,19 +11,20 @@ from deitfast.recipe import Recipe, run
 RECIPE = Recipe(
     model="deit_digits_patch4_16",
     data="digits",
-    epochs=50,
+    epochs=60,
     batch=32,
     lr=1e-3,
     warmup_epochs=2,
-    ema_decay=0.98,
+    ema_decay=0.99,
     drop_path=0.0,
     smoothing=0.0,
     repeats=1,
     crop_min=0.7,
     flip=0.0,  # a mirrored 2 is no 2
-    mixup=0.0,
-    cutmix=0.0,
-    erase=0.0,
+    mixup=0.8,
+    cutmix=0.0,  # half of a digit is another digit
+    mix_probability=0.3,
+    erase=0.25,
     eval_crop_ratio=1.0,
     eval_every=10,
 )
