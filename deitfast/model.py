@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -278,16 +277,3 @@ def _check_sizes(image_size: int, patch_size: int, width: int, num_heads: int, c
     for valid, message in checks:
         if not valid:
             raise DeitfastError(message)
-
-
-def describe(model: DeiT) -> dict[str, Any]:
-    """What a checkpoint records of an architecture, enough to build it again."""
-    return {
-        "width": model.width,
-        "depth": len(model.blocks),
-        "image_size": model.image_size,
-        "patch_size": model.patch_size,
-        "num_classes": model.num_classes,
-        "distilled": model.distilled,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
