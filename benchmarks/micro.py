@@ -66,18 +66,17 @@ class Case:
         draw = Draw(seed, self.dtype, self.device)
         tensors = self.op.inputs(draw, self.shape)
         for name, tensor in tensors.items():
-            tensor.requires_grad_(name != "keep")
-        width = self.shape.width * (3 if self.op.name == "layernorm_qkv" else 1)
-        return Inputs(tensors, draw.activations(self.shape, width))
+            tensor.requires_grad_(name not in self.op.constants)
+        return Inputs(tensors, draw.normal(*self.op.out(self.shape)))
 
     def forward(self, way: Way, inputs: Inputs) -> Tensor:
         return way(**inputs.tensors, **self.op.options(self.shape))
 
     def both(self, way: Way, inputs: Inputs) -> dict[str, Tensor]:
-        """The output, as `out`, and the gradient of every input but keep."""
+        """The output, as `out`, and the gradient of every input that has one."""
         out = self.forward(way, inputs)
         names = [name for name, tensor in inputs.tensors.items() if tensor.requires_grad]
-        grads = torch.autograd.grad(out, [inputs.tensors[name] for name in names], inputs.dout)
+        grads = torch.autograd.grad(out, [inputs.tensors[name] for name in names], inputs.dout) if names else ()
         return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
 
     def exact(self, inputs: Inputs, chunk: int = 32) -> dict[str, Tensor]:
@@ -85,11 +84,11 @@ class Case:
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, self.shape.batch, chunk):
             part = {
-                name: (tensor.detach()[start : start + chunk] if name in self.op.per_sample else tensor.detach())
-                .double()
-                .requires_grad_(tensor.requires_grad)
+                name: _exact(tensor.detach()[start : start + chunk] if name in self.op.per_sample else tensor.detach())
                 for name, tensor in inputs.tensors.items()
             }
+            for name, tensor in part.items():
+                tensor.requires_grad_(name not in self.op.constants)
             results = self.both(self.op.reference, Inputs(part, inputs.dout[start : start + chunk].double()))
             for name, value in results.items():
                 parts.setdefault(name, []).append(value)
@@ -113,6 +112,10 @@ class Case:
                 return self.forward(way, inputs)
 
         return forward
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def time_case(
@@ -145,7 +148,8 @@ def time_case(
     del inputs, exact, eager
     seeds = itertools.count()
     sets = rotating(lambda: case.inputs(next(seeds)), case.device)
-    for direction in (FORWARD, BOTH):
+    directions = (FORWARD, BOTH) if sets[0].tensors.keys() - case.op.constants else (FORWARD,)
+    for direction in directions:
         _time_direction(case, key, direction, present, sets, recorder, roof, budget_ms, graph)
 
 

@@ -5,24 +5,30 @@ Inputs are distributed as in a trained DeiT: activations of about unit size, wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, draws
 from deitfast.fused import BlockTensors, fused_block_forward
 from deitfast.kernels.attention import attention, attention_reference
+from deitfast.kernels.input import input_patches, input_patches_reference
 from deitfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
 from deitfast.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_reference
 from deitfast.kernels.layernorm_qkv import layernorm_qkv, layernorm_qkv_reference
 from deitfast.kernels.linear_residual import linear_residual, linear_residual_reference
 from deitfast.kernels.mlp_gelu import mlp_gelu, mlp_gelu_reference
+from deitfast.kernels.patch_embed import patch_embed, patch_embed_reference
 
 MODELS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12)}
 """DeiT's sizes: width and heads."""
+PATCH = 16
 EPS = 1e-6
 Tensors = dict[str, Tensor]
 
@@ -47,6 +53,20 @@ class Shape:
     def rows(self) -> int:
         return self.batch * self.tokens
 
+    @property
+    def prefix(self) -> int:
+        """Tokens that are no patch of a square image: 1, or 2 with a distillation token."""
+        return 1 if math.isqrt(self.tokens - 1) ** 2 == self.tokens - 1 else 2
+
+    @property
+    def patches(self) -> int:
+        return self.tokens - self.prefix
+
+    @property
+    def pixels(self) -> int:
+        """Side of the image."""
+        return PATCH * math.isqrt(self.patches)
+
     def key(self) -> dict[str, Any]:
         return {"model": self.model, "tokens": self.tokens, "batch": self.batch}
 
@@ -56,28 +76,38 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """The least a call must do: floating-point operations of its matrix products, elements it must read or write."""
+    """The least a call must do: floating-point operations of its matrix products, elements it must read or write.
+
+    forward_bytes: of what has an element size of its own.
+    """
 
     forward_flops: float
     forward_elements: float
     backward_flops: float
     backward_elements: float
+    forward_bytes: float = 0.0
 
     def total(self, backward: bool, itemsize: int) -> tuple[float, float]:
         """FLOPs and bytes of the forward, or of forward and backward."""
         flops = self.forward_flops + backward * self.backward_flops
-        return flops, itemsize * (self.forward_elements + backward * self.backward_elements)
+        elements = self.forward_elements + backward * self.backward_elements
+        return flops, itemsize * elements + self.forward_bytes
 
 
 def _no_options(shape: Shape) -> dict[str, Any]:
     return {}
 
 
+def _stream(shape: Shape) -> tuple[int, ...]:
+    return shape.batch, shape.tokens, shape.width
+
+
 @dataclass(frozen=True)
 class Op:
     """One op. fused, reference: the same keyword arguments, named as in `inputs`, plus `options(shape)`.
 
-    per_sample: inputs whose first dimension is the batch; `keep` is the one input without a gradient.
+    out: shape of the result. per_sample: inputs whose first dimension is the batch. constants: inputs without a
+    gradient; an op of nothing else has no backward.
     """
 
     name: str
@@ -86,7 +116,9 @@ class Op:
     inputs: Callable[[Draw, Shape], Tensors]
     work: Callable[[Shape], Work]
     options: Callable[[Shape], Mapping[str, Any]] = field(default=_no_options)
+    out: Callable[[Shape], tuple[int, ...]] = field(default=_stream)
     per_sample: frozenset[str] = frozenset({"x", "qkv", "residual", "keep"})
+    constants: frozenset[str] = frozenset({"keep"})
 
 
 class Draw:
@@ -99,6 +131,9 @@ class Draw:
     def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
         values = torch.randn(shape, generator=self.generator, device=self.device)
         return values.mul_(std).add_(mean).to(self.dtype)
+
+    def bytes(self, *shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator, device=self.device)
 
     def keep(self, batch: int) -> Tensor:
         """Drop-path factors at probability .1: 0 or 1 / .9."""
@@ -163,6 +198,35 @@ def _block_reference(x: Tensor, heads: int, keep: Tensor, **t: Tensor) -> Tensor
     return layernorm_mlp_reference(x, *norm, *fc1, *fc2, EPS, residual=True, keep=keep)
 
 
+# The batch as patches ------------------------------------------------------------------------------------------------
+
+EPOCH, SEED = 2, 0
+
+
+def _input_inputs(draw: Draw, s: Shape) -> Tensors:
+    """A batch with the paper's rectangles and mixtures; `like` carries the dtype, `erased` stays on the host."""
+    index, view = np.arange(s.batch), np.zeros(s.batch, np.int64)
+    erase = draws.random_erasing(s.pixels, index, EPOCH, view, SEED)
+    lam, box = (np.repeat(x, 2, axis=0)[: s.batch] for x in draws.mix(s.pixels, -(-s.batch // 2), 0, SEED))
+    arrays = {"erase": erase, "mix_box": box, "lam": lam, "index": index, "view": view, "epoch": np.array([EPOCH])}
+    tensors = {name: torch.from_numpy(array).to(draw.device) for name, array in arrays.items()}
+    erased = torch.tensor(int((erase[:, 2] * erase[:, 3]).sum()))
+    return {"images": draw.bytes(s.batch, s.pixels, s.pixels, 3), "like": draw.normal(0), "erased": erased} | tensors
+
+
+def _input(like: Tensor, erased: Tensor, **arguments: Any) -> Tensor:
+    return input_patches(dtype=like.dtype, **arguments)
+
+
+def _input_reference(like: Tensor, erased: Tensor, **arguments: Any) -> Tensor:
+    return input_patches_reference(dtype=like.dtype, **arguments)
+
+
+def _input_options(s: Shape) -> dict[str, Any]:
+    moments = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return moments | {"seed": SEED, "patch_size": PATCH, "mixes": s.batch % 2 == 0}
+
+
 # The least work ------------------------------------------------------------------------------------------------------
 # Tensors that stay inside an op need not touch memory, so they do not count. A backward reads what the forward was
 # given, the gradient of the output and nothing else; it writes a gradient for each input.
@@ -207,6 +271,18 @@ def _mlp_work(s: Shape) -> Work:
     return _work(s, 8 * s.width**2, False, s.width, s.width, s.width)
 
 
+def _input_work(s: Shape) -> Work:
+    values = 3.0 * s.batch * s.pixels**2
+    return Work(0.0, values, 0.0, 0.0, forward_bytes=values)
+
+
+def _patch_embed_work(s: Shape) -> Work:
+    rows, inputs, weights = s.batch * s.patches, 3 * PATCH**2, 3 * PATCH**2 * s.width
+    flops, patches, out = 2.0 * rows * weights, rows * inputs, s.rows * s.width
+    table = (s.tokens + s.prefix) * s.width
+    return Work(flops, patches + out + weights + table, flops, patches + out + weights + table)
+
+
 def _block_work(s: Shape) -> Work:
     return _work(s, 12 * s.width**2, True, s.width, s.width, s.width)
 
@@ -217,6 +293,12 @@ def _block_work(s: Shape) -> Work:
 def _mlp_inputs(draw: Draw, s: Shape) -> Tensors:
     layers = draw.linear("fc1", 4 * s.width, s.width) | draw.linear("fc2", s.width, 4 * s.width)
     return {"x": draw.activations(s, s.width)} | layers
+
+
+def _patch_embed_inputs(draw: Draw, s: Shape) -> Tensors:
+    tables = {"prefix_tokens": draw.normal(s.prefix, s.width, std=0.5), "pos_embed": draw.normal(s.tokens, s.width)}
+    patches = draw.normal(s.batch, s.patches, 3 * PATCH**2)
+    return {"patches": patches} | draw.linear("", s.width, 3 * PATCH**2) | tables
 
 
 def _linear_residual_inputs(draw: Draw, s: Shape) -> Tensors:
@@ -240,6 +322,26 @@ OPS = {
     op.name: op
     for op in (
         Op(
+            "input_patches",
+            _input,
+            _input_reference,
+            _input_inputs,
+            _input_work,
+            options=_input_options,
+            out=lambda s: (s.batch, s.patches, 3 * PATCH**2),
+            per_sample=frozenset({"images", "erase", "mix_box", "lam", "index", "view"}),
+            constants=frozenset({"images", "erase", "mix_box", "lam", "index", "view", "epoch", "like", "erased"}),
+        ),
+        Op(
+            "patch_embed",
+            patch_embed,
+            patch_embed_reference,
+            _patch_embed_inputs,
+            _patch_embed_work,
+            per_sample=frozenset({"patches"}),
+            constants=frozenset({"patches"}),
+        ),
+        Op(
             "layernorm",
             _layernorm,
             _layernorm_reference,
@@ -254,6 +356,7 @@ OPS = {
                 {"x": draw.activations(s, s.width)} | draw.norm("ln", s.width) | draw.linear("", 3 * s.width, s.width)
             ),
             _layernorm_qkv_work,
+            out=lambda s: (s.batch, s.tokens, 3 * s.width),
         ),
         Op(
             "attention",

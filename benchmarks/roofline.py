@@ -103,21 +103,9 @@ def short_name(model: str) -> str:
     return model.replace("_patch16_224", "").replace("_patch16", "")
 
 
-def tokens_of(variant: Variant) -> int:
-    return (variant.image_size // variant.patch_size) ** 2 + (2 if variant.distilled else 1)
-
-
-def parameters_of(variant: Variant) -> int:
-    """Number of parameters, by formula."""
-    D, N, heads = variant.width, tokens_of(variant), 2 if variant.distilled else 1
-    block = 12 * D * D + 13 * D
-    patch = 3 * variant.patch_size**2 * D + D
-    return variant.depth * block + patch + N * D + heads * D + 2 * D + heads * (D + 1) * CLASSES
-
-
 def step_ops(variant: Variant, batch: int) -> list[Op]:
     """Every op of one training step, for one image of a batch."""
-    D, L, N, S = variant.width, variant.depth, tokens_of(variant), variant.image_size
+    D, L, N, S = variant.width, variant.depth, variant.tokens, variant.image_size
     heads = 2 if variant.distilled else 1
     patches, pixels = N - heads, 3 * variant.patch_size**2
 
@@ -140,7 +128,7 @@ def step_ops(variant: Variant, batch: int) -> list[Op]:
         Op("LayerNorm backward", "norm", 14.0 * N * D, 2 * 4 * N * D, 2 * L + 1),
     ]
     # Parameter, both moments and the average read and written, the gradient read (fp32); the bf16 copy written.
-    ops.append(Op("AdamW, EMA, casts", "optimiser", 0.0, (4 * 2 * 4 + 4 + 2) * parameters_of(variant) / batch))
+    ops.append(Op("AdamW, EMA, casts", "optimiser", 0.0, (4 * 2 * 4 + 4 + 2) * variant.parameters(CLASSES) / batch))
     patch, _, patch_wgrad = product("patch", patches, pixels, D, D * heads, 0, 1)
     head = product("head", 1, D, CLASSES, 0, 0, heads)
     ops += [
@@ -228,6 +216,14 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         batch, heads, rows, width = q
         return factor * batch * heads * rows * k[2] * width
 
+    # The halves of a block. Output 1 of the forward and argument 9 of the backward are the normalised rows, of those
+    # samples alone that run through the branch; output 4 and argument 12 are qkv.
+    def half(*shapes: Any, out_shape: Any, **_: Any) -> int:
+        return _products(out_shape[1], shapes[3], shapes[5])
+
+    def half_bwd(*shapes: Any, **_: Any) -> int:
+        return _products(shapes[9], *shapes[3:5], factor=4)
+
     return {
         ours.attention_fwd: lambda qkv, *_, **__: _attention(4, qkv),
         ours.attention_bwd: lambda dout, qkv, *_, **__: _attention(10, qkv),
@@ -237,8 +233,12 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         ours.linear_residual_bwd: lambda dout, x, w, *_, **__: _products(x, w, factor=4),
         ours.mlp_gelu: lambda x, w1, b1, w2, *_, **__: _products(x, w1, w2),
         ours.mlp_gelu_bwd: lambda dout, x, w1, w2, *_, **__: _products(x, w1, w2, factor=4),
-        ours.layernorm_mlp: lambda x, lw, lb, w1, b1, w2, *_, **__: _products(x, w1, w2),
-        ours.layernorm_mlp_bwd: lambda dout, x, lw, w1, w2, *_, **__: _products(x, w1, w2, factor=4),
+        ours.patch_embed: lambda patches, w, *_, **__: _products(patches, w),
+        ours.patch_embed_bwd: lambda dout, patches, *_, **__: _products(patches, [dout[-1], patches[-1]]),
+        ours.layernorm_attention: lambda *x, out_shape: half(*x, out_shape=out_shape) + _attention(4, out_shape[4]),
+        ours.layernorm_attention_bwd: lambda *x, **_: half_bwd(*x) + _attention(10, x[12]),
+        ours.layernorm_mlp: half,
+        ours.layernorm_mlp_bwd: half_bwd,
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa(4, q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, q, k, v, *_, **__: sdpa(10, q, k, v),
     }
@@ -294,7 +294,7 @@ def report(model: str, batch: int, gpu: Gpu) -> str:
     lines += [
         "",
         f"forward {forward_macs(name) / 1e9:.2f} G multiply-adds, training {model_flops(name) / 1e9:.1f} GFLOP an "
-        f"image (3 x forward), {parameters_of(variant) / 1e6:.2f} M parameters",
+        f"image (3 x forward), {variant.parameters(CLASSES) / 1e6:.2f} M parameters",
         f"no step is faster than {1e6 / total:,.0f} images/s, {hours_for_imagenet(1e6 / total):.1f} hours for "
         f"{IMAGENET_EPOCHS} epochs of ImageNet-1k: a bound, not a measurement",
     ]

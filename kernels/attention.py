@@ -171,7 +171,7 @@ def _constants(num_heads: int, head_dim: int, launch: Launch) -> dict[str, Any]:
     return {"H": num_heads, "D": head_dim, "C": triton.next_power_of_2(head_dim), **launch.tiles}
 
 
-def _run(kernel: Any, launch: Launch, num_heads: int, head_dim: int, scale: float, tensors: dict[str, Tensor]) -> None:
+def _run(kernel: Any, launch: Launch, num_heads: int, head_dim: int, scale: float, tensors: dict[str, Any]) -> None:
     """Launch `kernel`, one program for each head of each sample and, unless it takes whole heads, each block of rows.
 
     tensors: by kernel argument; those in _BLOCK_ROWS are (B, N, heads * d), contiguous and 16-byte aligned.
@@ -213,7 +213,9 @@ def _prepared(x: Tensor) -> Tensor:
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = None) -> tuple[Tensor, Tensor]:
-    """qkv (B, N, 3D) -> out (B, N, D), lse (B, H, N) fp32, by the kernels; `arch` overrides the chip's launch table."""
+    """qkv (B, N, 3D) -> out (B, N, D), lse (B, H, N) fp32; `arch` overrides the chip's launch table."""
+    if not runs_triton(qkv):
+        return _eager_fwd(qkv, num_heads, scale)
     arch = _table_key(qkv) if arch is None else arch
     qkv = _prepared(qkv)
     batch, tokens, width = qkv.shape
@@ -229,20 +231,39 @@ def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = 
 
 
 def attention_bwd(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float, arch: int | None = None
-) -> Tensor:
-    """dout (B, N, D) and what the forward took and gave -> the gradient of qkv (B, N, 3D), by the kernels."""
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+    arch: int | None = None,
+    wants_sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dout (B, N, D) and what the forward took and gave -> the gradient of qkv (B, N, 3D), and parts of dq's sum.
+
+    The parts (any number, D) fp32, None unless wanted, add up to the sum of dq over all tokens; that of dv is the sum
+    of dout, since rows of p sum to 1, and that of dk is 0, since rows of ds do. So the gradient of qkv's bias needs no
+    pass over the gradient of qkv.
+    """
+    if not runs_triton(qkv):
+        return _eager_bwd(dout, qkv, out, lse, num_heads, scale)
     arch = _table_key(qkv) if arch is None else arch
     dout, qkv, out, lse = (_prepared(x) for x in (dout, qkv, out, lse))
-    tokens, head_dim = qkv.shape[1], out.shape[-1] // num_heads
-    dqkv = qkv.new_empty(qkv.shape)
-    if qkv.numel():
-        tensors = {"q": qkv, "kv": qkv, "out": out, "dout": dout, "lse": lse, "dq": dqkv, "dkv": dqkv}
-        tensors["delta"] = torch.empty_like(lse)
-        for kernel, launch in _backward_launches(arch, qkv.itemsize, head_dim, tokens):
-            taken = {name: x for name, x in tensors.items() if name in kernel.arg_names}
-            _run(kernel, launch, num_heads, head_dim, scale, taken)
-    return dqkv
+    batch, tokens, width = out.shape
+    dqkv, sums = qkv.new_empty(qkv.shape), None
+    if not qkv.numel():
+        return dqkv, qkv.new_zeros(1, width, dtype=torch.float32)
+    launches = _backward_launches(arch, qkv.itemsize, width // num_heads, tokens)
+    if wants_sums:
+        blocks = triton.cdiv(tokens, launches[0][1].tiles["QUERIES"])
+        sums = qkv.new_empty(batch * blocks, width, dtype=torch.float32)
+    tensors = {"q": qkv, "kv": qkv, "out": out, "dout": dout, "lse": lse, "dq": dqkv, "dkv": dqkv, "sums": sums}
+    tensors["delta"] = torch.empty_like(lse)
+    for kernel, launch in launches:
+        taken = {name: x for name, x in tensors.items() if name in kernel.arg_names}
+        _run(kernel, launch, num_heads, width // num_heads, scale, taken)
+    return dqkv, sums
 
 
 # Eager implementation ------------------------------------------------------------------------------------------------
@@ -263,26 +284,24 @@ def _eager_fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tenso
     return out.to(qkv.dtype), (top + total.log2()).squeeze(-1)
 
 
-def _eager_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
+def _eager_bwd(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
     q, k, v = (_heads(part, num_heads) for part in qkv.chunk(3, dim=-1))
     g, o = _heads(dout, num_heads), _heads(out, num_heads)
     p = torch.exp2(q @ k.mT * (scale * LOG2_E) - lse[..., None])
     ds = p * (g @ v.mT - (o * g).sum(-1, keepdim=True)) * scale
-    parts = (ds @ k, ds.mT @ q, p.mT @ g)
-    return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=-1).to(qkv.dtype)
+    dq = ds @ k
+    dqkv = torch.cat([part.transpose(1, 2).flatten(2) for part in (dq, ds.mT @ q, p.mT @ g)], dim=-1)
+    return dqkv.to(qkv.dtype), dq.sum((0, 2)).flatten()[None]
 
 
 # Ops -----------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("deitfast::attention_fwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("deitfast::attention_fwd", mutates_args=(), device_types=("cpu", "cuda"))
 def attention_fwd_op(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """qkv (B, N, 3D) -> out (B, N, D), lse (B, H, N) fp32."""
-    return (attention_fwd if runs_triton(qkv) else _eager_fwd)(qkv, num_heads, scale)
-
-
-@attention_fwd_op.register_kernel("cuda")
-def _(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return attention_fwd(qkv, num_heads, scale)
 
 
@@ -293,15 +312,10 @@ def _(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(batch, tokens, width // 3), lse
 
 
-@torch.library.custom_op("deitfast::attention_bwd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("deitfast::attention_bwd", mutates_args=(), device_types=("cpu", "cuda"))
 def attention_bwd_op(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
     """The gradient of qkv (B, N, 3D)."""
-    return (attention_bwd if runs_triton(qkv) else _eager_bwd)(dout, qkv, out, lse, num_heads, scale)
-
-
-@attention_bwd_op.register_kernel("cuda")
-def _(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
-    return attention_bwd(dout, qkv, out, lse, num_heads, scale)
+    return attention_bwd(dout, qkv, out, lse, num_heads, scale)[0]
 
 
 @attention_bwd_op.register_fake
@@ -324,6 +338,20 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor, Non
 attention_fwd_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def check_heads(op: str, width: int, num_heads: int, scale: float | None) -> float:
+    """Raise ValueError unless heads of a supported dimension make up `width`; returns the factor of q . k."""
+    choices = {width // d: d for d in HEAD_DIMS if width % d == 0}
+    if num_heads not in choices:
+        raise ValueError(
+            f"{op}: num_heads is {num_heads}; width {width} takes {list(choices) or 'none'} "
+            f"(supported head dimensions are {', '.join(map(str, HEAD_DIMS))})"
+        )
+    scale = choices[num_heads] ** -0.5 if scale is None else float(scale)
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"{op}: scale is {scale}; it must be positive and finite")
+    return scale
+
+
 def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
     """Softmax attention of every token to every token: packed qkv (..., N, 3D) -> (..., N, D), same dtype.
 
@@ -341,16 +369,7 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor
     *leading, tokens, width = qkv.shape
     if width == 0 or width % 3:
         raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}; its last dimension must be a multiple of 3")
-    choices = {width // 3 // d: d for d in HEAD_DIMS if width // 3 % d == 0}
-    if num_heads not in choices:
-        raise ValueError(
-            f"attention: num_heads is {num_heads}; width {width // 3} takes {list(choices) or 'none'} "
-            f"(supported head dimensions are {', '.join(map(str, HEAD_DIMS))})"
-        )
-    head_dim = choices[num_heads]
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"attention: scale is {scale}; it must be positive and finite")
+    scale = check_heads("attention", width // 3, num_heads, scale)
     out, _ = attention_fwd_op(qkv.reshape(math.prod(leading), tokens, width).contiguous(), num_heads, scale)
     return out.reshape(*leading, tokens, width // 3)
 
@@ -386,6 +405,12 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 matrix=itemsize == 2,
                 not_divisible=frozenset({"N"}),
             )
+            if "sums" in kernel.arg_names:
+                without = {arg: kind for arg, kind in cases[name].signature.items() if arg != "sums"}
+                cases[name] = replace(cases[name], name=f"{name} sums")
+                cases[f"{name} alone"] = replace(
+                    cases[name], name=name, signature=without, constexprs=constants | {"sums": None}
+                )
     return list(cases.values())
 
 
@@ -394,4 +419,4 @@ def _type(argument: str, dtype: str, constants: dict[str, Any]) -> str:
     if argument in _BLOCK_ROWS:
         block = f"[1, 1, {constants[_BLOCK_ROWS[argument]]}, {constants['C']}]"
         return f"tensordesc<{dtype}{block}>" if constants["TMA"] else f"*{dtype}"
-    return {"lse": "*fp32", "delta": "*fp32", "N": "i32"}.get(argument, "fp32")
+    return {"lse": "*fp32", "delta": "*fp32", "sums": "*fp32", "N": "i32"}.get(argument, "fp32")

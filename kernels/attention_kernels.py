@@ -61,6 +61,14 @@ def key_scores(q, k, first_key, N, KEYS: tl.constexpr):
     return tl.where((first_key + tl.arange(0, KEYS) < N)[None, :], product(q, k.T), float("-inf"))
 
 
+@triton.jit
+def store_column_sums(sums, grad_q, part, head, scale, H: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
+    """sums (blocks of queries, H, D) fp32: the sum of dq over this block's queries; padding queries have none."""
+    channels = tl.arange(0, C)
+    total = tl.sum(grad_q, 0) * scale
+    tl.store(sums + (part.to(tl.int64) * H + head) * D + channels, total, mask=channels < D)
+
+
 @triton.jit(do_not_specialize=["N"])
 def attention_fwd_short_kernel(
     q,  # (B, N, 3H, D), blocks of QUERIES rows
@@ -150,6 +158,7 @@ def attention_bwd_short_kernel(
     out, dout,  # (B, N, H, D), blocks of QUERIES rows
     lse,  # (B, H, N) fp32
     dq, dkv,  # (B, N, 3H, D), written; blocks of QUERIES and KEYS rows
+    sums,  # (B, H, D) fp32 or None, written: see store_column_sums
     N, scale, scale_log2,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -172,6 +181,8 @@ def attention_bwd_short_kernel(
         ds = (p * (product(g, v.T) - delta[:, None])).to(g.dtype)
         store_tile(dkv, product(tl.trans(ds), query) * scale, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
         grad_q = product(ds, k, grad_q)
+    if sums is not None:
+        store_column_sums(sums, grad_q, b, h, scale, H, D, C)
     store_tile(dq, grad_q * scale, b, h, 0, N, 3 * H, D, QUERIES, C, TMA)
 
 
@@ -182,6 +193,7 @@ def attention_bwd_dq_kernel(
     lse,  # (B, H, N) fp32
     delta,  # (B, H, N) fp32, written: rowsum(out * dout), which the dk, dv kernel reads
     dq,  # (B, N, 3H, D), its first third written; blocks of QUERIES rows
+    sums,  # (B * blocks of queries, H, D) fp32 or None, written: see store_column_sums
     N, scale, scale_log2,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -206,6 +218,8 @@ def attention_bwd_dq_kernel(
         p = tl.exp2(key_scores(query, k, key, N, KEYS) * scale_log2 - row_lse[:, None])
         ds = (p * (product(g, v.T) - row_delta[:, None])).to(k.dtype)
         grad_q = product(ds, k, grad_q)
+    if sums is not None:
+        store_column_sums(sums, grad_q, b * blocks + row // QUERIES, h, scale, H, D, C)
     store_tile(dq, grad_q * scale, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
 
 

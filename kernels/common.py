@@ -51,6 +51,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def needed_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A gradient for each input of an op's autograd formula, None in place of those that autograd did not ask for."""
+    return tuple(grad if needed else None for grad, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
 def rows(x: Tensor) -> Tensor:
     """x (..., D) as (M, D): a view wherever the strides allow one; M may be 0."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])

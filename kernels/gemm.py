@@ -7,7 +7,8 @@ Epilogues, on the fp32 accumulator, rounded once when stored:
 
     bias        acc + bias
     gelu        h = acc + bias; out = gelu(h), and gelu'(h) for the backward where it is wanted
-    residual    residual + keep * gamma * (acc + bias)        keep per sample, gamma per channel, both optional
+    residual    residual + keep * gamma * (acc + bias)        keep per sample, gamma per channel, both optional;
+                for some samples only (kept_rows.py), residual and out are those rows of the batch
     gelu_grad   acc * gelu'(h), and its sums over each block of rows (the gradient of fc1's bias)
 
 16-bit operands run on the tensor cores, read through tensor descriptors (TMA) on sm_90 and sm_100 wherever base and row
@@ -20,6 +21,7 @@ to cuBLAS (`torch.mm`; for fp32 operands PyTorch's own tf32 setting holds there)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +42,8 @@ from deitfast.kernels.common import (
     runs_triton,
 )
 from deitfast.kernels.gemm_kernels import linear_kernel, scale_and_sum_kernel
+from deitfast.kernels.kept_rows import KeptRows
+from deitfast.kernels.row_sums import row_sums
 
 # Launch tables -------------------------------------------------------------------------------------------------------
 
@@ -117,6 +121,15 @@ def _aligned(x: Tensor) -> bool:
     )
 
 
+def _sample_arguments(M: int, keep: Tensor | None, kept: KeptRows | None) -> dict[str, Any]:
+    """The kernels' arguments about samples, for M rows of a branch."""
+    if kept is not None:
+        rows_per_sample = kept.rows_per_sample
+        return {"keep": None, "kept": kept.samples, "rows_per_sample": rows_per_sample, "kept_scale": kept.scale}
+    rows_per_sample = 1 if keep is None else M // max(1, keep.numel())
+    return {"keep": keep, "kept": None, "rows_per_sample": rows_per_sample, "kept_scale": 1.0}
+
+
 def _linear(
     a: Tensor,
     b: Tensor,
@@ -127,9 +140,10 @@ def _linear(
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     keep: Tensor | None = None,
+    kept: KeptRows | None = None,
     derivative: Tensor | None = None,
 ) -> Tensor | None:
-    """Fill `out` (and `derivative`); return the column sums (N,) fp32 for the epilogue gelu_grad, else None."""
+    """Fill `out` (and `derivative`); return parts (any number, N) of its column sums for gelu_grad, else None."""
     (M, K), N = a.shape, out.shape[1]
     arch = architecture(a)
     aligned = all(_aligned(tensor) for tensor in (a, b, out))
@@ -151,7 +165,6 @@ def _linear(
             bias=bias,
             residual=residual,
             gamma=gamma,
-            keep=keep,
             derivative=derivative,
             out=out,
             column_sums=column_sums,
@@ -161,7 +174,7 @@ def _linear(
             M=M,
             N=N,
             K=K,
-            rows_per_sample=1 if keep is None else M // max(1, keep.numel()),
+            **_sample_arguments(M, keep, kept),
             TRANSPOSED=transposed,
             DESCRIPTORS=descriptors,
             EPILOGUE=epilogue,
@@ -170,7 +183,7 @@ def _linear(
             num_stages=launch.num_stages,
             **launch.tiles,
         )
-    return None if column_sums is None else column_sums.sum(0)
+    return column_sums
 
 
 def linear_fwd(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,47 +209,71 @@ def linear_gelu_fwd(a: Tensor, weight: Tensor, bias: Tensor | None, save: bool) 
 
 
 def linear_residual_fwd(
-    a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None, keep: Tensor | None
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    kept: KeptRows | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """residual + keep * gamma * (a W^T + bias): a (M, K), weight (N, K), residual (M, N), gamma (N,), keep (B,)."""
+    """residual + keep * gamma * (a W^T + bias): a (M, K), weight (N, K), residual (M, N), gamma (N,), keep (B,).
+
+    kept: residual has the rows of the batch, and the rows kept are written in `out`, contiguous, like it, and returned.
+    """
     if not runs_triton(a):
         branch = F.linear(a, weight, bias).to(residual.dtype)
         if gamma is not None:
             branch = branch * gamma
+        if kept is not None:
+            assert out is not None
+            rows = kept.numbers()
+            return out.index_copy_(0, rows, (residual[rows] + branch * kept.scale).to(out.dtype))
         if keep is not None:
             branch = branch * keep.repeat_interleave(a.shape[0] // max(1, keep.numel()))[:, None]
         return (residual + branch).to(residual.dtype)
-    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    _linear(a, weight, out, transposed=True, bias=bias, residual=residual, gamma=gamma, keep=keep)
+    if out is None:
+        out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    _linear(a, weight, out, transposed=True, bias=bias, residual=residual, gamma=gamma, keep=keep, kept=kept)
     return out
 
 
-def linear_gelu_bwd(dgelu: Tensor, weight: Tensor, derivative: Tensor) -> tuple[Tensor, Tensor]:
-    """dh = (dgelu W) * gelu'(h) with dgelu (M, K), W (K, N), gelu' (M, N) -> dh (M, N), its column sums (N,) fp32."""
+def linear_gelu_bwd(
+    dgelu: Tensor, weight: Tensor, derivative: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """dh = (dgelu W) * gelu'(h) with dgelu (M, K), W (K, N), gelu' (M, N) -> dh (M, N), column sums (N,) of `dtype`."""
     if not runs_triton(dgelu):
         dh = (dgelu @ weight) * derivative
-        return dh, dh.float().sum(0)
+        return dh, dh.float().sum(0).to(dtype)
     dh = torch.empty_like(derivative)
     column_sums = _linear(dgelu, weight, dh, transposed=False, epilogue="gelu_grad", derivative=derivative)
     assert column_sums is not None
-    return dh, column_sums
+    return dh, row_sums(column_sums, dtype)
 
 
 def scale_and_sum(
-    dout: Tensor, dtype: torch.dtype, gamma: Tensor | None = None, keep: Tensor | None = None
+    dout: Tensor,
+    dtype: torch.dtype,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+    kept: KeptRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dout (M, N) contiguous -> dout * keep and dout * keep * gamma, of `dtype`, and the first's column sums (N,) fp32.
 
-    A tensor that would be equal to another is that other, not a copy.
+    A tensor that would be equal to another is that other, not a copy. kept: dout has the rows of the batch, the results
+    are of the rows kept, times the factor of the branch.
     """
     if not runs_triton(dout):
-        exact = dout if keep is None else dout * keep.repeat_interleave(dout.shape[0] // max(1, keep.numel()))[:, None]
-        kept = exact.to(dtype)
-        return kept, kept if gamma is None else (exact * gamma).to(dtype), exact.float().sum(0)
-    M, N = dout.shape
-    copies = keep is not None or dtype != dout.dtype
-    kept = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
-    scaled = torch.empty_like(kept) if gamma is not None else kept
+        exact = dout if kept is None else dout[kept.numbers()] * kept.scale
+        if keep is not None:
+            exact = exact * keep.repeat_interleave(dout.shape[0] // max(1, keep.numel()))[:, None]
+        branch = exact.to(dtype)
+        return branch, branch if gamma is None else (exact * gamma).to(dtype), exact.float().sum(0)
+    M, N = (dout.shape[0] if kept is None else kept.row_count), dout.shape[1]
+    copies = keep is not None or kept is not None or dtype != dout.dtype
+    branch = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
+    scaled = torch.empty_like(branch) if gamma is not None else branch
     launch = INTERPRETER_SUM_LAUNCH if INTERPRETED else SUM_LAUNCH
     block_m, block_n = launch.tiles["BLOCK_M"], launch.tiles["BLOCK_N"]
     columns = triton.cdiv(N, block_n)
@@ -246,36 +283,17 @@ def scale_and_sum(
         scale_and_sum_kernel[grid](
             dout=dout,
             gamma=gamma,
-            keep=keep,
-            kept=kept if copies else None,
+            branch=branch if copies else None,
             scaled=scaled if gamma is not None else None,
             column_sums=column_sums,
             M=M,
             N=N,
-            rows_per_sample=1 if keep is None else M // max(1, keep.numel()),
+            **_sample_arguments(M, keep, kept),
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             **launch.tiles,
         )
-    return kept, scaled, column_sums.sum(0)
-
-
-def linear_residual_bwd(
-    dout: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of residual + keep * gamma * (a W^T + bias): of a W^T, W, bias and gamma; dout (M, N) contiguous.
-
-    dgamma needs no saved output: with g = dout * keep, sum_m g * (a W^T + bias) = rowsum(W * g^T a) + bias * sum_m g.
-    """
-    kept, dlinear, sums = scale_and_sum(dout, weight.dtype, gamma, keep)
-    dweight = kept.t() @ a
-    if gamma is None:
-        return dlinear, dweight, sums.to(weight.dtype), None
-    dgamma = (weight.float() * dweight.float()).sum(1)
-    if bias is not None:
-        dgamma += bias.float() * sums
-    scale = gamma.float()
-    return dlinear, (dweight * scale[:, None]).to(weight.dtype), (scale * sums).to(weight.dtype), dgamma.to(gamma.dtype)
+    return branch, scaled, row_sums(column_sums, torch.float32)
 
 
 def check_linear(
@@ -300,9 +318,9 @@ def check_linear(
 
 
 def _linear_case(
-    arch: int, dtype: str, width: int, epilogue: str, residual: bool, aligned: bool, stream: str = ""
+    arch: int, dtype: str, width: int, epilogue: str, residual: str, aligned: bool, stream: str = ""
 ) -> CompileCase:
-    """stream: the dtype of residual and out where it is not `dtype`."""
+    """residual: none, "residual" or "kept". stream: the dtype of residual and out where it is not `dtype`."""
     launch = linear_launch(arch, 4 if dtype == "fp32" else 2, width, epilogue, aligned)
     descriptors = aligned and arch in (90, 100) and dtype != "fp32"
     m, n, k = (launch.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -311,18 +329,20 @@ def _linear_case(
     operands = (f"tensordesc<{dtype}[{m}, {k}]>", f"tensordesc<{dtype}[{b_block}]>")
     signature = dict(zip("ab", operands if descriptors else (f"*{dtype}",) * 2, strict=True))
     signature |= dict.fromkeys(
-        ("out", *["bias"] * transposed, *["derivative"] * (epilogue != "linear"), *["residual", "gamma"] * residual),
+        ("out", *["bias"] * transposed, *["derivative"] * (epilogue != "linear")),
         f"*{dtype}",
     )
+    signature |= dict.fromkeys(("residual", "gamma") if residual else (), f"*{dtype}")
     signature |= dict.fromkeys(("out", "residual") if stream else (), f"*{stream}")
-    signature |= dict.fromkeys((*["column_sums"] * (not transposed), *["keep"] * residual), "*fp32")
-    absent = {"bias", "residual", "gamma", "keep", "derivative", "column_sums"} - set(signature)
+    signature |= {} if transposed else {"column_sums": "*fp32"}
+    signature |= {"residual": {"keep": "*fp32"}, "kept": {"kept": "*i64"}}.get(residual, {})
+    absent = {"bias", "residual", "gamma", "keep", "kept", "derivative", "column_sums"} - set(signature)
     strides = ("stride_a", "stride_b", "stride_residual")
-    signature |= dict.fromkeys((*strides, "M", "N", "K", "rows_per_sample"), "i32")
+    signature |= dict.fromkeys((*strides, "M", "N", "K", "rows_per_sample"), "i32") | {"kept_scale": "fp32"}
     flags = {"TRANSPOSED": transposed, "DESCRIPTORS": descriptors, "EPILOGUE": epilogue, "EXACT_GELU": dtype == "fp32"}
     words = [
         "linear",
-        "residual" if residual else epilogue,
+        residual or epilogue,
         dtype,
         f"{m}x{n}x{k}",
         "tma" if descriptors else "pointers",
@@ -341,7 +361,13 @@ def _linear_case(
 
 
 def _cases(arch: int) -> Iterator[CompileCase]:
-    for epilogue, residual in (("linear", False), ("linear", True), ("gelu", False), ("gelu_grad", False)):
+    for epilogue, residual in (
+        ("linear", ""),
+        ("linear", "residual"),
+        ("linear", "kept"),
+        ("gelu", ""),
+        ("gelu_grad", ""),
+    ):
         # DeiT-Ti, S and B (192, 384, 768 channels), their qkv and hidden layers have no tile beyond these three.
         cases = [
             _linear_case(arch, dtype, width, epilogue, residual, aligned)
@@ -349,16 +375,17 @@ def _cases(arch: int) -> Iterator[CompileCase]:
             for width in (192, 384, 768)
         ]
         if residual:
-            cases += [_linear_case(arch, "bf16", width, epilogue, True, True, "fp32") for width in (192, 384, 768)]
+            cases += [_linear_case(arch, "bf16", width, epilogue, residual, True, "fp32") for width in (192, 384, 768)]
         yield from {case.name: case for case in cases}.values()
-    for dtype in ("bf16", "fp32"):
+    for dtype, index in itertools.product(("bf16", "fp32"), ({"keep": "*fp32"}, {"kept": "*i64"})):
         yield CompileCase(
-            name=f"scale_and_sum {dtype}",
+            name=f"scale_and_sum {dtype}" + " kept" * ("kept" in index),
             kernel=scale_and_sum_kernel,
-            signature=dict.fromkeys(("dout", "gamma", "kept", "scaled"), f"*{dtype}")
-            | dict.fromkeys(("keep", "column_sums"), "*fp32")
-            | dict.fromkeys(("M", "N", "rows_per_sample"), "i32"),
-            constexprs=SUM_LAUNCH.tiles,
+            signature=dict.fromkeys(("dout", "gamma", "branch", "scaled"), f"*{dtype}")
+            | {"column_sums": "*fp32", "kept_scale": "fp32"}
+            | dict.fromkeys(("M", "N", "rows_per_sample"), "i32")
+            | index,
+            constexprs=dict(SUM_LAUNCH.tiles) | dict.fromkeys({"keep", "kept"} - set(index)),
             num_warps=SUM_LAUNCH.num_warps,
             num_stages=SUM_LAUNCH.num_stages,
             matrix=False,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deitfast.kernels.kept_rows import kept_row
+
 
 @triton.jit
 def gelu_with_derivative(h, EXACT: tl.constexpr):
@@ -57,11 +59,12 @@ def linear_kernel(
     a,  # (M, K): pointer, or descriptor of blocks (BLOCK_M, BLOCK_K)
     b,  # (N, K) if TRANSPOSED, else (K, N): pointer, or descriptor of blocks (BLOCK_N, BLOCK_K) or (BLOCK_K, BLOCK_N)
     bias,  # (N,) or None
-    residual,  # (M, N) or None
+    residual,  # (M, N) or None; all rows of the batch if `kept` is given
     gamma,  # (N,) or None
     keep,  # (M / rows_per_sample,) or None
+    kept,  # (M / rows_per_sample,) int64 or None
     derivative,  # (M, N): gelu'(h), written by "gelu" unless None, read by "gelu_grad"
-    out,  # (M, N)
+    out,  # (M, N); all rows of the batch if `kept` is given, of which the rows kept are written
     column_sums,  # (M / BLOCK_M rounded up, N) fp32, written by "gelu_grad"
     stride_a,
     stride_b,
@@ -70,9 +73,10 @@ def linear_kernel(
     N,
     K,
     rows_per_sample,
+    kept_scale,  # of the branch, where `kept` is given
     TRANSPOSED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    EPILOGUE: tl.constexpr,  # "linear" (bias, residual, gamma, keep as given), "gelu" or "gelu_grad"
+    EPILOGUE: tl.constexpr,  # "linear" (bias, residual, gamma, keep, kept as given), "gelu" or "gelu_grad"
     EXACT_GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -105,6 +109,10 @@ def linear_kernel(
             b_tile = tl.load(b + b_offset, mask=b_mask, other=0.0)
         acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
 
+    row_out = row
+    if kept is not None:
+        row_out = kept_row(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), kept, rows_per_sample, row < M)
+
     # In slices of columns, so that one slice's temporaries fit the registers beside the rest of the accumulator.
     slices = column_slices(acc, EPILOGUE_PARTS)
     WIDTH: tl.constexpr = BLOCK_N // EPILOGUE_PARTS
@@ -126,24 +134,28 @@ def linear_kernel(
             h *= tl.load(gamma + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
         if keep is not None:
             h *= tl.load(keep + row // rows_per_sample, mask=row < M, other=0.0).to(tl.float32)[:, None]
+        if kept is not None:
+            h *= kept_scale
+            offset = row_out[:, None] * N + column[None, :]
         if residual is not None:
-            h += tl.load(residual + row[:, None] * stride_residual + column[None, :], mask=mask, other=0.0).to(
-                tl.float32
-            )
+            offset_residual = row_out[:, None] * stride_residual + column[None, :]
+            h += tl.load(residual + offset_residual, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + offset, h.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def scale_and_sum_kernel(
-    dout,  # (M, N)
+    dout,  # (M, N), or all rows of the batch if `kept` is given
     gamma,  # (N,) or None
     keep,  # (M / rows_per_sample,) or None
-    kept,  # (M, N) or None: dout * keep
-    scaled,  # (M, N) or None: dout * keep * gamma
-    column_sums,  # (programs along M, N) fp32: sums of dout * keep
+    kept,  # (M / rows_per_sample,) int64 or None
+    branch,  # (M, N) or None: dout * keep, or the rows kept of dout * kept_scale
+    scaled,  # (M, N) or None: branch * gamma
+    column_sums,  # (programs along M, N) fp32: sums of branch
     M,
     N,
     rows_per_sample,
+    kept_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -153,12 +165,17 @@ def scale_and_sum_kernel(
         row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (row < M)[:, None] & (column < N)[None, :]
         offset = row[:, None] * N + column[None, :]
-        values = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32)
+        row_dout = row
+        if kept is not None:
+            row_dout = kept_row(row, kept, rows_per_sample, row < M)
+        values = tl.load(dout + row_dout[:, None] * N + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if kept is not None:
+            values *= kept_scale
         if keep is not None:
             values *= tl.load(keep + row // rows_per_sample, mask=row < M, other=0.0).to(tl.float32)[:, None]
         sums += values
-        if kept is not None:
-            tl.store(kept + offset, values.to(kept.dtype.element_ty), mask=mask)
+        if branch is not None:
+            tl.store(branch + offset, values.to(branch.dtype.element_ty), mask=mask)
         if scaled is not None:
             values *= tl.load(gamma + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
             tl.store(scaled + offset, values.to(scaled.dtype.element_ty), mask=mask)

@@ -11,6 +11,10 @@ A program holds whole rows, so x is read once and the variance is that of the ce
 the mean). dresidual is the gradient that reaches x past the branch: adding it here saves a pass over x.
 dweight and dbias are summed per program, then over programs: no atomics, the same bits in every run.
 
+Where a branch keeps some samples only (kept_rows.py), out, dout, mean and rstd have the M rows of those samples, and x,
+dresidual and dx those of the batch. The same kernels then copy the other rows: x to the output of the branch in the
+forward, dresidual to dx in the backward.
+
 Why LayerNorm is a pass of its own, not folded into the matrix product that follows. The fold
 rstd * (x W'^T - mean * colsum(W')), W' = weight * W, subtracts two numbers |mean| / std times larger than their
 difference: in fp32, with rows of |mean| / std = 3, its error is 2.8 to 3.6 times eager PyTorch's, where this pass has
@@ -21,7 +25,9 @@ normalised rows in memory anyway. Not yet measured on a GPU.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -37,6 +43,8 @@ from deitfast.kernels.common import (
     check_shape,
     runs_triton,
 )
+from deitfast.kernels.kept_rows import KeptRows, copy_rows_not_kept, kept_row
+from deitfast.kernels.row_sums import row_sums
 
 BWD_PROGRAMS = 528
 """Programs of the backward, four for each of an H100's 132 multiprocessors; fixed, so that no chip changes the sums."""
@@ -54,23 +62,32 @@ def layernorm_launch(columns: int) -> Launch:
 
 @triton.jit
 def layernorm_fwd_kernel(
-    x,  # (M, D)
+    x,  # (M, D), or all rows of the batch if `kept` is given
     weight,  # (D,)
     bias,  # (D,)
+    kept,  # (K,) int64 or None
     out,  # (M, D)
     mean,  # (M,) fp32
     rstd,  # (M,) fp32
+    unkept_out,  # like x, or None without `kept`: its rows that are not kept are written
     stride_x,
     M,
     D,
+    K,
+    rows_per_sample,
+    unkept_rows,
     eps,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) * BLOCK_M
+    row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     mask = (row < M)[:, None] & (column < D)[None, :]
-    values = tl.load(x + row[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    row_x = row
+    if kept is not None:
+        row_x = kept_row(row, kept, rows_per_sample, row < M)
+    values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
     row_mean = tl.sum(values, 1) / D
     centred = tl.where(mask, values - row_mean[:, None], 0.0)
     row_rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
@@ -80,22 +97,31 @@ def layernorm_fwd_kernel(
     tl.store(out + row[:, None] * D + column[None, :], normed.to(out.dtype.element_ty), mask=mask)
     tl.store(mean + row, row_mean, mask=row < M)
     tl.store(rstd + row, row_rstd, mask=row < M)
+    if kept is not None:
+        for start in tl.range(first, unkept_rows, tl.num_programs(0) * BLOCK_M):
+            copy_rows_not_kept(
+                x, unkept_out, kept, start, stride_x, unkept_rows, K, D, rows_per_sample, BLOCK_M, BLOCK_D
+            )
 
 
 @triton.jit
 def layernorm_bwd_kernel(
     dout,  # (M, D)
-    x,  # (M, D)
+    x,  # (M, D), or all rows of the batch if `kept` is given, as are dresidual and dx
     weight,  # (D,)
     mean,  # (M,) fp32
     rstd,  # (M,) fp32
     dresidual,  # (M, D) or None
+    kept,  # (K,) int64 or None
     dx,  # (M, D)
     dweight_parts,  # (programs, D) fp32
     dbias_parts,  # (programs, D) fp32
     stride_x,
     M,
     D,
+    K,
+    rows_per_sample,
+    unkept_rows,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -107,9 +133,12 @@ def layernorm_bwd_kernel(
     for start in tl.range(program * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (row < M)[:, None] & (column < D)[None, :]
-        offset = row[:, None] * D + column[None, :]
-        g = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32)
-        values = tl.load(x + row[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        row_x = row
+        if kept is not None:
+            row_x = kept_row(row, kept, rows_per_sample, row < M)
+        offset = row_x[:, None] * D + column[None, :]
+        g = tl.load(dout + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
         row_mean = tl.load(mean + row, mask=row < M, other=0.0)
         row_rstd = tl.load(rstd + row, mask=row < M, other=0.0)
         xhat = tl.where(mask, (values - row_mean[:, None]) * row_rstd[:, None], 0.0)
@@ -122,6 +151,9 @@ def layernorm_bwd_kernel(
         if dresidual is not None:
             result += tl.load(dresidual + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + offset, result.to(dx.dtype.element_ty), mask=mask)
+    if kept is not None:
+        for start in tl.range(program * BLOCK_M, unkept_rows, tl.num_programs(0) * BLOCK_M):
+            copy_rows_not_kept(dresidual, dx, kept, start, D, unkept_rows, K, D, rows_per_sample, BLOCK_M, BLOCK_D)
     part = program.to(tl.int64) * D + column
     tl.store(dweight_parts + part, tl.sum(dweight, 0), mask=column < D)
     tl.store(dbias_parts + part, tl.sum(dbias, 0), mask=column < D)
@@ -138,44 +170,87 @@ def check_layernorm(op: str, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weig
     check_same_or_fp32(op, weight_name, weight, x=x, ln_weight=ln_weight, ln_bias=ln_bias)
 
 
+def _kept_arguments(x: Tensor, kept: KeptRows | None) -> dict[str, Any]:
+    """The kernels' arguments about the samples kept in x (B * n, D)."""
+    if kept is None:
+        return {"kept": None, "K": 0, "rows_per_sample": 1, "unkept_rows": 0}
+    return {
+        "kept": kept.samples,
+        "K": kept.samples.shape[0],
+        "rows_per_sample": kept.rows_per_sample,
+        "unkept_rows": x.shape[0] - kept.row_count,
+    }
+
+
 def layernorm_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    kept: KeptRows | None = None,
+    unkept_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (M, D), weight and bias (D,) -> out (M, D) of `dtype`, mean (M,) fp32, rstd (M,) fp32."""
+    """x (M, D), weight and bias (D,) -> out (M, D) of `dtype`, mean (M,) fp32, rstd (M,) fp32.
+
+    kept: x has the rows of the batch, the results those of the samples kept. unkept_out: contiguous, like x; its other
+    rows become those of x, what the rows kept hold afterwards is undefined.
+    """
     if not runs_triton(x):
+        if kept is not None:
+            assert unkept_out is not None
+            unkept_out.copy_(x)
+            x = x[kept.numbers()]
         mean = x.float().mean(1)
         centred = x.float() - mean[:, None]
         rstd = centred.square().mean(1).add(eps).rsqrt()
         return (centred * rstd[:, None] * weight.float() + bias.float()).to(dtype), mean, rstd
-    M, D = x.shape
+    M, D = (x.shape[0] if kept is None else kept.row_count), x.shape[1]
     out = torch.empty((M, D), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     launch = layernorm_launch(D)
+    arguments = _kept_arguments(x, kept)
     with torch.cuda.device_of(x):
-        layernorm_fwd_kernel[(triton.cdiv(M, launch.tiles["BLOCK_M"]),)](
+        layernorm_fwd_kernel[(triton.cdiv(max(M, arguments["unkept_rows"]), launch.tiles["BLOCK_M"]),)](
             x=x,
             weight=weight,
             bias=bias,
             out=out,
             mean=mean,
             rstd=rstd,
+            unkept_out=unkept_out,
             stride_x=x.stride(0),
             M=M,
             D=D,
             eps=eps,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            **arguments,
             **launch.tiles,
         )
     return out, mean, rstd
 
 
 def layernorm_bwd(
-    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dresidual: Tensor | None = None
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dresidual: Tensor | None = None,
+    kept: KeptRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dout and dresidual (M, D) contiguous, x (M, D) -> dx (M, D) like x, dweight and dbias (D,) like weight."""
+    """dout and dresidual (M, D) contiguous, x (M, D) -> dx (M, D) like x, dweight and dbias (D,) like weight.
+
+    kept: x, dresidual, which must be given, and dx have the rows of the batch; rows not kept have dx = dresidual.
+    """
     if not runs_triton(x):
+        if kept is not None:
+            assert dresidual is not None
+            rows = kept.numbers()
+            dx, dweight, dbias = layernorm_bwd(dout, x[rows], weight, mean, rstd, dresidual[rows])
+            return dresidual.index_copy(0, rows, dx), dweight, dbias
         xhat = (x.float() - mean[:, None]) * rstd[:, None]
         g = dout.float() * weight.float()
         dx = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
@@ -183,10 +258,11 @@ def layernorm_bwd(
             dx += dresidual
         dweight, dbias = (dout.float() * xhat).sum(0), dout.float().sum(0)
         return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
-    M, D = x.shape
-    dx = torch.empty((M, D), dtype=x.dtype, device=x.device)
+    M, D = dout.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch = layernorm_launch(D)
-    programs = min(BWD_PROGRAMS, triton.cdiv(M, launch.tiles["BLOCK_M"]))
+    arguments = _kept_arguments(x, kept)
+    programs = min(BWD_PROGRAMS, triton.cdiv(max(M, arguments["unkept_rows"]), launch.tiles["BLOCK_M"]))
     parts = torch.empty((2, programs, D), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         layernorm_bwd_kernel[(programs,)](
@@ -204,36 +280,38 @@ def layernorm_bwd(
             D=D,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            **arguments,
             **launch.tiles,
         )
-    return dx, parts[0].sum(0).to(weight.dtype), parts[1].sum(0).to(weight.dtype)
+    return dx, row_sums(parts[0], weight.dtype), row_sums(parts[1], weight.dtype)
 
 
 def _cases() -> Iterator[CompileCase]:
-    for dtype in ("bf16", "fp32"):
-        for columns in (192, 384, 768):
-            launch = layernorm_launch(columns)
-            rows = {"x": f"*{dtype}", "weight": f"*{dtype}", "mean": "*fp32", "rstd": "*fp32"}
-            sizes = {"stride_x": "i32", "M": "i32", "D": "i32"}
-            forward = {"bias": f"*{dtype}", "out": f"*{dtype}", "eps": "fp32"}
-            backward = dict.fromkeys(("dout", "dresidual", "dx"), f"*{dtype}")
-            backward |= dict.fromkeys(("dweight_parts", "dbias_parts"), "*fp32")
-            for name, kernel, arguments in (
-                ("layernorm_fwd", layernorm_fwd_kernel, forward),
-                ("layernorm_bwd", layernorm_bwd_kernel, backward),
-            ):
-                yield CompileCase(
-                    name=f"{name} {dtype} {columns} channels",
-                    kernel=kernel,
-                    signature=rows | arguments | sizes,
-                    constexprs=launch.tiles,
-                    num_warps=launch.num_warps,
-                    num_stages=launch.num_stages,
-                    matrix=False,
-                    not_divisible=frozenset({"M"}),
-                )
+    for dtype, columns, kept in itertools.product(("bf16", "fp32"), (192, 384, 768), (False, True)):
+        launch = layernorm_launch(columns)
+        rows = {"x": f"*{dtype}", "weight": f"*{dtype}", "mean": "*fp32", "rstd": "*fp32"}
+        sizes = dict.fromkeys(("stride_x", "M", "D", "K", "rows_per_sample", "unkept_rows"), "i32")
+        forward = {"bias": f"*{dtype}", "out": f"*{dtype}", "eps": "fp32"}
+        backward = dict.fromkeys(("dout", "dresidual", "dx"), f"*{dtype}")
+        backward |= dict.fromkeys(("dweight_parts", "dbias_parts"), "*fp32")
+        optional = {"kept": "*i64", "unkept_out": f"*{dtype}"}
+        for name, kernel, arguments in (
+            ("layernorm_fwd", layernorm_fwd_kernel, forward),
+            ("layernorm_bwd", layernorm_bwd_kernel, backward),
+        ):
+            own = {argument: kind for argument, kind in optional.items() if argument in kernel.arg_names}
+            yield CompileCase(
+                name=f"{name} {dtype} {columns} channels" + " kept" * kept,
+                kernel=kernel,
+                signature=rows | arguments | sizes | (own if kept else {}),
+                constexprs=dict(launch.tiles) | ({} if kept else dict.fromkeys(own)),
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                matrix=False,
+                not_divisible=frozenset({"M", "K", "rows_per_sample", "unkept_rows"}),
+            )
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Both kernels at DeiT-Ti, S and B widths in bf16 and fp32; launches do not depend on `arch`."""
+    """Both kernels at DeiT-Ti, S and B widths in bf16 and fp32, for all samples and for some; not by `arch`."""
     return list(_cases())

@@ -4,31 +4,35 @@
     out = branch, or with residual=True x + keep * gamma * branch
 
 x (..., D), fc1_weight (H, D), fc2_weight (O, H), O = D with a residual; gamma (D,), keep (B,) as in linear_residual.py.
+With kept (K,), the ascending indices of some samples, the branch runs for these alone, times kept_scale; the others
+have out = x and dx = dout (kept_rows.py).
 
 One op rather than a chain, because its backward can then do what a chain cannot: multiply by gelu' in the epilogue that
 computes the gradient of gelu(h), and add the residual's gradient while the LayerNorm backward writes dx.
 
-Saved for the backward: x, mean and rstd (fp32), LayerNorm(x), gelu(h), gelu'(h); the output is not needed.
+Saved for the backward: x, mean and rstd (fp32), LayerNorm(x), gelu(h), gelu'(h), all but x for the samples kept alone;
+the output is not needed.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import autocast, needs_grad, rows
-from deitfast.kernels.gemm import (
-    linear_fwd,
-    linear_gelu_bwd,
-    linear_gelu_fwd,
-    linear_residual_bwd,
-    linear_residual_fwd,
-)
+from deitfast.kernels.common import autocast, needed_gradients, needs_grad, rows
+from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_gelu_fwd, linear_residual_fwd
+from deitfast.kernels.kept_rows import add_kept, branch_shape, check_kept, kept_rows
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
-from deitfast.kernels.linear_residual import check_residual, linear_residual_reference
+from deitfast.kernels.linear_residual import (
+    check_residual,
+    empty_linear_gradients,
+    linear_residual_bwd,
+    linear_residual_reference,
+)
 from deitfast.kernels.mlp_gelu import check_mlp, mlp_gelu_reference
 
 
@@ -45,8 +49,13 @@ def layernorm_mlp_reference(
     residual: bool = False,
     gamma: Tensor | None = None,
     keep: Tensor | None = None,
+    kept: Tensor | None = None,
+    kept_scale: float = 1.0,
 ) -> Tensor:
     """The op in eager PyTorch, in the steps a timm block takes. Any one floating dtype."""
+    if kept is not None:
+        tensors = ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        return add_kept(x, kept, kept_scale, lambda x: layernorm_mlp_reference(x, *tensors, eps), gamma)
     normed = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
     if not residual:
         return mlp_gelu_reference(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -65,14 +74,18 @@ def _layernorm_mlp(
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    kept: Tensor | None,
     eps: float,
     residual: bool,
+    kept_scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, fc1_weight.dtype)
+    taken = kept_rows(x, kept, kept_scale)
+    out = None if taken is None else torch.empty((x.shape[:-1].numel(), x.shape[-1]), dtype=x.dtype, device=x.device)
+    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, fc1_weight.dtype, taken, out)
     gelu, derivative = linear_gelu_fwd(normed, fc1_weight, fc1_bias, save)
     if residual:
-        out = linear_residual_fwd(gelu, fc2_weight, fc2_bias, rows(x), gamma, keep)
+        out = linear_residual_fwd(gelu, fc2_weight, fc2_bias, rows(x), gamma, keep, taken, out)
     else:
         out = linear_fwd(gelu, fc2_weight, fc2_bias)
     return out.view(*x.shape[:-1], fc2_weight.shape[0]), normed, mean, rstd, gelu, derivative
@@ -89,11 +102,13 @@ def _(
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    kept: Tensor | None,
     eps: float,
     residual: bool,
+    kept_scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    M, hidden = x.shape[:-1].numel(), fc1_weight.shape[0]
+    M, hidden = math.prod(branch_shape(x, kept)[:-1]), fc1_weight.shape[0]
     out = (x if residual else fc1_weight).new_empty(*x.shape[:-1], fc2_weight.shape[0])
     mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
     derivative = fc1_weight.new_empty((M, hidden) if save else 0)
@@ -110,31 +125,25 @@ def _layernorm_mlp_bwd(
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    kept: Tensor | None,
     normed: Tensor,
     mean: Tensor,
     rstd: Tensor,
     gelu: Tensor,
     derivative: Tensor,
     residual: bool,
+    kept_scale: float,
+    wanted1: bool,
+    wanted2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dout = rows(dout).contiguous()
-    dbranch, dfc2_weight, dfc2_bias, dgamma = linear_residual_bwd(dout, gelu, fc2_weight, fc2_bias, gamma, keep)
-    dh, dfc1_bias = linear_gelu_bwd(dbranch, fc2_weight, derivative)
-    dfc1_weight = dh.t() @ normed
+    dout, taken = rows(dout).contiguous(), kept_rows(x, kept, kept_scale)
+    fc2 = linear_residual_bwd(dout, gelu, fc2_weight, fc2_bias, gamma, keep, taken, wanted2)
+    dh, dfc1_bias = linear_gelu_bwd(fc2.dlinear, fc2_weight, derivative, fc1_weight.dtype)
+    dfc1_weight = dh.t() @ normed if wanted1 else fc1_weight.new_empty(0)
     dx, dln_weight, dln_bias = layernorm_bwd(
-        dh @ fc1_weight, rows(x), ln_weight, mean, rstd, dresidual=dout if residual else None
+        dh @ fc1_weight, rows(x), ln_weight, mean, rstd, dout if residual else None, taken
     )
-    dgamma = fc2_weight.new_empty(0) if dgamma is None else dgamma
-    return (
-        dx.view(x.shape),
-        dln_weight,
-        dln_bias,
-        dfc1_weight,
-        dfc1_bias.to(fc1_weight.dtype),
-        dfc2_weight,
-        dfc2_bias,
-        dgamma,
-    )
+    return dx.view(x.shape), dln_weight, dln_bias, dfc1_weight, dfc1_bias, fc2.dweight, fc2.dbias, fc2.dgamma
 
 
 @_layernorm_mlp_bwd.register_fake
@@ -147,46 +156,38 @@ def _(
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    kept: Tensor | None,
     normed: Tensor,
     mean: Tensor,
     rstd: Tensor,
     gelu: Tensor,
     derivative: Tensor,
     residual: bool,
+    kept_scale: float,
+    wanted1: bool,
+    wanted2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dln_weight, dln_bias = (ln_weight.new_empty(ln_weight.shape) for _ in range(2))
-    dfc1_weight, dfc2_weight = (w.new_empty(w.shape) for w in (fc1_weight, fc2_weight))
-    dfc1_bias, dfc2_bias = (w.new_empty(w.shape[0]) for w in (fc1_weight, fc2_weight))
-    dgamma = fc2_weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
-    dx = x.new_empty(x.shape)
-    return dx, dln_weight, dln_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgamma
+    dfc1_weight = fc1_weight.new_empty(fc1_weight.shape if wanted1 else 0)
+    dfc1_bias = fc1_weight.new_empty(fc1_weight.shape[0])
+    dx, fc2 = x.new_empty(x.shape), empty_linear_gradients(fc2_weight, gamma, wanted2)
+    return dx, dln_weight, dln_bias, dfc1_weight, dfc1_bias, *fc2
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ln_weight, _, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, keep, _, ctx.residual, _ = inputs
-    ctx.save_for_backward(x, ln_weight, fc1_weight, fc2_weight, fc2_bias, gamma, keep, *output[1:])
-    ctx.has_bias = (fc1_bias is not None, fc2_bias is not None)
+    x, ln_weight, _, fc1_weight, _, fc2_weight, fc2_bias, gamma, keep, kept, _, *ctx.options, _ = inputs
+    ctx.save_for_backward(x, ln_weight, fc1_weight, fc2_weight, fc2_bias, gamma, keep, kept, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
     if dout is None:
-        return (None,) * 12
-    gradients = _layernorm_mlp_bwd(dout, *ctx.saved_tensors, ctx.residual)
-    dx, dln_weight, dln_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dgamma = gradients
-    has_fc1_bias, has_fc2_bias = ctx.has_bias
-    return (
-        dx,
-        dln_weight,
-        dln_bias,
-        dfc1_weight,
-        dfc1_bias if has_fc1_bias else None,
-        dfc2_weight,
-        dfc2_bias if has_fc2_bias else None,
-        dgamma if dgamma.numel() else None,
-        *(None,) * 4,
-    )
+        return (None,) * len(needs)
+    wanted1, wanted2 = needs[3], any(needs[5:8])
+    gradients = _layernorm_mlp_bwd(dout, *ctx.saved_tensors, *ctx.options, wanted1, wanted2)
+    return needed_gradients(ctx, *gradients, *(None,) * 6)
 
 
 _layernorm_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -205,6 +206,8 @@ def layernorm_mlp(
     residual: bool = False,
     gamma: Tensor | None = None,
     keep: Tensor | None = None,
+    kept: Tensor | None = None,
+    kept_scale: float = 1.0,
 ) -> Tensor:
     """LayerNorm and MLP; with residual=True the block's whole second half, x + keep * gamma * mlp(LayerNorm(x)).
 
@@ -213,6 +216,8 @@ def layernorm_mlp(
     (..., O) in the weights' dtype, or in that of x with a residual. bf16, fp16 or fp32; beside 16-bit weights x, the
     LayerNorm's parameters and gamma may be fp32. Under torch.autocast the two layers' weights and biases are cast, all
     else stays as it is. keep gets no gradient.
+    kept: (K,) int64, instead of keep: the samples that the branch runs for, ascending and distinct (their values are
+    not checked), times kept_scale; the others have out = x.
     Raises ValueError for shapes, strides and devices that do not fit, TypeError for dtypes.
     """
     op = "layernorm_mlp"
@@ -226,9 +231,9 @@ def layernorm_mlp(
                 f"to x of shape {tuple(x.shape)}"
             )
         check_residual(op, x, gamma, keep, "fc2_weight", fc2_weight)
-    elif gamma is not None or keep is not None:
-        raise ValueError(f"{op}: gamma and keep belong to the residual; pass residual=True")
+        check_kept(op, x, keep, kept, kept_scale)
+    elif gamma is not None or keep is not None or kept is not None:
+        raise ValueError(f"{op}: gamma, keep and kept belong to the residual; pass residual=True")
     save = needs_grad(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
-    return _layernorm_mlp(
-        x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, keep, eps, residual, save
-    )[0]
+    parameters = ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma
+    return _layernorm_mlp(x, *parameters, keep, kept, eps, residual, kept_scale, save)[0]

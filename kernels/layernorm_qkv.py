@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import autocast, rows
-from deitfast.kernels.gemm import check_linear, linear_fwd, linear_residual_bwd
+from deitfast.kernels.common import autocast, needed_gradients, rows
+from deitfast.kernels.gemm import check_linear, linear_fwd
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
+from deitfast.kernels.linear_residual import empty_linear_gradients, linear_residual_bwd
 
 
 def layernorm_qkv_reference(
@@ -52,27 +53,40 @@ def _(
 
 @torch.library.custom_op("deitfast::layernorm_qkv_bwd", mutates_args=(), device_types=("cpu", "cuda"))
 def _layernorm_qkv_bwd(
-    dout: Tensor, x: Tensor, ln_weight: Tensor, weight: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor
+    dout: Tensor,
+    x: Tensor,
+    ln_weight: Tensor,
+    weight: Tensor,
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dout = rows(dout).contiguous()
-    _, dweight, dbias, _ = linear_residual_bwd(dout, normed, weight, None, None, None)
-    dx, dln_weight, dln_bias = layernorm_bwd(dout @ weight, rows(x), ln_weight, mean, rstd)
-    return dx.view(x.shape), dln_weight, dln_bias, dweight, dbias
+    found = linear_residual_bwd(dout, normed, weight, None, None, None, wanted=wanted)
+    dx, dln_weight, dln_bias = layernorm_bwd(found.dlinear @ weight, rows(x), ln_weight, mean, rstd)
+    return dx.view(x.shape), dln_weight, dln_bias, found.dweight, found.dbias
 
 
 @_layernorm_qkv_bwd.register_fake
 def _(
-    dout: Tensor, x: Tensor, ln_weight: Tensor, weight: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor
+    dout: Tensor,
+    x: Tensor,
+    ln_weight: Tensor,
+    weight: Tensor,
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dln_weight, dln_bias = (ln_weight.new_empty(ln_weight.shape) for _ in range(2))
-    return x.new_empty(x.shape), dln_weight, dln_bias, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return x.new_empty(x.shape), dln_weight, dln_bias, *empty_linear_gradients(weight, None, wanted)[:2]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ln_weight, _, weight, bias, _ = inputs
+    x, ln_weight, _, weight, _, _ = inputs
     _, normed, mean, rstd = output
     ctx.save_for_backward(x, ln_weight, weight, normed, mean, rstd)
-    ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(normed, mean, rstd)
     ctx.set_materialize_grads(False)
 
@@ -80,8 +94,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 6
-    dx, dln_weight, dln_bias, dweight, dbias = _layernorm_qkv_bwd(dout, *ctx.saved_tensors)
-    return dx, dln_weight, dln_bias, dweight, dbias if ctx.has_bias else None, None
+    wanted = any(ctx.needs_input_grad[3:5])
+    return needed_gradients(ctx, *_layernorm_qkv_bwd(dout, *ctx.saved_tensors, wanted), None)
 
 
 _layernorm_qkv.register_autograd(_backward, setup_context=_setup_context)

@@ -10,18 +10,33 @@ column sums of g (only the sums where there is neither keep nor gamma):
 
     dresidual = dout      dx = (g * gamma) W      dW = gamma * (g^T x)      dbias = gamma * sum_m g
     dgamma = rowsum(W * (g^T x)) + bias * sum_m g
+
+Scaling the rows of W by gamma instead would save the write of g * gamma, but its rounding is the same in every row of
+dx and does not average out in the sums over rows that follow: in bf16 the bias gradients of the layer before come out
+worse than eager PyTorch's.
+
+The two halves of a block end in the same layer; there a branch may also run for some samples only (kept_rows.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import autocast, check_dtypes, check_last_contiguous, check_same_or_fp32, check_shape, rows
-from deitfast.kernels.gemm import check_linear, linear_residual_bwd, linear_residual_fwd
+from deitfast.kernels.common import (
+    autocast,
+    check_dtypes,
+    check_last_contiguous,
+    check_same_or_fp32,
+    check_shape,
+    needed_gradients,
+    rows,
+)
+from deitfast.kernels.gemm import check_linear, linear_residual_fwd, scale_and_sum
+from deitfast.kernels.kept_rows import KeptRows
 
 
 def linear_residual_reference(
@@ -41,6 +56,51 @@ def linear_residual_reference(
     return residual + branch
 
 
+class LinearGradients(NamedTuple):
+    """What the backward of residual + keep * gamma * (a W^T + bias) starts with. The gradient of a is dlinear @ W.
+
+    The gradients of the parameters are empty where they are not wanted, as is dgamma without a gamma.
+    """
+
+    dlinear: Tensor  # (M, N)
+    sums: Tensor | None  # (N,) fp32, its column sums; None where nothing asked for them
+    dweight: Tensor  # (N, K)
+    dbias: Tensor  # (N,)
+    dgamma: Tensor  # (N,)
+
+
+def linear_residual_bwd(
+    dout: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    kept: KeptRows | None = None,
+    wanted: bool = True,
+    wants_sums: bool = False,
+) -> LinearGradients:
+    """dout (M, N) contiguous, with the rows of the batch where `kept` is given; a (M, K), weight (N, K).
+
+    wanted: False where neither weight, bias nor gamma wants a gradient. wants_sums: the column sums of dlinear even so.
+    """
+    changes = gamma is not None or keep is not None or kept is not None or weight.dtype != dout.dtype
+    g, dlinear, sums = dout, dout, None
+    if wanted or wants_sums or changes:
+        g, dlinear, sums = scale_and_sum(dout, weight.dtype, gamma, keep, kept)
+    scaled_sums = sums if sums is None or gamma is None else gamma * sums
+    if not wanted or sums is None or scaled_sums is None:
+        return LinearGradients(dlinear, scaled_sums, *(weight.new_empty(0) for _ in range(3)))
+    dweight, dbias = g.t() @ a, scaled_sums.to(weight.dtype)
+    if gamma is None:
+        return LinearGradients(dlinear, scaled_sums, dweight, dbias, weight.new_empty(0))
+    dgamma = (weight.float() * dweight.float()).sum(1)
+    if bias is not None:
+        dgamma += bias * sums
+    dweight = (dweight * gamma[:, None]).to(weight.dtype)
+    return LinearGradients(dlinear, scaled_sums, dweight, dbias, dgamma.to(gamma.dtype))
+
+
 @torch.library.custom_op("deitfast::linear_residual", mutates_args=(), device_types=("cpu", "cuda"))
 def _linear_residual(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None, keep: Tensor | None
@@ -57,19 +117,36 @@ def _(
 
 @torch.library.custom_op("deitfast::linear_residual_bwd", mutates_args=(), device_types=("cpu", "cuda"))
 def _linear_residual_bwd(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, keep: Tensor | None
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dout = rows(dout).contiguous()
-    dlinear, dweight, dbias, dgamma = linear_residual_bwd(dout, rows(x), weight, bias, gamma, keep)
-    return (dlinear @ weight).view(x.shape), dweight, dbias, weight.new_empty(0) if dgamma is None else dgamma
+    found = linear_residual_bwd(dout, rows(x), weight, bias, gamma, keep, wanted=wanted)
+    return (found.dlinear @ weight).view(x.shape), found.dweight, found.dbias, found.dgamma
 
 
 @_linear_residual_bwd.register_fake
 def _(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, keep: Tensor | None
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), dgamma
+    return x.new_empty(x.shape), *empty_linear_gradients(weight, gamma, wanted)
+
+
+def empty_linear_gradients(weight: Tensor, gamma: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dweight, dbias and dgamma as `linear_residual_bwd` gives them, unwritten."""
+    dgamma = weight.new_empty(0) if gamma is None or not wanted else gamma.new_empty(gamma.shape)
+    return weight.new_empty(weight.shape if wanted else 0), weight.new_empty(weight.shape[0] if wanted else 0), dgamma
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -78,9 +155,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, gamma, keep = ctx.saved_tensors
-    dx, dweight, dbias, dgamma = _linear_residual_bwd(dout, x, weight, bias, gamma, keep)
-    return dx, dweight, None if bias is None else dbias, dout, None if gamma is None else dgamma, None
+    _, needs_weight, needs_bias, _, needs_gamma, _ = ctx.needs_input_grad
+    wanted = needs_weight or needs_bias or needs_gamma
+    dx, dweight, dbias, dgamma = _linear_residual_bwd(dout, *ctx.saved_tensors, wanted)
+    return needed_gradients(ctx, dx, dweight, dbias, dout, dgamma, None)
 
 
 _linear_residual.register_autograd(_backward, setup_context=_setup_context)

@@ -21,14 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import autocast, check_dtypes, check_last_contiguous, needs_grad, rows
-from deitfast.kernels.gemm import (
-    check_linear,
-    linear_fwd,
-    linear_gelu_bwd,
-    linear_gelu_fwd,
-    linear_residual_bwd,
-)
+from deitfast.kernels.common import autocast, check_dtypes, check_last_contiguous, needed_gradients, needs_grad, rows
+from deitfast.kernels.gemm import check_linear, linear_fwd, linear_gelu_bwd, linear_gelu_fwd
+from deitfast.kernels.linear_residual import empty_linear_gradients, linear_residual_bwd
 
 
 def mlp_gelu_reference(
@@ -67,29 +62,43 @@ def _(
 
 @torch.library.custom_op("deitfast::mlp_gelu_bwd", mutates_args=(), device_types=("cpu", "cuda"))
 def _mlp_gelu_bwd(
-    dout: Tensor, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, gelu: Tensor, derivative: Tensor
+    dout: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    gelu: Tensor,
+    derivative: Tensor,
+    wanted1: bool,
+    wanted2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dout = rows(dout).contiguous()
-    _, dfc2_weight, dfc2_bias, _ = linear_residual_bwd(dout, gelu, fc2_weight, None, None, None)
-    dh, dfc1_bias = linear_gelu_bwd(dout, fc2_weight, derivative)
+    fc2 = linear_residual_bwd(dout, gelu, fc2_weight, None, None, None, wanted=wanted2)
+    dh, dfc1_bias = linear_gelu_bwd(dout, fc2_weight, derivative, fc1_weight.dtype)
     dx = (dh @ fc1_weight).view(x.shape)
-    return dx, dh.t() @ rows(x), dfc1_bias.to(fc1_weight.dtype), dfc2_weight, dfc2_bias
+    dfc1_weight = dh.t() @ rows(x) if wanted1 else fc1_weight.new_empty(0)
+    return dx, dfc1_weight, dfc1_bias, fc2.dweight, fc2.dbias
 
 
 @_mlp_gelu_bwd.register_fake
 def _(
-    dout: Tensor, x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, gelu: Tensor, derivative: Tensor
+    dout: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    gelu: Tensor,
+    derivative: Tensor,
+    wanted1: bool,
+    wanted2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dfc1_weight, dfc2_weight = (w.new_empty(w.shape) for w in (fc1_weight, fc2_weight))
-    dfc1_bias, dfc2_bias = (w.new_empty(w.shape[0]) for w in (fc1_weight, fc2_weight))
-    return x.new_empty(x.shape), dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
+    dfc1_weight = fc1_weight.new_empty(fc1_weight.shape if wanted1 else 0)
+    dfc1_bias = fc1_weight.new_empty(fc1_weight.shape[0])
+    return x.new_empty(x.shape), dfc1_weight, dfc1_bias, *empty_linear_gradients(fc2_weight, None, wanted2)[:2]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, _ = inputs
+    x, fc1_weight, _, fc2_weight, _, _ = inputs
     _, gelu, derivative = output
     ctx.save_for_backward(x, fc1_weight, fc2_weight, gelu, derivative)
-    ctx.has_bias = (fc1_bias is not None, fc2_bias is not None)
     ctx.mark_non_differentiable(gelu, derivative)
     ctx.set_materialize_grads(False)
 
@@ -97,9 +106,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 6
-    dx, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias = _mlp_gelu_bwd(dout, *ctx.saved_tensors)
-    has_fc1_bias, has_fc2_bias = ctx.has_bias
-    return dx, dfc1_weight, dfc1_bias if has_fc1_bias else None, dfc2_weight, dfc2_bias if has_fc2_bias else None, None
+    wanted1, wanted2 = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:5])
+    return needed_gradients(ctx, *_mlp_gelu_bwd(dout, *ctx.saved_tensors, wanted1, wanted2), None)
 
 
 _mlp_gelu.register_autograd(_backward, setup_context=_setup_context)

@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks import (
     bench_attention,
     bench_block_ops,
+    bench_input,
     bench_layernorm_qkv,
     bench_mlp_gelu,
     compile_report,
@@ -36,6 +37,7 @@ BENCHES = {
     bench_layernorm_qkv: {"layernorm_qkv", "layernorm"},
     bench_mlp_gelu: {"mlp_gelu"},
     bench_block_ops: {"block", "layernorm_mlp", "linear_residual"},
+    bench_input: {"input_patches", "patch_embed"},
 }
 
 
@@ -50,8 +52,9 @@ def test_the_quick_path_times_every_way_in_both_directions(bench, tmp_path, caps
     data = load(out)
     timed = {(row["key"]["op"], row["key"]["way"], row["key"]["pass"]) for row in data["rows"] if "ms" in row}
     for op in BENCHES[bench]:
-        for way in ("fused", "eager", "torch.compile"):
-            assert {(op, way, "forward"), (op, way, "forward+backward")} <= timed
+        for way in ("fused", "eager", "torch.compile", *["in steps"] * (op == "input_patches")):
+            assert (op, way, "forward") in timed
+            assert ((op, way, "forward+backward") in timed) == (op != "input_patches")
     for row in data["rows"]:
         assert "ms" in row or row.keys() & {"absent", "failed"}
         if "ms" in row:

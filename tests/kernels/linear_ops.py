@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deitfast.kernels.layernorm_attention import layernorm_attention, layernorm_attention_reference
 from deitfast.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_reference
 from deitfast.kernels.layernorm_qkv import layernorm_qkv, layernorm_qkv_reference
 from deitfast.kernels.linear_residual import linear_residual, linear_residual_reference
@@ -45,10 +46,51 @@ def linear_residual64(x, weight, bias, residual, gamma=None, keep=None):
 
 
 def layernorm_mlp64(
-    x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps=1e-6, residual=False, gamma=None, keep=None
+    x,
+    ln_weight,
+    ln_bias,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    eps=1e-6,
+    residual=False,
+    gamma=None,
+    keep=None,
+    kept=None,
+    kept_scale=1.0,
 ):
     branch = mlp_gelu64(_norm(x, ln_weight, ln_bias, eps), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return _add(x, branch, gamma, keep) if residual else branch
+    return _add(x, branch, gamma, _factors(x, keep, kept, kept_scale)) if residual else branch
+
+
+def layernorm_attention64(
+    x,
+    ln_weight,
+    ln_bias,
+    qkv_weight,
+    qkv_bias,
+    proj_weight,
+    proj_bias,
+    num_heads,
+    eps=1e-6,
+    gamma=None,
+    keep=None,
+    kept=None,
+    kept_scale=1.0,
+):
+    qkv = _linear(_norm(x, ln_weight, ln_bias, eps), qkv_weight, qkv_bias)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    scores = torch.einsum("...nhd,...mhd->...hnm", q, k) * q.shape[-1] ** -0.5
+    attended = torch.einsum("...hnm,...mhd->...nhd", scores.softmax(-1), v).flatten(-2)
+    return _add(x, _linear(attended, proj_weight, proj_bias), gamma, _factors(x, keep, kept, kept_scale))
+
+
+def _factors(x: Tensor, keep: Tensor | None, kept: Tensor | None, kept_scale: float) -> Tensor | None:
+    """The branch's factor of each sample: keep, or for a branch that some samples run through kept_scale and 0."""
+    if kept is None:
+        return keep
+    return torch.tensor([kept_scale if i in kept.tolist() else 0.0 for i in range(len(x))]).to(x)
 
 
 def _add(residual: Tensor, branch: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
@@ -121,6 +163,21 @@ def layernorm_mlp_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, *
     return mlp_gelu_inputs(draw, leading, D, H, **activations) | norm | branch
 
 
+def layernorm_attention_inputs(draw: Draw, leading: tuple[int, ...], D: int, _: int = 0, **activations: Any) -> Inputs:
+    qkv = layernorm_qkv_inputs(draw, leading, D, 3 * D, **activations)
+    return {
+        "x": qkv["x"],
+        "ln_weight": qkv["ln_weight"],
+        "ln_bias": qkv["ln_bias"],
+        "qkv_weight": qkv["weight"],
+        "qkv_bias": qkv["bias"],
+        "proj_weight": draw.normal(D, D, std=D**-0.5),
+        "proj_bias": draw.normal(D, std=0.1),
+        "gamma": draw.normal(D, mean=0.1, std=0.3),
+        "keep": draw.keep(leading[0]) if len(leading) > 1 else None,
+    }
+
+
 @dataclass(frozen=True)
 class Op:
     """A public op, its eager reference, its definition in float64, and its inputs (draw, leading, two widths)."""
@@ -140,6 +197,14 @@ OPS = {
         layernorm_mlp, layernorm_mlp_reference, layernorm_mlp64, layernorm_mlp_inputs, {"residual": True}
     ),
 }
+
+"""The ops that take rows of any number and width."""
+
+ATTENTION = Op(
+    layernorm_attention, layernorm_attention_reference, layernorm_attention64, layernorm_attention_inputs, {}
+)
+HALVES = {"layernorm_attention": ATTENTION, "layernorm_mlp": OPS["layernorm_mlp"]}
+"""The halves of a block. The first wants num_heads, (samples, tokens), and a width of whole heads."""
 
 
 # Comparison ----------------------------------------------------------------------------------------------------------

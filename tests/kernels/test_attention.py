@@ -64,7 +64,7 @@ def launch_by(arch: int) -> Any:
 
             @staticmethod
             def backward(ctx: Any, dout: Tensor) -> Tensor:
-                return attention_bwd(dout, *ctx.saved_tensors, num_heads, factor, arch=arch)
+                return attention_bwd(dout, *ctx.saved_tensors, num_heads, factor, arch=arch)[0]
 
         return Launched.apply(qkv)
 

@@ -15,26 +15,31 @@ from PIL import Image
 
 import deitfast.data
 from deitfast.fused import FusedBlock, fuse
-from deitfast.model import Block, DeiT
+from deitfast.model import Block, DeiT, Kept
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import SMALL, assert_accelerates, images, perturb, small_timm
 
 
-def run_block(block: Block, x: torch.Tensor, keep: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def run_block(block: Block, x: torch.Tensor, drop: torch.Tensor | Kept | None) -> dict[str, torch.Tensor]:
     block.zero_grad()
     x = x.clone().requires_grad_()
-    out = block(x, keep)
+    out = block(x, drop)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(out)
     (out * weights).sum().backward()
     return {"out": out.detach(), "x": x.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
 
 
+KEEP = torch.tensor([[0.0, 1.25], [1.25, 0.0]])
+
+
 @pytest.mark.parametrize(
     ("batch", "tokens", "width", "heads", "layer_scale", "drop"),
     [
-        (1, 197, 64, 1, None, False),
-        (2, 17, 192, 3, 0.3, True),
-        (3, 1, 64, 1, 0.3, False),
+        (1, 197, 64, 1, None, None),
+        (2, 17, 192, 3, 0.3, KEEP),
+        (3, 1, 64, 1, 0.3, None),
+        (4, 10, 64, 2, 0.3, Kept(torch.tensor([[0, 1, 3], [1, 2, 3]]), 4 / 3)),
+        (2, 198, 64, 1, None, Kept(torch.tensor([[1], [0]]), 2.0)),
     ],
 )
 def test_block_is_as_near_to_float64_as_eager(batch, tokens, width, heads, layer_scale, drop, device, dtype):
@@ -43,11 +48,12 @@ def test_block_is_as_near_to_float64_as_eager(batch, tokens, width, heads, layer
     torch.manual_seed(0)
     block = perturb(Block(width, heads, 4.0, layer_scale)).to(device, dtype)
     x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    keep = torch.tensor([[0.0, 1.25, 1.25], [1.25, 0.0, 1.25]], device=device)[:, :batch] if drop else None
-    exact = run_block(copy.deepcopy(block).double(), x.double(), keep)
-    eager = run_block(block, x, keep)
+    drop = Kept(drop.index_2K.to(device), drop.scale) if isinstance(drop, Kept) else drop
+    drop = drop.to(device) if isinstance(drop, torch.Tensor) else drop
+    exact = run_block(copy.deepcopy(block).double(), x.double(), drop)
+    eager = run_block(block, x, drop)
     block.__class__ = FusedBlock
-    fused = run_block(block, x, keep)
+    fused = run_block(block, x, drop)
     assert fused.keys() == eager.keys() == exact.keys()
     for name in eager:
         # One token attends to itself alone: queries and keys have no gradient, only rounding.

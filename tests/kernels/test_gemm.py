@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deitfast.kernels import gemm, layernorm
+from deitfast.kernels import gemm, layernorm, row_sums
 from deitfast.kernels.common import INTERPRETED, Launch
 from deitfast.kernels.gemm_kernels import gelu_with_derivative
 from tests.kernels.linear_ops import OPS, Draw, check
@@ -111,7 +111,24 @@ def test_scale_and_sum(device, monkeypatch, with_gamma, with_keep):
     assert (scaled is kept) == (gamma is None)
 
 
-@pytest.mark.parametrize("module", [gemm, layernorm])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (1, 33), (300, 64), (129, 1)])
+def test_row_sums(device, monkeypatch, rows, columns, weighted):
+    """The tile of the GPUs, over several tiles a side; also into a part of another tensor."""
+    monkeypatch.setattr(row_sums, "INTERPRETER_LAUNCH", row_sums.LAUNCH)
+    draw = Draw(0, torch.float32, device)
+    wide, weights = draw.normal(rows, columns + 3), draw.normal(rows) if weighted else None
+    x = wide[:, :columns]
+    expected = (x.double() if weights is None else x.double() * weights.double()[:, None]).sum(0)
+    actual = row_sums.row_sums(x, torch.float32, weights)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+    out = torch.ones(columns + 2, dtype=torch.float16, device=device)
+    row_sums.row_sums(x, torch.float16, weights, out=out[1:-1])
+    torch.testing.assert_close(out[1:-1], expected.half(), rtol=1e-3, atol=1e-3)
+    assert out[0] == out[-1] == 1
+
+
+@pytest.mark.parametrize("module", [gemm, layernorm, row_sums])
 @pytest.mark.parametrize("arch", [0, 80, 90, 100])
 def test_compile_cases_name_every_argument_once(module, arch):
     cases = module.compile_cases(arch)

@@ -245,7 +245,7 @@ def test_opcheck(op, device):
     """The forward op of each file, and through its autograd formula the backward op."""
     inputs = op.inputs(Draw(13, torch.float32, device), (2, 3), 16, 24)
     overload = getattr(torch.ops.deitfast, op.function.__name__).default
-    values = inputs | {"eps": 1e-6, "save": True} | dict(op.options)
+    values = inputs | {"eps": 1e-6, "save": True, "kept": None, "kept_scale": 1.0} | dict(op.options)
     arguments = tuple(values[argument.name] for argument in overload._schema.arguments)
     arguments = tuple(
         a.requires_grad_() if isinstance(a, Tensor) and a is not inputs.get("keep") else a for a in arguments

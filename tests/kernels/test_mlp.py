@@ -122,7 +122,7 @@ def test_linear_residual_names_bad_input(change, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gamma": zeros(8)}, r"gamma and keep belong to the residual; pass residual=True"),
+        ({"gamma": zeros(8)}, r"gamma, keep and kept belong to the residual; pass residual=True"),
         ({"residual": True, "keep": zeros(2)}, r"keep needs a batch dimension, but the residual has shape \(8,\)"),
         (
             {"residual": True, "fc2_weight": zeros(7, 12), "fc2_bias": None},
