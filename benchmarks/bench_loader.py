@@ -4,14 +4,20 @@
     python -m benchmarks.bench_loader --device cpu --quick
 
 decode                          every image whole, nothing else
-decode + crop                   random resized crop and flip, to uint8
-augmented, decode once          all of the training augmentation, one decode for the three views of an image
+decode + crop                   random resized crop and flip to uint8, one decode for the three views of an image
+decode + crop, each             the same, a decode for each view
+augmented, decode once          the loader: crop, flip and RandAugment to uint8, one decode for three views
 augmented, decode each          the same, a decode for each view
-timm (PIL)                      timm's loader with the same augmentation, one process a core
-timm (PIL), RandAugment         the same with the recipe's RandAugment, which ours does not apply yet
+augmented + prepared            `augmented, decode once`, then a step's input op: normalise, erase, mix, patches, fp32
+timm (PIL)                      timm's loader with all of this, from the file to normalised batches, one process a core
+timm (PIL), to uint8            the same without mixup, normalising and erasing: where ours hands over to the device
+timm (PIL), no RandAugment      `timm (PIL)` without RandAugment
 
-A view counts as an image. With --device cuda the first four run twice, decoding on the CPU and on the GPU ("mixed").
-The packaged digits, the default, are a few pixels wide: they rehearse, and say nothing of JPEGs.
+A view counts as an image. Beside the rate stands the rate per second of CPU time, of this process and its workers: on a
+machine that does other things too it is the steadier measure. timm's posterize fails in Pillow 13 at 0 bits, which
+`inc1` draws; in timm's rows it makes such an image black. With --device cuda our ways run twice, decoding on the CPU
+and on the GPU ("mixed"). The packaged digits, the default, are a few pixels wide: they rehearse, and say nothing of
+JPEGs.
 """
 
 from __future__ import annotations
@@ -20,18 +26,21 @@ import argparse
 import importlib.util
 import io
 import itertools
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Budget, Recorder, Timing, synchronize, timed_row
 from benchmarks.micro import arguments, device_missing
-from deitfast.data import Manifest, TrainLoader, open_dataset, prepare
+from deitfast.data import Manifest, TrainLoader, open_dataset
+from deitfast.data.augment import prepare_patches
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 
@@ -59,7 +68,7 @@ def decode_only(manifest: Manifest, setting: Setting) -> Iterator[int]:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
-    from deitfast.data.pipeline import decode
+    from deitfast.data.graph import decode
 
     device = torch.device(setting.device)
     order = itertools.cycle(range(len(manifest)))
@@ -69,21 +78,24 @@ def decode_only(manifest: Manifest, setting: Setting) -> Iterator[int]:
         device_id=torch.cuda.current_device() if device.type == "cuda" else None,
         prefetch_queue_depth=2,
     )
+    where = "gpu" if device.type == "cuda" else "cpu"
     with pipeline:
         encoded = fn.external_source(
             source=lambda: [manifest.read(i) for i in itertools.islice(order, setting.batch)],
             batch=True,
             dtype=types.DALIDataType.UINT8,
         )
-        pipeline.set_outputs(decode(encoded, device))
+        pipeline.set_outputs(decode(encoded, where))
     pipeline.build()
     while True:
         yield len(pipeline.run()[0])
 
 
-def _ours(repeats: int, augmented: bool) -> Loader:
+def _ours(repeats: int, policy: bool, prepared: bool = False) -> Loader:
     def loader(manifest: Manifest, setting: Setting) -> Iterator[int]:
         recipe = replace(setting.recipe, repeats=repeats)
+        if not policy:
+            recipe = replace(recipe, rand_augment="none")
         with TrainLoader(
             manifest,
             recipe,
@@ -93,7 +105,7 @@ def _ours(repeats: int, augmented: bool) -> Loader:
             stop_step=1_000_000,
         ) as batches:
             for batch in batches:
-                images = prepare(batch, recipe)[0] if augmented else batch.images
+                images = prepare_patches(batch, 16) if prepared else batch.images
                 yield len(images)
 
     return loader
@@ -115,11 +127,27 @@ class _PilDataset(torch.utils.data.Dataset):
         return image if self.transform is None else self.transform(image), int(self.manifest.label[i])
 
 
-def _timm(rand_augment: str | None) -> Loader:
+def _mend_posterize() -> None:
+    """Let timm's posterize keep 0 bits as black; Pillow 13 refuses them."""
+    from PIL import Image
+    from timm.data import auto_augment
+
+    theirs = auto_augment.posterize
+
+    def posterize(image: Any, bits_to_keep: int, **options: Any) -> Any:
+        return theirs(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+    for name, operation in auto_augment.NAME_TO_OP.items():
+        if operation is theirs:
+            auto_augment.NAME_TO_OP[name] = posterize
+
+
+def _timm(rand_augment: bool = True, to_uint8: bool = False) -> Loader:
     def loader(manifest: Manifest, setting: Setting) -> Iterator[int]:
         from tests.reference import import_timm
 
         timm, recipe = import_timm(), setting.recipe
+        _mend_posterize()
         mixup = timm.data.FastCollateMixup(
             mixup_alpha=recipe.mixup,
             cutmix_alpha=recipe.cutmix,
@@ -134,12 +162,14 @@ def _timm(rand_augment: str | None) -> Loader:
             re_prob=recipe.erase,
             re_mode="pixel",
             interpolation="bicubic",
-            auto_augment=rand_augment,
+            auto_augment=recipe.rand_augment if rand_augment else None,
             num_workers=setting.threads,
-            collate_fn=mixup,
+            collate_fn=None if to_uint8 else mixup,
             device=torch.device(setting.device),
             pin_memory=setting.device == "cuda",
         )
+        if to_uint8:  # timm's PrefetchLoader, which normalises and erases, wraps the plain one
+            batches = batches.loader
         while True:
             for images, _ in batches:
                 yield len(images)
@@ -149,35 +179,60 @@ def _timm(rand_augment: str | None) -> Loader:
 
 OURS: dict[str, Loader] = {
     "decode": decode_only,
-    "decode + crop": _ours(1, augmented=False),
-    "augmented, decode once": _ours(3, augmented=True),
-    "augmented, decode each": _ours(1, augmented=True),
+    "decode + crop": _ours(3, policy=False),
+    "decode + crop, each": _ours(1, policy=False),
+    "augmented, decode once": _ours(3, policy=True),
+    "augmented, decode each": _ours(1, policy=True),
+    "augmented + prepared": _ours(3, policy=True, prepared=True),
 }
 TIMM: dict[str, Loader] = {
-    "timm (PIL)": _timm(None),
-    "timm (PIL), RandAugment": _timm("rand-m9-mstd0.5-inc1"),
+    "timm (PIL)": _timm(),
+    "timm (PIL), to uint8": _timm(to_uint8=True),
+    "timm (PIL), no RandAugment": _timm(rand_augment=False),
 }
+GOALS = (
+    ("decode + crop", "decode + crop, each", 1.25),
+    ("augmented, decode once", "timm (PIL), to uint8", 1.5),
+    ("augmented + prepared", "timm (PIL)", None),
+)
+"""Pairs that do the same work. On a CPU the first is to be so many times as fast as the second per CPU second."""
 WARMUP, FEWEST = 5, 5
 """Batches before the clock starts, as many as are made ahead, and the fewest in an interval."""
 QUICK = ("decode", "augmented, decode once", "augmented, decode each", "timm (PIL)")
 
 
+def cpu_seconds() -> float:
+    """CPU time so far of this process with all its threads, and of its live worker processes."""
+    total = time.process_time()
+    for process in multiprocessing.active_children():
+        try:
+            after_name = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended, or there is no /proc
+            continue
+        total += (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
+    return total
+
+
 def time_loader(
     batches: Iterator[int], device: str, seconds: float, warmup: int, runs: int
-) -> tuple[list[Timing], int]:
-    """Mean milliseconds a batch over intervals of `seconds` each, and images a batch, after `warmup` batches."""
+) -> tuple[list[Timing], int, float]:
+    """Mean milliseconds a batch over intervals of `seconds` each after `warmup` batches; images and CPU ms a batch.
+
+    The CPU time is that of the least interval: what else the machine does can only add to it.
+    """
     images = max(itertools.islice(batches, warmup))
-    timings = []
+    timings, cpu = [], []
     for _ in range(runs):
         synchronize(device)
-        start, count = time.perf_counter(), 0
+        start, count, cpu_before = time.perf_counter(), 0, cpu_seconds()
         while time.perf_counter() - start < seconds or count < FEWEST:
             images = next(batches)
             count += 1
         synchronize(device)
         ms = 1e3 * (time.perf_counter() - start) / count
         timings.append(Timing(ms, ms, ms, count))
-    return timings, images
+        cpu.append(1e3 * (cpu_seconds() - cpu_before) / count)
+    return timings, images, min(cpu)
 
 
 def measure_way(name: str, manifest: Manifest, setting: Setting, quick: bool) -> dict[str, Any]:
@@ -189,7 +244,8 @@ def measure_way(name: str, manifest: Manifest, setting: Setting, quick: bool) ->
     try:
         batches = loader(manifest, setting)
         try:
-            runs, images = time_loader(batches, setting.device, 0.7 if quick else 5.0, WARMUP, 1 if quick else 2)
+            seconds = 0.7 if quick else 5.0
+            runs, images, cpu_ms = time_loader(batches, setting.device, seconds, WARMUP, 1 if quick else 2)
         finally:
             batches.close()  # type: ignore[attr-defined]
     except ImportError as problem:
@@ -198,25 +254,32 @@ def measure_way(name: str, manifest: Manifest, setting: Setting, quick: bool) ->
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         return {"failed": lines[-1].strip()[:300]}
     row = timed_row({}, runs)
-    return row | {"images_per_second": 1e3 * images / row["ms"]}
+    row |= {"images_per_second": 1e3 * images / row["ms"], "images_per_cpu_second": 1e3 * images / max(cpu_ms, 1e-3)}
+    if name in TIMM and name != "timm (PIL), no RandAugment":
+        row["note"] = "posterize to 0 bits made black: Pillow 13 refuses it"
+    return row
 
 
 def line(row: dict[str, Any]) -> str:
     key = row["key"]
     label = f"{key['way']:26} {key['decode']:6}"
     reason = next((kind for kind in ("failed", "absent", "skipped") if kind in row), None)
-    return f"{label} {reason}: {row[reason]}" if reason else f"{label} {row['images_per_second']:10.1f} images/s"
+    if reason:
+        return f"{label} {reason}: {row[reason]}"
+    return f"{label} {row['images_per_second']:8.1f} images/s {row['images_per_cpu_second']:8.1f} a CPU second"
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Decode once against each view by itself, and against timm, where both were measured."""
-    speed = {(row["key"]["way"], row["key"]["decode"]): row["images_per_second"] for row in rows if "ms" in row}
+    """One decode for three views against one for each, and ours against timm's, where both were measured."""
+    rates = ("images_per_second", "images_per_cpu_second")
+    measured = {(row["key"]["way"], row["key"]["decode"]): [row[r] for r in rates] for row in rows if "ms" in row}
     lines = []
-    for decode in ("cpu", "mixed"):
-        ours = speed.get(("augmented, decode once", decode))
-        for other in (("augmented, decode each", decode), ("timm (PIL)", "cpu")):
-            if ours and other in speed:
-                lines.append(f"decode once ({decode}): {ours / speed[other]:.2f} x {other[0]}")
+    for decode, (ours, other, goal) in itertools.product(("cpu", "mixed"), GOALS):
+        a, b = measured.get((ours, decode)), measured.get((other, "cpu" if other in TIMM else decode))
+        if a and b:
+            aim = f" (goal {goal})" if goal and decode == "cpu" else ""
+            pair = f"{ours} ({decode}) against {other}"
+            lines.append(f"{pair}: {a[1] / b[1]:.2f} x per CPU second{aim}, {a[0] / b[0]:.2f} x per second")
     return lines
 
 

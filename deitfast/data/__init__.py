@@ -8,8 +8,10 @@ with TrainLoader(dataset.train, recipe, image_size=224, micro_batch=64) as loade
 
 from deitfast.data import philox
 from deitfast.data.augment import IMAGENET_MEAN, IMAGENET_STD, Targets, normalise, prepare
-from deitfast.data.loaders import Batch, EvalLoader, TrainLoader
+from deitfast.data.eval_loader import EvalLoader
+from deitfast.data.loaders import Batch, TrainLoader
 from deitfast.data.manifest import Manifest
+from deitfast.data.quarantine import TooManyBadFiles
 from deitfast.data.sampler import Plan
 from deitfast.data.sources import Dataset, imagenet_classes, open_dataset
 
@@ -22,6 +24,7 @@ __all__ = [
     "Manifest",
     "Plan",
     "Targets",
+    "TooManyBadFiles",
     "TrainLoader",
     "imagenet_classes",
     "normalise",

@@ -1,7 +1,7 @@
-"""The device stage: normalise, erase, mix. Plain PyTorch on any device; no wait for the device, no loop over samples.
+"""The device stage: normalise, erase, mix; in one kernel to patches (`prepare_patches`), or in steps to images.
 
-Order as in DeiT: (crop, flip: done by the loader) -> RandAugment -> normalise -> erase -> mixup or cutmix. RandAugment
-will stand before `normalise`, on uint8.
+Order as in DeiT: (crop, flip, RandAugment: done before, on uint8) -> normalise -> erase -> mixup or cutmix. The steps
+are plain PyTorch on any device, without waiting for it and without a loop over samples: the kernel's reference.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deitfast.data.philox import NOISE, counter, normal_pair, philox4x32, unit
+from deitfast.kernels.input import input_patches
 
 if TYPE_CHECKING:
     from deitfast.data.loaders import Batch
@@ -54,11 +55,43 @@ def prepare(
     x = normalise(batch.images, mean, std)
     if batch.erased_pixels:
         erase(x, batch)
-    partner_labels = batch.labels
     if batch.mixes:
         x = mix(x, batch.lam, batch.mix_box)
-        partner_labels = _partner(batch.labels)
-    return x.to(dtype), Targets(batch.labels, partner_labels, batch.lam, recipe.smoothing)
+    return x.to(dtype), targets(batch, recipe.smoothing)
+
+
+def prepare_patches(
+    batch: Batch,
+    patch_size: int,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> torch.Tensor:
+    """The images of `prepare` as patches (m, H / patch_size * W / patch_size, 3 * patch_size**2) of `dtype`.
+
+    Patches are row by row, each in the order of `conv.weight.flatten(1)`: channel, y, x. One kernel on CUDA.
+    """
+    return input_patches(
+        batch.images,
+        batch.erase,
+        batch.mix_box,
+        batch.lam,
+        batch.index,
+        batch.view,
+        torch.full((1,), batch.epoch, dtype=torch.int64, device=batch.images.device),
+        seed=batch.seed,
+        patch_size=patch_size,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        mixes=batch.mixes,
+    )
+
+
+def targets(batch: Batch, smoothing: float) -> Targets:
+    """The soft targets that belong to the mixed images of a batch."""
+    partner_labels = partner_rows(batch.labels) if batch.mixes else batch.labels
+    return Targets(batch.labels, partner_labels, batch.lam, smoothing)
 
 
 def normalise(
@@ -103,7 +136,7 @@ def mix(x: torch.Tensor, lam: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     x: (m, 3, H, W). lam: float32 (m,), weight of the own image for mixup. box: int64 (m, 4) (top, left, height, width):
     where it is not empty, the sample takes the rectangle from its partner and keeps the rest (cutmix).
     """
-    partner = _partner(x)
+    partner = partner_rows(x)
     top, left, height, width = (b[:, None, None, None] for b in box.unbind(1))
     cut = height * width > 0
     y = torch.arange(x.shape[2], device=x.device)[:, None]
@@ -113,7 +146,7 @@ def mix(x: torch.Tensor, lam: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
     return x * own + partner * (1 - own)
 
 
-def _partner(x: torch.Tensor) -> torch.Tensor:
+def partner_rows(x: torch.Tensor) -> torch.Tensor:
     """Rows with the two of each pair exchanged; the number of rows is even."""
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 

@@ -1,22 +1,31 @@
-"""The loaders: micro-batches of a training run in slot order, and a validation split image by image.
+"""The training loader: micro-batches of a run in slot order.
 
-What a loader yields is a pure function of (seed, step): every crop and flip is drawn on the host (`draws`) and given to
-DALI (`pipeline`), so resuming is starting at another step.
+What a loader yields is a pure function of (seed, step) and of the files: every crop, flip and photometric operation is
+drawn on the host (`draws`, `policy`), so resuming is starting at another step. On a GPU DALI decodes, crops, resizes
+and flips (`pipeline`) and the policy's kernels follow; on a CPU DALI decodes and threads do the rest (`views`). All of
+it runs ahead of the consumer. A file that became unreadable since the scan is replaced (`quarantine`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from deitfast.data import draws
+from deitfast.data import draws, graph
+from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import Manifest
-from deitfast.data.pipeline import Feed, Runner, crop, decode, decode_crop, flip, resize, thread_count, to_device
+from deitfast.data.manifest import say as say_to_stderr
+from deitfast.data.pipeline import Feed, Runner, gathered, thread_count, to_device
+from deitfast.data.policy import Policy
+from deitfast.data.policy_draws import PolicyDraws
+from deitfast.data.quarantine import Quarantine
 from deitfast.data.sampler import Plan
+from deitfast.data.views import Workers, decoded, resized_crop
 from deitfast.errors import DeitfastError
 
 if TYPE_CHECKING:
@@ -27,8 +36,8 @@ if TYPE_CHECKING:
 class Batch:
     """One micro-batch of a training step: m samples, of which rows s and s xor 1 are a mixup pair.
 
-    images: uint8 (m, H, W, 3), flipped, on the device. labels: int64 (m,), on the device. The device stage
-    (`augment`) reads the rest: small tensors on the device, one row a sample.
+    images: uint8 (m, H, W, 3), after crop, flip and the policy, on the device. labels: int64 (m,), on the device. The
+    device stage (`augment`) reads the rest: small tensors on the device, one row a sample.
     """
 
     step: int  # global optimisation step
@@ -38,7 +47,7 @@ class Batch:
     images: torch.Tensor
     labels: torch.Tensor
     slots: np.ndarray  # int64 (m,), slots of the global batch
-    index: torch.Tensor  # int64 (m,), image in the manifest
+    index: torch.Tensor  # int64 (m,), image in the manifest (its replacement, where one is unreadable)
     view: torch.Tensor  # int64 (m,), copy of repeated augmentation
     erase: torch.Tensor  # int64 (m, 4), erased rectangle (top, left, height, width), zeros where there is none
     erased_pixels: int  # sum of the rectangles' areas, known on the host
@@ -54,8 +63,12 @@ class TrainLoader:
     batch and cuts them into micro-batches in turn. `plan` describes the order; `seconds_waiting` is host time blocked
     on data so far. It can be iterated once. Use it as a context manager, or call close().
 
-    Raises DeitfastError for a batch that world and micro_batch do not divide, for an odd one with mixup or cutmix, and,
-    while iterating, for an image that no longer decodes.
+    say: gets a line for each file that became unreadable, from the consuming thread; None: stderr. bad_list: file in
+    which they are all listed. `quarantined` holds those that this process has met.
+
+    Raises DeitfastError for a batch that world and micro_batch do not divide, and for an odd one with mixup or cutmix.
+    While iterating, a single process raises TooManyBadFiles beyond the recipe's bad_limit; of several processes none
+    knows the sum, so the caller compares it and stops them together.
     """
 
     def __init__(
@@ -69,27 +82,38 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         start_step: int = 0,
         stop_step: int | None = None,
+        say: Callable[[str], None] | None = None,
+        bad_list: Path | None = None,
     ) -> None:
         self.recipe, self.manifest, self.image_size = recipe, manifest, image_size
         self.device = torch.device(device)
         self.mixes = recipe.mixes
+        say = say or say_to_stderr
         _check_batch(recipe.batch, world, micro_batch, self.mixes)
         self.plan = Plan(len(manifest), recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group)
         self.start_step = start_step
         self.stop_step = self.plan.steps_per_epoch if stop_step is None else stop_step
         self.micro_batch = micro_batch
         self.micro_per_step = recipe.batch // world // micro_batch
+        self.policy = Policy(recipe, image_size, self.device)
+        limit = recipe.bad_limit * len(manifest) if world == 1 else float("inf")
+        self._quarantine = Quarantine(manifest, recipe.seed, limit, say, bad_list)
         self._groups = -(-recipe.batch // recipe.mix_group)
         self._first_slot = rank * (recipe.batch // world)
+        threads = thread_count(recipe.workers)
+        self._on_cpu = self.device.type == "cpu"
+        self._decoder = choose_decoder(recipe.decode, manifest, image_size, self.device, threads, say)
+        self._workers = Workers(threads if self._on_cpu else 1)
         self._runner: Runner[_TrainFeed] = Runner(
-            manifest,
+            self._quarantine,
             self._prepare,
             len(self),
-            self._graph,
-            parameters=3 * recipe.repeats,
+            self._graph_cpu if self._on_cpu else self._graph_gpu,
+            self._collect_cpu if self._on_cpu else self._collect_gpu,
+            parameters=2 if self._on_cpu else 3 * recipe.repeats,
             max_batch=micro_batch,
             device=self.device,
-            threads=thread_count(recipe.workers),
+            threads=threads,
         )
 
     def __len__(self) -> int:
@@ -100,6 +124,11 @@ class TrainLoader:
     def seconds_waiting(self) -> float:
         return self._runner.seconds_waiting
 
+    @property
+    def quarantined(self) -> list[tuple[str, str]]:
+        """(name, reason) of every file that this process found unreadable since it began."""
+        return self._quarantine.files
+
     def __enter__(self) -> TrainLoader:
         return self
 
@@ -108,9 +137,11 @@ class TrainLoader:
 
     def close(self) -> None:
         self._runner.close()
+        self._workers.close()
 
     def __iter__(self) -> Iterator[Batch]:
         for feed, images in self._runner:
+            self._quarantine.check()
             device = self.device
             yield Batch(
                 step=feed.step,
@@ -135,24 +166,33 @@ class TrainLoader:
         step, micro = self.start_step + i // self.micro_per_step, i % self.micro_per_step
         slots = self._first_slot + micro * self.micro_batch + np.arange(self.micro_batch)
         index, view, epoch = self.plan.slots(step)
-        index, view = index[slots], view[slots]
+        index, encoded = self._quarantine.resolve(index[slots])
+        view = view[slots]
         lam, mix_box = draws.mix(
             self.image_size, self._groups, step, r.seed, r.mixup, r.cutmix, r.mix_probability, r.mix_switch
         )
 
-        # Every view of an image is cropped, also the few whose slot lies in another micro-batch; view-major rows.
+        # Every view of an image is drawn, also the few whose slot lies in another micro-batch; (view, image) rows.
         distinct, row = np.unique(index, return_inverse=True)
         images, views = np.tile(distinct, r.repeats), np.repeat(np.arange(r.repeats), len(distinct))
         width, height = manifest.width[images], manifest.height[images]
         box = draws.random_resized_crop(width, height, images, epoch, views, r.seed, (r.crop_min, r.crop_max))
+        box = box.astype(np.int32).reshape(r.repeats, -1, 4)
+        start, shape = (np.ascontiguousarray(box[..., i : i + 2]) for i in (0, 2))
         mirrored = draws.flip(images, epoch, views, r.seed, r.flip).astype(np.int32).reshape(r.repeats, -1)
-        start, shape = (box[:, i : i + 2].astype(np.int32).reshape(r.repeats, -1, 2) for i in (0, 2))
-        parameters = [x[v] for v in range(r.repeats) for x in (start, shape, mirrored)]
+        if self._on_cpu:  # of each image the smallest rectangle that holds its crops
+            first, last = start.min(axis=0), (start + shape).max(axis=0)
+            parameters = [first, last - first]
+            box[..., :2] -= first
+        else:
+            parameters = [x[v] for v in range(r.repeats) for x in (start, shape, mirrored)]
         return _TrainFeed(
             distinct=distinct,
-            encoded=[manifest.read(i) for i in distinct.tolist()],
+            encoded=[encoded[i] for i in distinct.tolist()],
             parameters=parameters,
-            take=np.stack([row, view], axis=1),
+            row=row,
+            box=box[view, row],
+            mirrored=mirrored[view, row],
             step=step,
             micro=micro,
             epoch=epoch,
@@ -162,23 +202,43 @@ class TrainLoader:
             erase=draws.random_erasing(self.image_size, index, epoch, view, r.seed, r.erase),
             lam=lam[slots // r.mix_group],
             mix_box=mix_box[slots // r.mix_group],
+            policy=self.policy.draw(index, epoch, view) if self.policy.active else None,
         )
 
-    def _graph(self, encoded: Any, *parameters: Any) -> list[Any]:
+    def _graph_cpu(self, encoded: Any, start: Any, shape: Any) -> list[Any]:
+        return [graph.decode_crop(encoded, start, shape)]
+
+    def _graph_gpu(self, encoded: Any, *parameters: Any) -> list[Any]:
+        images, size = graph.decode_to_gpu(encoded, self._decoder), [self.image_size, self.image_size]
         starts, shapes, mirrored = (parameters[i::3] for i in range(3))
-        if len(starts) == 1 and self.device.type == "cpu":
-            views = [decode_crop(encoded, starts[0], shapes[0])]
-        else:
-            images = decode(encoded, self.device)
-            views = [crop(images, start, shape) for start, shape in zip(starts, shapes, strict=True)]
-        size = [self.image_size, self.image_size]
-        return [flip(resize(view, size), m) for view, m in zip(views, mirrored, strict=True)]
+        views = [graph.crop(images, start, shape) for start, shape in zip(starts, shapes, strict=True)]
+        return [graph.flip(graph.resize(view, size), m) for view, m in zip(views, mirrored, strict=True)]
+
+    def _collect_cpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:
+        batch = torch.empty((len(feed.row), self.image_size, self.image_size, 3), dtype=torch.uint8)
+
+        def make(part: slice) -> None:
+            for s in range(part.start, part.stop):
+                image = decoded(outputs[0], int(feed.row[s]))
+                batch[s] = resized_crop(image, feed.box[s], self.image_size, bool(feed.mirrored[s]))
+            if feed.policy is not None:
+                batch[part] = self.policy.apply(batch[part], feed.policy[part])
+
+        self._workers.share(make, len(batch))
+        return batch
+
+    def _collect_gpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:
+        batch = gathered(outputs, feed.row, feed.view, self.device)
+        return batch if feed.policy is None else self.policy.apply(batch, feed.policy)
 
 
 @dataclass
 class _TrainFeed(Feed):
     """The feed of a training micro-batch, with what `Batch` needs of it (numpy)."""
 
+    row: np.ndarray  # which of the distinct images
+    box: np.ndarray  # int32 (m, 4), the crop in what the CPU decoded (top, left, height, width)
+    mirrored: np.ndarray
     step: int
     micro: int
     epoch: int
@@ -188,86 +248,7 @@ class _TrainFeed(Feed):
     erase: np.ndarray
     lam: np.ndarray
     mix_box: np.ndarray
-
-
-class EvalLoader:
-    """Iterates once over this process's contiguous share of a split: every image exactly once over all processes.
-
-    The short side is resized to int(image_size / crop_ratio) and the centre cut out, with the sizes and offsets that
-    torchvision's Resize and CenterCrop compute. Yields images, uint8 (m, H, W, 3), and labels, int64 (m,), both on the
-    device, in the manifest's order. The last batch may be short; a share may be empty.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        image_size: int,
-        crop_ratio: float = 0.875,
-        batch: int = 256,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-        workers: int = 0,
-    ) -> None:
-        if not 0 < crop_ratio <= 1:
-            raise DeitfastError(f"crop ratio {crop_ratio} must be above 0 and at most 1")
-        self.manifest, self.image_size, self.crop_ratio, self.batch = manifest, image_size, crop_ratio, batch
-        self.device = torch.device(device)
-        self.first, self.last = (len(manifest) * r // world for r in (rank, rank + 1))
-        # An iteration needs its own pipeline: DALI does not rewind.
-        self._threads = thread_count(workers)
-
-    def __len__(self) -> int:
-        """Batches of this process."""
-        return -(-(self.last - self.first) // self.batch)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if not len(self):
-            return
-        runner: Runner[Feed] = Runner(
-            self.manifest,
-            self._prepare,
-            len(self),
-            self._graph,
-            parameters=2,
-            max_batch=min(self.batch, self.last - self.first),
-            device=self.device,
-            threads=self._threads,
-        )
-        try:
-            for feed, images in runner:
-                yield images, to_device(self.manifest.label[feed.distinct], self.device)
-        finally:
-            runner.close()
-
-    def _prepare(self, i: int) -> Feed:
-        index = np.arange(self.first + i * self.batch, min(self.first + (i + 1) * self.batch, self.last))
-        size, start = eval_geometry(
-            self.manifest.width[index], self.manifest.height[index], self.image_size, self.crop_ratio
-        )
-        return Feed(
-            distinct=index,
-            encoded=[self.manifest.read(j) for j in index.tolist()],
-            parameters=[size.astype(np.int32), start.astype(np.int32)],
-            take=np.stack([np.arange(len(index)), np.zeros(len(index), np.int64)], axis=1),
-        )
-
-    def _graph(self, encoded: Any, size: Any, start: Any) -> list[Any]:
-        return [crop(resize(decode(encoded, self.device), size), start, [self.image_size, self.image_size])]
-
-
-def eval_geometry(
-    width: np.ndarray, height: np.ndarray, image_size: int, crop_ratio: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resized (height, width) and crop offset (top, left) of every image, int64 (n, 2) each, as torchvision's.
-
-    Source: torchvision `transforms/functional.py`: the long side is truncated, the offset rounded half to even.
-    """
-    short = int(image_size / crop_ratio)
-    sides = np.stack([height, width], axis=1)
-    least = sides.min(axis=1, keepdims=True)
-    size = np.where(sides == least, short, (short * sides / least).astype(np.int64))
-    return size, np.rint((size - image_size) / 2).astype(np.int64)
+    policy: PolicyDraws | None  # None where the policy does nothing
 
 
 def _check_batch(batch: int, world: int, micro_batch: int, mixes: bool) -> None:

@@ -32,6 +32,9 @@ NOISE = 4
 MIX = 5
 DROP_PATH = 6
 RANDAUGMENT = 7
+THREE_AUGMENT = 8
+JITTER = 9
+REPLACEMENT = 10
 
 
 def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, key: int) -> tuple[Any, Any, Any, Any]:

@@ -1,32 +1,28 @@
-"""Where images come from: class folders or tar shards, found under one folder, turned into manifests.
+"""Where images come from: class folders, tar shards or TFRecords, found under one folder, turned into manifests.
 
     folder/train/<class>/*.jpg         folder/val/<class>/*.jpg        (`validation` and `test` are accepted for val)
     folder/train/*.tar, train-*.tar, train.tar                         (likewise for val)
+    folder/train/*.tfrecord, train-00000-of-01024, train*.tfrecord     (likewise for val)
 
-Shards are plain tar files in WebDataset's layout, `key.jpg` beside `key.cls` (an integer) or `key.json` (with "label"),
-or with class folders inside, `<class>/name.jpg`. They are read in place by offset; nothing is unpacked. Class names of
-integer labels are the lines of `classes.txt` beside the shards where there is one.
+What the files hold is told in `indexing`. Shards and records are read in place by offset; nothing is unpacked. Beside
+shards that `deitfast data prepare` made lies their manifest, `<split>.manifest.npz`, which saves the scan.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from deitfast.data.manifest import Entries, Manifest, bad_list, digest, load, report_bad, scan, store
+from deitfast.data.indexing import Source, entries_of, is_image, label_numbers, names_files
+from deitfast.data.manifest import Manifest, scan
+from deitfast.data.manifest_file import bad_list, digest, load, prepared, relabelled, report_bad, store
+from deitfast.data.tfrecord import is_tfrecord
 from deitfast.errors import DeitfastError, did_you_mean
 
-# Images of the second set cannot be used, but must be named rather than passed over.
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp"}
-_FOREIGN_SUFFIXES = {".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".heif", ".jp2"}
 _SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
-_LAYOUTS = "Give a folder with train/<class>/* and val/<class>/*, or tar shards"
+_LAYOUTS = "Give a folder with train/<class>/* and val/<class>/*, tar shards, or TFRecords"
 PACKAGED = {"digits": Path(__file__).parent / "digits"}
 
 
@@ -37,16 +33,6 @@ class Dataset:
     train: Manifest | None
     val: Manifest | None
     classes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """One split as found on disk: class folders (`shards` false) or tar files. paths are relative to root."""
-
-    root: Path
-    paths: tuple[str, ...]
-    shards: bool
-    folders: tuple[str, ...] = ()  # class names, in sorted order
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -78,7 +64,7 @@ def open_dataset(
         known = tuple(classes) if classes is not None else None
 
     train = _find(root, "train")
-    val = None if split == "train" else _find(root, "val") or (_class_folders(root) if split == "val" else None)
+    val = None if split == "train" else _find(root, "val") or (_class_folders(root, "val") if split == "val" else None)
     if (train is None and split != "val") or (val is None and split == "val"):
         raise _not_found(root, split or "train")
 
@@ -109,22 +95,31 @@ def _root(data: str) -> Path:
     raise DeitfastError(f"data folder {data} not found.{hint or ' ' + _LAYOUTS}")
 
 
-def _find(root: Path, split: str) -> _Source | None:
+def _find(root: Path, split: str) -> Source | None:
     """The split under root, or None where nothing bears its name."""
     for name in _SPLITS[split]:
         folder = root / name
         shards = sorted(folder.glob("*.tar")) or sorted(root.glob(f"{name}-*.tar")) or sorted(root.glob(f"{name}.tar"))
         if shards:
-            return _Source(root, tuple(str(p.relative_to(root)) for p in shards), shards=True)
+            return Source(root, tuple(str(p.relative_to(root)) for p in shards), "tar", split)
+        records = [
+            p for pattern in ("*.tfrecord*", "*-of-*") for p in (*folder.glob(pattern), *root.glob(name + pattern))
+        ]
+        records = sorted(p for p in set(records) if p.suffix != ".idx" and p.is_file())
+        if records:
+            strange = next((p for p in records if not is_tfrecord(p)), None)
+            if strange is not None:
+                raise DeitfastError(f"{strange} is not an uncompressed TFRecord file. Unpack it, or remove it")
+            return Source(root, tuple(str(p.relative_to(root)) for p in records), "tfrecord", split)
         if folder.is_dir():
-            source = _class_folders(folder)
+            source = _class_folders(folder, split)
             if source is None:
                 raise _not_found(folder, split)
             return source
     return None
 
 
-def _class_folders(root: Path) -> _Source | None:
+def _class_folders(root: Path, split: str) -> Source | None:
     """The images of the class folders right below root, or None where there are no folders."""
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
@@ -136,7 +131,7 @@ def _class_folders(root: Path) -> _Source | None:
             os.path.relpath(os.path.join(base, f), root)
             for base, _, files in os.walk(root / name, followlinks=True)
             for f in files
-            if _is_image(f)
+            if is_image(f)
         )
         paths += inside
         if not inside:
@@ -146,11 +141,7 @@ def _class_folders(root: Path) -> _Source | None:
     if empty:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise DeitfastError(f"class folder {root / empty[0]}{more} has no images. Fill it or remove it")
-    return _Source(root, tuple(paths), shards=False, folders=tuple(folders))
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES | _FOREIGN_SUFFIXES
+    return Source(root, tuple(paths), "folders", split, tuple(folders))
 
 
 def _not_found(root: Path, split: str) -> DeitfastError:
@@ -166,12 +157,15 @@ def _not_found(root: Path, split: str) -> DeitfastError:
     return DeitfastError(f"no {split} split in {root}; found {there}.{hint} {_LAYOUTS}")
 
 
-def _open(source: _Source, known: tuple[str, ...] | None, quiet: bool) -> Manifest:
-    """The source's manifest with labels by `known` (by its own names if None): from the cache, or by a scan."""
+def _open(source: Source, known: tuple[str, ...] | None, quiet: bool) -> Manifest:
+    """The source's manifest with labels by `known` (by its own names if None): made before, or now by a scan."""
+    manifest = _prepared(source)
+    if manifest is not None:
+        return manifest if known is None else _by_classes(manifest, known)
     key = _key(source, known)
     manifest = load(key)
     if manifest is None or manifest.root != str(source.root):
-        entries, names = _shard_entries(source, known) if source.shards else _folder_entries(source, known)
+        entries, names = entries_of(source, known)
         manifest = scan(source.root, entries, names, quiet)
         store(key, manifest)
     if not quiet:
@@ -181,144 +175,27 @@ def _open(source: _Source, known: tuple[str, ...] | None, quiet: bool) -> Manife
     return manifest
 
 
-def _key(source: _Source, known: tuple[str, ...] | None) -> str:
-    beside = (p for p in _names_files(source) if (source.root / p).is_file())
+def _prepared(source: Source) -> Manifest | None:
+    """The manifest beside the shards, where there is one that fits them."""
+    if source.kind != "tar":
+        return None
+    return prepared(source.root / f"{source.split}.manifest.npz", source.root, source.paths)
+
+
+def _by_classes(manifest: Manifest, known: tuple[str, ...]) -> Manifest:
+    if manifest.classes == known:
+        return manifest
+    return relabelled(manifest, known, label_numbers(manifest.classes, known, manifest.root))
+
+
+def _key(source: Source, known: tuple[str, ...] | None) -> str:
+    beside = (p for p in names_files(source) if (source.root / p).is_file())
     return digest(source.root, (*source.paths, *beside), known or ())
 
 
-def _names_files(source: _Source) -> list[str]:
-    """Where a list of class names may lie, beside the shards."""
-    if not source.shards:
-        return []
-    return sorted({os.path.join(os.path.dirname(source.paths[0]), "classes.txt"), "classes.txt"}, reverse=True)
-
-
-def _classes_of(source: _Source) -> tuple[str, ...]:
+def _classes_of(source: Source) -> tuple[str, ...]:
     """The source's own class names, without decoding an image."""
-    if not source.shards:
+    if source.kind == "folders":
         return source.folders
-    cached = load(_key(source, None))
-    return cached.classes if cached is not None else _shard_entries(source, None)[1]
-
-
-def _labels(found: Sequence[str], known: tuple[str, ...], where: str) -> dict[str, int]:
-    """Label of each class name found; an error names a class that is not known."""
-    index = {name: i for i, name in enumerate(known)}
-    strange = [name for name in found if name not in index]
-    if strange:
-        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        raise DeitfastError(
-            f"class {strange[0]!r}{more} of {where} is none of the {len(known)} known ({known[0]} to {known[-1]})."
-            f"{did_you_mean(strange[0], known)} Train and val must have the same classes"
-        )
-    return {name: index[name] for name in found}
-
-
-def _folder_entries(source: _Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
-    names = known or source.folders
-    label = _labels(source.folders, names, str(source.root))
-    n = len(source.paths)
-    entries = Entries(
-        files=source.paths,
-        file_id=np.arange(n),
-        member=[""] * n,
-        offset=np.zeros(n, np.int64),
-        length=np.full(n, -1),
-        label=np.array([label[p.split(os.sep, 1)[0]] for p in source.paths], np.int64),
-    )
-    return entries, names
-
-
-@dataclass(frozen=True)
-class _Member:
-    shard: int
-    name: str
-    offset: int
-    length: int
-    label: int | None  # from .cls or .json
-    folder: str  # class folder inside the shard, else ""
-
-
-def _shard_entries(source: _Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
-    """Index the shards by their headers. Labels: integers where the images have them, else class folders."""
-    members = [m for i, path in enumerate(source.paths) for m in _read_headers(source.root / path, i)]
-    where = f"{source.root / source.paths[0]}" + (f" (of {len(source.paths)})" if len(source.paths) > 1 else "")
-    if not members:
-        raise DeitfastError(f"no images in {where}. {_LAYOUTS}")
-    bare = next((m for m in members if m.label is None and not m.folder), None)
-    if bare is not None:
-        raise DeitfastError(
-            f"{bare.name} in {source.root / source.paths[bare.shard]} has no label. "
-            "Put key.cls or key.json beside each image, or use class folders inside the shard"
-        )
-    listed = next((source.root / p for p in _names_files(source) if (source.root / p).is_file()), None)
-    if known is None and listed is not None:
-        known = tuple(line.strip() for line in listed.read_text().splitlines() if line.strip())
-
-    if all(m.label is not None for m in members):
-        numbers = [m.label for m in members if m.label is not None]
-        names = known or tuple(str(i) for i in range(max(numbers) + 1))
-        outside = next((m for m in members if m.label is not None and not 0 <= m.label < len(names)), None)
-        if outside is not None:
-            raise DeitfastError(
-                f"label {outside.label} of {outside.name} in {source.root / source.paths[outside.shard]} is outside "
-                f"the {len(names)} known classes. Train and val must have the same classes"
-            )
-    elif all(m.label is None for m in members):
-        found = sorted({m.folder for m in members})
-        names = known or tuple(found)
-        by_name = _labels(found, names, where)
-        numbers = [by_name[m.folder] for m in members]
-    else:
-        some = next(m for m in members if m.label is None)
-        raise DeitfastError(f"{some.name} in {where} has no .cls or .json, others have. Label all of them or none")
-    entries = Entries(
-        files=source.paths,
-        file_id=np.array([m.shard for m in members], np.int64),
-        member=[m.name for m in members],
-        offset=np.array([m.offset for m in members], np.int64),
-        length=np.array([m.length for m in members], np.int64),
-        label=np.array(numbers, np.int64),
-    )
-    return entries, names
-
-
-def _read_headers(path: Path, shard: int) -> list[_Member]:
-    """The images of one tar file, sorted by name, with their labels."""
-    images: dict[str, _Member] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                base = os.path.basename(info.name)
-                if not info.isreg() or base.startswith("."):
-                    continue
-                # WebDataset: the key ends at the first dot of the file name.
-                key = os.path.join(os.path.dirname(info.name), base.split(".", 1)[0])
-                if _is_image(base):
-                    folder = os.path.basename(os.path.dirname(info.name))
-                    images[info.name] = _Member(shard, info.name, info.offset_data, info.size, None, folder)
-                elif base.endswith((".cls", ".json")):
-                    file = tar.extractfile(info)
-                    assert file is not None
-                    label = _parse_label(file.read(), base.endswith(".json"), f"{info.name} in {path}")
-                    if label is not None:
-                        labels[key] = label
-    except tarfile.TarError as error:
-        raise DeitfastError(f"{path} is not a whole, uncompressed tar file ({error}). Repack it") from error
-    result = []
-    for name in sorted(images):
-        key = os.path.join(os.path.dirname(name), os.path.basename(name).split(".", 1)[0])
-        result.append(replace(images[name], label=labels.get(key)))
-    return result
-
-
-def _parse_label(text: bytes, is_json: bool, where: str) -> int | None:
-    """The integer of a .cls, or "label" of a .json; None for a .json without one."""
-    try:
-        if not is_json:
-            return int(text)
-        value = json.loads(text)
-        return int(value["label"]) if isinstance(value, dict) and "label" in value else None
-    except (ValueError, TypeError) as error:
-        raise DeitfastError(f"{where} holds no integer label ({text[:40]!r})") from error
+    known = _prepared(source) or load(_key(source, None))
+    return known.classes if known is not None else entries_of(source, None)[1]

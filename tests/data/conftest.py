@@ -15,6 +15,7 @@ MakeFolder = Callable[..., Path]
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own: the folder of its manifests."""
+    monkeypatch.delenv("DEITFAST_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "deitfast" / "manifests"
 

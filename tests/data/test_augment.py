@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, Targets, augment, normalise
 from deitfast.data.loaders import Batch
+from deitfast.kernels.common import INTERPRETED
 
 M, SIZE = 16, 24
 
@@ -113,3 +118,40 @@ def test_noise_belongs_to_the_sample_not_to_its_row():
     assert torch.equal(augment.erase(torch.zeros(3, 3, SIZE, SIZE), batch), whole[rows])
     for other in (make_batch(boxes, seed=6), make_batch(boxes, epoch=3)):
         assert not torch.equal(augment.erase(torch.zeros(M, 3, SIZE, SIZE), other), whole)
+
+
+def mixed_batch() -> Batch:
+    """Erased rows beside whole ones, a pair of mixup, one of cutmix, pairs with neither."""
+    boxes = torch.zeros(M, 4, dtype=torch.int64)
+    boxes[1] = torch.tensor([2, 3, 10, 20])
+    boxes[4] = torch.tensor([0, 0, 23, 23])
+    boxes[7] = torch.tensor([23, 22, 1, 1])
+    batch = make_batch(boxes)
+    batch.lam[0:2], batch.mix_box[4:6] = 0.3, torch.tensor([3, 10, 9, 14])
+    return batch
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("patch", [4, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patches_are_the_unfolded_images(patch, mixes, dtype):
+    """On CPU to the bit; in the interpreter the noise is computed in fp32 too, and bf16 is cut, not rounded."""
+    batch = dataclasses.replace(mixed_batch(), mixes=mixes)
+    images, soft = augment.prepare(batch, SimpleNamespace(smoothing=0.1))
+    expected = F.unfold(images, patch, stride=patch).transpose(1, 2).to(dtype)
+    patches = augment.prepare_patches(batch, patch, dtype)
+    assert patches.dtype == dtype
+    if INTERPRETED:
+        torch.testing.assert_close(patches, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    else:
+        assert torch.equal(patches, expected)
+    same = augment.targets(batch, 0.1)
+    assert torch.equal(same.dense(7), soft.dense(7))
+    assert torch.equal(soft.partner_labels, batch.labels[torch.arange(M) ^ 1] if mixes else batch.labels)
+
+
+def test_patches_and_weight_are_the_patch_convolution():
+    images, _ = augment.prepare(mixed_batch(), SimpleNamespace(smoothing=0.0))
+    conv = torch.nn.Conv2d(3, 10, kernel_size=8, stride=8)
+    rows = F.linear(augment.prepare_patches(mixed_batch(), 8), conv.weight.flatten(1), conv.bias)
+    torch.testing.assert_close(rows, conv(images).flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)

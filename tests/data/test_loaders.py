@@ -11,18 +11,21 @@ import pytest
 import torch
 from PIL import Image
 
-from deitfast.data import EvalLoader, Manifest, Plan, TrainLoader, draws, open_dataset, prepare
-from deitfast.data.loaders import Batch, eval_geometry
+from deitfast.data import EvalLoader, Manifest, Plan, TrainLoader, decoder, draws, graph, open_dataset, prepare
+from deitfast.data.eval_loader import eval_geometry
+from deitfast.data.loaders import Batch
+from deitfast.data.policy import Policy
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 from tests.data.conftest import picture
 from tests.reference import import_torchvision
 
 SIZE = 32
+PAPER = "rand-m9-mstd0.5-inc1"
 
 
 def recipe(**changes) -> Recipe:
-    return Recipe(**({"data": "digits", "batch": 32, "mix_group": 16, "workers": 2} | changes))
+    return Recipe(**({"data": "digits", "batch": 32, "mix_group": 16, "workers": 2, "rand_augment": "none"} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +62,9 @@ def assert_same(a: dict, b: dict) -> None:
             assert np.array_equal(a[key][name], b[key][name]), (key, name)
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_processes_and_micro_batches_do_not_matter(digits, repeats):
-    settings = recipe(repeats=repeats)
+@pytest.mark.parametrize(("repeats", "policy"), [(1, "none"), (3, PAPER), (3, "three")])
+def test_processes_and_micro_batches_do_not_matter(digits, repeats, policy):
+    settings = recipe(repeats=repeats, rand_augment=policy, color_jitter=0.3)
     whole = run(digits, settings, micro=32, stop_step=2)
     assert len(whole) == 64
     plan = Plan(len(digits), 32, repeats, settings.seed, 16)
@@ -76,10 +79,27 @@ def test_processes_and_micro_batches_do_not_matter(digits, repeats):
 
 def test_resume_in_mid_epoch_and_across_epochs(digits):
     manifest = digits.head(100)  # 3 steps an epoch
-    whole = run(manifest, recipe(), micro=16, stop_step=7)
+    settings = recipe(rand_augment=PAPER)
+    whole = run(manifest, settings, micro=16, stop_step=7)
     assert {value["epoch"] for value in whole.values()} == {0, 1, 2}
-    resumed = run(manifest, recipe(), micro=16, start_step=4, stop_step=7)
-    assert_same(resumed, {key: value for key, value in whole.items() if key[0] >= 4})
+    for start in range(1, 7):
+        resumed = run(manifest, settings, micro=16, start_step=start, stop_step=7)
+        assert_same(resumed, {key: value for key, value in whole.items() if key[0] >= start})
+
+
+def test_the_policy_works_on_the_cropped_and_flipped_views(digits):
+    plain = run(digits, recipe(), micro=32, stop_step=1)
+    settings = recipe(rand_augment=PAPER)
+    policy = Policy(settings, SIZE, torch.device("cpu"))
+    for key, sample in run(digits, settings, micro=32, stop_step=1).items():
+        drawn = policy.draw(sample["index"][None], sample["epoch"], sample["view"][None])
+        assert np.array_equal(sample["images"], policy.apply(torch.from_numpy(plain[key]["images"])[None], drawn)[0])
+
+
+def test_an_exception_in_a_thread_reaches_the_consumer(digits, monkeypatch):
+    monkeypatch.setattr(Policy, "apply", lambda *_: 1 // 0)
+    with TrainLoader(digits, recipe(rand_augment=PAPER), SIZE, 32) as loader, pytest.raises(ZeroDivisionError):
+        list(loader)
 
 
 def test_the_seed_and_every_setting_have_an_effect(digits):
@@ -91,6 +111,8 @@ def test_the_seed_and_every_setting_have_an_effect(digits):
 
     assert {"index", "images", "erase", "lam", "mix_box"} <= differing(seed=1)
     assert differing(flip=0.0) == differing(crop_min=0.5) == differing(crop_max=0.5) == {"images", "input"}
+    assert differing(rand_augment=PAPER) == differing(color_jitter=0.3) == {"images", "input"}
+    assert differing(rand_augment="three") == {"images", "input"}
     assert differing(erase=0.9) == {"erase", "input"}
     assert differing(mixup=0.1) == {"lam", "input"}
     assert differing(cutmix=0.1) == {"lam", "mix_box", "input"}
@@ -119,8 +141,8 @@ def check_train_pixels(manifest: Manifest, settings: Recipe, size: int) -> None:
     with TrainLoader(manifest, settings, size, settings.batch, stop_step=1) as loader:
         (batch,) = loader
     difference = np.abs(batch.images.numpy().astype(int) - pil_views(manifest, batch, settings, size))
-    assert difference.mean() <= 0.3
-    assert difference.mean((1, 2, 3)).max() <= 1.0  # no single image is shifted
+    assert difference.mean() <= 0.1
+    assert difference.max() <= 8  # PIL itself is up to 12 from the exact filter
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
@@ -151,6 +173,52 @@ def test_one_view_decoded_alone_is_the_same_as_among_three(shared_data):
     assert all(torch.equal(a, b) for a, b in shared)
 
 
+class DaliTrainLoader(TrainLoader):
+    """The loader with the GPU's DALI graph, all of it on the CPU."""
+
+    _on_cpu = property(lambda self: False, lambda self, value: None)
+
+
+class DaliEvalLoader(EvalLoader):
+    _on_cpu = property(lambda self: False, lambda self, value: None)
+
+
+@pytest.fixture
+def graph_on_cpu(monkeypatch):
+    monkeypatch.setattr(graph, "decode_to_gpu", lambda encoded, _: graph.decode(encoded, "cpu"))
+
+
+def test_the_gpus_graph_crops_resizes_and_flips_alike(make_folder, graph_on_cpu):
+    manifest = open_dataset(str(make_folder())).train
+    settings = recipe(batch=18, repeats=3, rand_augment="none")
+    with TrainLoader(manifest, settings, 48, 6, stop_step=1) as loader:
+        expected = list(loader)
+    with DaliTrainLoader(manifest, settings, 48, 6, stop_step=1) as loader:
+        for ours, theirs in zip(expected, loader, strict=True):
+            difference = (ours.images.int() - theirs.images.int()).abs().float()
+            assert difference.mean() <= 0.3
+            assert difference.mean((1, 2, 3)).max() <= 1.0  # no single image is shifted or mirrored
+    plain = torch.cat([images for images, _ in EvalLoader(manifest, 32, 0.9, batch=7)]).int()
+    dali = torch.cat([images for images, _ in DaliEvalLoader(manifest, 32, 0.9, batch=7)]).int()
+    assert (plain - dali).abs().float().mean((1, 2, 3)).max() <= 1.0
+
+
+def test_where_images_are_decoded(digits, monkeypatch):
+    def choose(decode: str, device: str, speed: dict[str, float]) -> tuple[str, list[str]]:
+        said: list[str] = []
+        monkeypatch.setattr(decoder, "_images_per_second", lambda m, s, device, where, threads: speed[where])
+        return decoder.choose_decoder(decode, digits, SIZE, torch.device(device), 8, said.append), said
+
+    assert choose("auto", "cpu", {}) == choose("cpu", "cpu", {}) == choose("cpu", "cuda", {}) == ("cpu", [])
+    assert choose("gpu", "cuda", {}) == ("gpu", [])
+    for gpu, cpu, expected in ((4000.0, 1000.0, "gpu"), (1000.0, 4000.0, "cpu")):
+        chosen, (line,) = choose("auto", "cuda", {"gpu": gpu, "cpu": cpu})
+        assert chosen == expected
+        assert f"decoding on the {expected.upper()}: measured {gpu:,.0f} images/s on the GPU and {cpu:,.0f}" in line
+    with pytest.raises(DeitfastError, match="--decode gpu needs a GPU"):
+        TrainLoader(digits, recipe(decode="gpu"), SIZE, 32)
+
+
 def check_eval_pixels(manifest: Manifest, size: int, ratio: float) -> None:
     transforms = import_torchvision().transforms
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -159,9 +227,9 @@ def check_eval_pixels(manifest: Manifest, size: int, ratio: float) -> None:
     for i in range(len(manifest)):
         image = Image.open(io.BytesIO(manifest.read(i).tobytes())).convert("RGB")
         difference = np.abs(ours[i].astype(int) - np.asarray(theirs(image)))
-        assert difference.mean() <= 1.0, manifest.name(i)
+        assert difference.max() <= 8, manifest.name(i)
         ours[i] = difference
-    assert ours.mean() <= 0.3
+    assert ours.mean() <= 0.1
 
 
 @pytest.mark.parametrize(("size", "ratio"), [(48, 0.875), (45, 0.9), (24, 1.0)])
@@ -169,9 +237,10 @@ def test_eval_pixels_are_torchvisions(make_folder, size, ratio):
     check_eval_pixels(open_dataset(str(make_folder())).train, size, ratio)
 
 
-def test_eval_pixels_are_torchvisions_on_real_images(shared_data):
+@pytest.mark.parametrize("ratio", [0.875, 0.9, 1.0])
+def test_eval_pixels_are_torchvisions_on_real_images(shared_data, ratio):
     manifest = open_dataset(str(shared_data / "imagenet-sample"), split="val", classes="imagenet").val
-    check_eval_pixels(manifest.head(100), 224, 0.875)
+    check_eval_pixels(manifest.head(40), 224, ratio)
 
 
 def test_eval_geometry_is_torchvisions():
@@ -187,18 +256,18 @@ def test_eval_geometry_is_torchvisions():
             assert min(at) >= 0  # so torchvision's padding of small images never applies
 
 
-@pytest.mark.parametrize("world", [1, 3, 7])
-def test_eval_sees_every_image_once_in_order(digits, world):
+@pytest.mark.parametrize(("world", "ratio"), [(1, 0.875), (3, 0.9), (7, 1.0)])
+def test_eval_sees_every_image_once_in_order(digits, world, ratio):
     manifest = digits.head(20)
     pixels, labels = [], []
     for rank in range(world):
-        loader = EvalLoader(manifest, 16, 1.0, batch=4, rank=rank, world=world, workers=1)
+        loader = EvalLoader(manifest, 16, ratio, batch=4, rank=rank, world=world, workers=1)
         batches = list(loader)
         assert len(batches) == len(loader)
         pixels += [images for images, _ in batches]
         labels += [y for _, y in batches]
     assert torch.cat(labels).tolist() == manifest.label.tolist()
-    whole = torch.cat([images for images, _ in EvalLoader(manifest, 16, 1.0, batch=20, workers=1)])
+    whole = torch.cat([images for images, _ in EvalLoader(manifest, 16, ratio, batch=20, workers=1)])
     assert torch.equal(torch.cat(pixels), whole)
     assert list(EvalLoader(manifest.head(2), 16, rank=0, world=3)) == []  # a share may be empty
 
@@ -218,32 +287,6 @@ def test_exif_orientation_is_ignored_and_gray_becomes_rgb(tmp_path):
     data = open_dataset(str(tmp_path))
     assert len(data.val) == 7
     check_eval_pixels(data.val, 32, 0.875)
-
-
-def test_an_image_that_breaks_during_the_run_is_named(make_folder):
-    root = make_folder()
-    manifest = open_dataset(str(root)).train
-    file = root / "train" / "bat" / "002.jpg"
-    whole = file.read_bytes()
-    settings = recipe(batch=18, repeats=1)
-
-    def message() -> str:
-        with (
-            TrainLoader(manifest, settings, SIZE, 18, stop_step=1) as loader,
-            pytest.raises(DeitfastError) as caught,
-        ):
-            list(loader)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    file.write_bytes(whole[:200] + bytes(len(whole) - 200))  # same length, does not decode
-    assert "bat/002.jpg" in message()
-    file.write_bytes(whole[:100])
-    assert "has 100 bytes" in message()
-    file.unlink()
-    assert "cannot read" in message()
-    file.write_bytes(whole)
-    assert len(run(manifest, settings, 18, stop_step=1)) == 18  # and a later loader works
 
 
 def test_errors_of_batches(digits):
@@ -274,3 +317,7 @@ def test_loaders_can_be_left_early_and_made_again(digits):
         next(iter(EvalLoader(digits, SIZE, batch=8, workers=1)))
     gc.collect()
     assert threading.active_count() <= threads + 1
+    loader = TrainLoader(digits, recipe(), SIZE, 16)
+    loader.close()  # never iterated
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(iter(loader))
