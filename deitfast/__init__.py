@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from deitfast.acceleration import AccelerationReport, accelerate
     from deitfast.errors import DeitfastError
     from deitfast.model import DeiT, create_model
+    from deitfast.predict import Classifier, get_model, inference_model
     from deitfast.recipe import Recipe
     from deitfast.zoo import list_models
 
@@ -20,10 +21,24 @@ _HOMES = {
     "DeitfastError": "deitfast.errors",
     "DeiT": "deitfast.model",
     "create_model": "deitfast.model",
+    "Classifier": "deitfast.predict",
+    "get_model": "deitfast.predict",
+    "inference_model": "deitfast.predict",
     "list_models": "deitfast.zoo",
     "Recipe": "deitfast.recipe",
 }
-__all__ = ["AccelerationReport", "DeiT", "DeitfastError", "Recipe", "accelerate", "create_model", "list_models"]
+__all__ = [
+    "AccelerationReport",
+    "Classifier",
+    "DeiT",
+    "DeitfastError",
+    "Recipe",
+    "accelerate",
+    "create_model",
+    "get_model",
+    "inference_model",
+    "list_models",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,21 +1,33 @@
-"""The model variants: sizes, published accuracy, the authors' weights. No torch here, so listing is instant.
+"""The model variants: sizes, published accuracy, where weights lie. No torch here, so listing is instant.
 
-Names are timm's. Accuracy is the DeiT authors' own table (README_deit.md of facebookresearch/deit, evaluated at
-crop ratio .875); the eight leading characters of a weight file's sha256 are part of its published name.
+Names are timm's. Sources of the published numbers: README_deit.md and README_revenge.md of facebookresearch/deit
+(weights, top-1, DeiT's top-5), configs/deit and configs/deit3 of open-mmlab/mmpretrain (parameters, multiply-adds,
+DeiT III's top-5, its own weights). The eight hexadecimal digits at the end of a weight file's name are the first of its
+sha256. DeiT III's files carry none and nobody publishes their hash, so of those only the length can be checked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import Any
 
 from deitfast.errors import DeitfastError, did_you_mean
 
-_WEIGHTS = "https://dl.fbaipublicfiles.com/deit"
+_DEIT = "https://dl.fbaipublicfiles.com/deit"
+_MMPRETRAIN = "https://download.openmmlab.com/mmclassification/v0/deit"
+_LAYER_NORM_FLOPS = 5  # a value; the published multiply-adds count LayerNorm so
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One architecture. Lengths in pixels; `url` is empty where no weights are published."""
+    """One architecture and, where there are any, its published weights.
+
+    Lengths in pixels. params_millions, macs_billions: published parameters and multiply-adds of one image. top1, top5:
+    published accuracy of the weights at `url` on ImageNet-1k in percent, by `source`, at `crop_ratio`; measured_top1:
+    ours, None where not yet measured. layer_scale: initial factor, None for none. class_position: whether the prefix
+    tokens have position embeddings.
+    """
 
     width: int
     heads: int
@@ -23,60 +35,179 @@ class Variant:
     depth: int = 12
     patch_size: int = 16
     distilled: bool = False
+    layer_scale: float | None = None
+    class_position: bool = True
     params_millions: float | None = None
+    macs_billions: float | None = None
     top1: float | None = None
+    top5: float | None = None
+    crop_ratio: float = 0.875
+    source: str = ""
     url: str = ""
+    measured_top1: float | None = None
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 2 if self.distilled else 1
+
+    @property
+    def tokens(self) -> int:
+        """Patches and prefix tokens."""
+        return (self.image_size // self.patch_size) ** 2 + self.prefix_tokens
+
+    @property
+    def prefix_positions(self) -> int:
+        return self.prefix_tokens if self.class_position else 0
+
+    def parameters(self, classes: int = 1000) -> int:
+        """Number of parameters, by formula."""
+        D, prefix = self.width, self.prefix_tokens
+        block = 12 * D * D + 13 * D + (2 * D if self.layer_scale else 0)
+        positions = self.tokens - prefix + self.prefix_positions
+        embedding = 3 * self.patch_size**2 * D + D + positions * D + prefix * D
+        return self.depth * block + embedding + 2 * D + prefix * (D + 1) * classes
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one image as mmpretrain's tables count them: all matrix products but the heads' (which add
+        `width x classes` each), and 5 a value of LayerNorm."""
+        D, N = self.width, self.tokens
+        block = 12 * N * D * D + 2 * N * N * D
+        patches = (N - self.prefix_tokens) * 3 * self.patch_size**2 * D
+        return self.depth * block + patches + (2 * self.depth + 1) * _LAYER_NORM_FLOPS * N * D
 
 
-def _published(
-    name: str, width: int, heads: int, digest: str, params: float, top1: float, **kwargs
-) -> dict[str, Variant]:
-    url = f"{_WEIGHTS}/{name}-{digest}.pth"
-    return {name: Variant(width, heads, params_millions=params, top1=top1, url=url, **kwargs)}
+_TINY: dict[str, Any] = {"width": 192, "heads": 3}
+_SMALL: dict[str, Any] = {"width": 384, "heads": 6}
+_BASE: dict[str, Any] = {"width": 768, "heads": 12}
+_LARGE: dict[str, Any] = {"width": 1024, "heads": 16, "depth": 24}
+_HUGE: dict[str, Any] = {"width": 1280, "heads": 16, "depth": 32, "patch_size": 14}
 
 
-VARIANTS: dict[str, Variant] = {
-    **_published("deit_tiny_patch16_224", 192, 3, "a1311bcf", 5.72, 72.2),
-    **_published("deit_small_patch16_224", 384, 6, "cd65a155", 22.05, 79.9),
-    **_published("deit_base_patch16_224", 768, 12, "b5f2ef4d", 86.57, 81.8),
-    **_published("deit_tiny_distilled_patch16_224", 192, 3, "b40b3cf7", 5.91, 74.5, distilled=True),
-    **_published("deit_small_distilled_patch16_224", 384, 6, "649709d9", 22.44, 81.2, distilled=True),
-    **_published("deit_base_distilled_patch16_224", 768, 12, "df68dfff", 87.34, 83.4, distilled=True),
-    **_published("deit_base_patch16_384", 768, 12, "8de9b5d1", 86.86, 82.9, image_size=384),
-    **_published("deit_base_distilled_patch16_384", 768, 12, "d0272ac0", 87.63, 85.2, image_size=384, distilled=True),
-    # Not in the paper: the same network at 384 px for the smaller sizes, and one that learns digits on two CPU cores.
-    "deit_tiny_patch16_384": Variant(192, 3, image_size=384),
-    "deit_small_patch16_384": Variant(384, 6, image_size=384),
-    "deit_tiny_distilled_patch16_384": Variant(192, 3, image_size=384, distilled=True),
-    "deit_small_distilled_patch16_384": Variant(384, 6, image_size=384, distilled=True),
+def _published(numbers: tuple[float, ...]) -> dict[str, Any]:
+    return dict(zip(("params_millions", "macs_billions", "top1", "top5"), numbers, strict=True))
+
+
+def _deit(name: str, digest: str, size: dict[str, Any], published: tuple[float, ...], px: int = 224) -> Variant:
+    return Variant(
+        **size,
+        **_published(published),
+        image_size=px,
+        distilled="distilled" in name,
+        source="DeiT authors",
+        url=f"{_DEIT}/{name}-{digest}.pth",
+    )
+
+
+def _deit3(name: str, size: dict[str, Any], published: tuple[float, ...], px: int = 224, data: str = "1k") -> Variant:
+    return Variant(
+        **size,
+        **_published(published),
+        image_size=px,
+        layer_scale=1e-4,
+        class_position=False,
+        crop_ratio=1.0,
+        source="DeiT III authors",
+        url=f"{_DEIT}/deit_3_{name}_{px}_{data}.pth",
+    )
+
+
+_DEIT_TABLE: list[tuple[Any, ...]] = [
+    ("deit_tiny_patch16_224", "a1311bcf", _TINY, (5.72, 1.26, 72.2, 91.1)),
+    ("deit_small_patch16_224", "cd65a155", _SMALL, (22.05, 4.61, 79.9, 95.0)),
+    ("deit_base_patch16_224", "b5f2ef4d", _BASE, (86.57, 17.58, 81.8, 95.6)),
+    ("deit_tiny_distilled_patch16_224", "b40b3cf7", _TINY, (5.91, 1.27, 74.5, 91.9)),
+    ("deit_small_distilled_patch16_224", "649709d9", _SMALL, (22.44, 4.63, 81.2, 95.4)),
+    ("deit_base_distilled_patch16_224", "df68dfff", _BASE, (87.34, 17.67, 83.4, 96.5)),
+    ("deit_base_patch16_384", "8de9b5d1", _BASE, (86.86, 55.54, 82.9, 96.2), 384),
+    ("deit_base_distilled_patch16_384", "d0272ac0", _BASE, (87.63, 55.65, 85.2, 97.2), 384),
+]
+VARIANTS: dict[str, Variant] = {name: _deit(name, *facts) for name, *facts in _DEIT_TABLE} | {
+    "deit3_small_patch16_224": _deit3("small", _SMALL, (22.06, 4.61, 81.4, 95.3)),
+    "deit3_small_patch16_384": _deit3("small", _SMALL, (22.21, 15.52, 83.4, 96.7), 384),
+    "deit3_medium_patch16_224": _deit3("medium", {"width": 512, "heads": 8}, (38.85, 8.0, 83.0, 96.2)),
+    "deit3_base_patch16_224": _deit3("base", _BASE, (86.59, 17.58, 83.8, 96.6)),
+    "deit3_base_patch16_384": _deit3("base", _BASE, (86.88, 55.54, 85.0, 97.3), 384),
+    "deit3_large_patch16_224": _deit3("large", _LARGE, (304.37, 61.6, 84.9, 97.0)),
+    "deit3_large_patch16_384": _deit3("large", _LARGE, (304.76, 191.21, 85.8, 97.6), 384),
+    "deit3_huge_patch14_224": _deit3("huge", _HUGE, (632.13, 167.4, 85.2, 97.4)),
+    # Not in the papers: the same network at 384 px for the smaller sizes, and one that learns digits on two CPU cores.
+    "deit_tiny_patch16_384": Variant(**_TINY, image_size=384),
+    "deit_small_patch16_384": Variant(**_SMALL, image_size=384),
+    "deit_tiny_distilled_patch16_384": Variant(**_TINY, image_size=384, distilled=True),
+    "deit_small_distilled_patch16_384": Variant(**_SMALL, image_size=384, distilled=True),
     "deit_digits_patch4_16": Variant(128, 4, image_size=16, depth=4, patch_size=4),
 }
 
 
+def _trained_by_mmpretrain(name: str, file: str, top1: float, top5: float) -> Variant:
+    return replace(VARIANTS[name], top1=top1, top5=top5, source="mmpretrain", url=f"{_MMPRETRAIN}/{file}.pth")
+
+
+OTHER_WEIGHTS: dict[str, Variant] = {
+    "deit-tiny_4xb256_in1k": _trained_by_mmpretrain(
+        "deit_tiny_patch16_224", "deit-tiny_pt-4xb256_in1k_20220218-13b382a0", 74.50, 92.24
+    ),
+    "deit-small_4xb256_in1k": _trained_by_mmpretrain(
+        "deit_small_patch16_224", "deit-small_pt-4xb256_in1k_20220218-9425b9bb", 80.69, 95.06
+    ),
+    "deit-base_16xb64_in1k": _trained_by_mmpretrain(
+        "deit_base_patch16_224", "deit-base_pt-16xb64_in1k_20220216-db63c16c", 81.76, 95.81
+    ),
+}
+"""Weights of the same architectures by others, under the names their users know."""
+
+
 def list_models() -> list[str]:
-    """The names `create_model` knows, sorted."""
+    """The names of the architectures that `create_model` knows, sorted. It also takes those of mmpretrain, of timm with
+    its tag (`.fb_in1k`) and of Hugging Face (`facebook/deit-tiny-patch16-224`)."""
     return sorted(VARIANTS)
 
 
 def find_variant(name: str) -> Variant:
     """The variant called `name`; DeitfastError with the nearest name where there is none."""
-    if name not in VARIANTS:
-        hint = did_you_mean(name, VARIANTS) or " `deitfast models` lists them."
+    if name in OTHER_WEIGHTS:
+        return OTHER_WEIGHTS[name]
+    known = canonical_name(name)
+    if known not in VARIANTS:
+        hint = did_you_mean(name, [*VARIANTS, *OTHER_WEIGHTS]) or " `deitfast models` lists them."
         raise DeitfastError(f"model {name!r} unknown.{hint}")
-    return VARIANTS[name]
+    return VARIANTS[known]
+
+
+def canonical_name(name: str) -> str:
+    """timm's name of the architecture that mmpretrain, Hugging Face or tagged timm call `name`; else `name` itself."""
+    if name in VARIANTS:
+        return name
+    plain = name.removeprefix("hf-hub:").removeprefix("timm/").removesuffix(".fb_in1k")
+    plain = plain.removeprefix("facebook/").replace("-patch", "_patch").replace("16-", "16_").replace("deit-", "deit_")
+    if plain.replace("-", "_") in VARIANTS:
+        return plain.replace("-", "_")
+    if found := re.fullmatch(r"deit-(tiny|small|base)(-distilled)?_.*in1k(-384px)?", name):
+        return f"deit_{found[1]}{'_distilled' if found[2] else ''}_patch16_{384 if found[3] else 224}"
+    if found := re.fullmatch(r"deit3-(\w+)-p(\d+)_(?!in21k).*in1k(-384px)?", name):
+        return f"deit3_{found[1]}_patch{found[2]}_{384 if found[3] else 224}"
+    return name
 
 
 def recognise(tensors: dict[str, tuple[int, ...]]) -> str | None:
-    """The variant whose shapes these are (tensor name -> shape), or None where they are no DeiT of this list."""
+    """The variant whose shapes these are (timm's tensor name -> shape), or None where they are no DeiT of this list.
+
+    One of another image size is the answer where none has the very size.
+    """
     try:
         width, _, patch_size, _ = tensors["patch_embed.proj.weight"]
-        tokens = tensors["pos_embed"][1]
+        positions = tensors["pos_embed"][1]
     except (KeyError, ValueError, IndexError):
         return None
-    distilled = "dist_token" in tensors
-    side = round((tokens - 1 - distilled) ** 0.5) * patch_size
+    distilled, scaled = "dist_token" in tensors, "blocks.0.ls1.gamma" in tensors
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    for name, v in VARIANTS.items():
-        if (v.width, v.patch_size, v.image_size, v.depth, v.distilled) == (width, patch_size, side, depth, distilled):
+    sought = (width, patch_size, depth, distilled, scaled)
+    fitting = [
+        name
+        for name, v in VARIANTS.items()
+        if (v.width, v.patch_size, v.depth, v.distilled, v.layer_scale is not None) == sought
+    ]
+    for name in fitting:
+        if VARIANTS[name].tokens - VARIANTS[name].prefix_tokens + VARIANTS[name].prefix_positions == positions:
             return name
-    return None
+    return fitting[0] if fitting else None
