@@ -1,18 +1,27 @@
-"""Losses on mixed, smoothed targets without a dense target matrix."""
+"""The training loss: cross-entropy on mixed, smoothed targets without a dense target matrix, and distillation.
+
+Distillation is the DeiT paper's (section 4): loss = (1 - alpha) base + alpha distillation. The base loss reads the
+class token's head, the distillation loss the distillation token's; a model without that token gives both from its one
+head ("usual" distillation in the paper's tables 2 and 3).
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deitfast.kernels.loss import mixed_bce, mixed_cross_entropy
+
 if TYPE_CHECKING:
     from deitfast.data import Targets
+    from deitfast.recipe import Recipe
 
 
 def soft_cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
-    """Mean cross-entropy of logits (B, C) with smoothed mixtures of two labels; fp32 scalar.
+    """Mean cross-entropy of logits (B, C) with smoothed mixtures of two labels; fp32 scalar. The eager reference.
 
     The target of an image is (1 - s) (lam onehot(label) + (1 - lam) onehot(partner)) + s / C, with s the smoothing.
     """
@@ -23,8 +32,51 @@ def soft_cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
     return -((1 - targets.smoothing) * of_mixture + targets.smoothing * log_p.mean(-1)).mean()
 
 
-def training_loss(outputs: Tensor | tuple[Tensor, Tensor], targets: Targets) -> Tensor:
-    """The base loss. A distilled model without a teacher trains the mean of its heads' logits, as it is evaluated."""
-    if isinstance(outputs, tuple):
-        outputs = (outputs[0] + outputs[1]) / 2
-    return soft_cross_entropy(outputs, targets)
+def binary_cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
+    """Mean over images and classes of the binary cross-entropy of logits (B, C); fp32 scalar. The eager reference.
+
+    DeiT III's loss: a class is a full target (1) wherever its share of the mixture is more than 0, so the smoothing,
+    which would give every class a share, must be 0.
+    """
+    mixture = torch.zeros_like(logits, dtype=torch.float32)
+    mixture.scatter_add_(1, targets.labels[:, None], targets.lam[:, None])
+    mixture.scatter_add_(1, targets.partner_labels[:, None], 1 - targets.lam[:, None])
+    return F.binary_cross_entropy_with_logits(logits.float(), (mixture > 0).float())
+
+
+def base_loss(logits: Tensor, targets: Targets, recipe: Recipe) -> Tensor:
+    """What the labels ask of logits (B, C): the recipe's loss as a fused op; fp32 scalar."""
+    if recipe.loss == "bce":
+        return mixed_bce(logits, targets.labels, targets.partner_labels, targets.lam)
+    return mixed_cross_entropy(logits, targets.labels, targets.partner_labels, targets.lam, targets.smoothing)
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, kind: str, tau: float = 1.0) -> Tensor:
+    """What of the teacher's logits (B, C) the student's (B, C) miss; fp32 scalar.
+
+    kind: "hard" is the cross-entropy with the teacher's argmax, unsmoothed; "soft" the Kullback-Leibler divergence at
+    temperature tau, summed, times tau^2, over B x C (losses.py of facebookresearch/deit divides by the number of
+    logits, not of images).
+    """
+    if kind == "hard":
+        return F.cross_entropy(logits.float(), teacher_logits.argmax(dim=1))
+    student, teacher = (F.log_softmax(x.float() / tau, dim=1) for x in (logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * tau**2 / logits.numel()
+
+
+def training_loss(
+    outputs: Tensor | tuple[Tensor, Tensor], targets: Targets, recipe: Recipe, teacher_logits: Tensor | None = None
+) -> Tensor:
+    """The loss of a micro-batch, an fp32 scalar: its mean over the images.
+
+    outputs: logits (B, C), or those of a distilled model's two heads. teacher_logits: (B, C), where the recipe distils.
+    Without a teacher a distilled model trains the mean of its heads' logits, as it is evaluated.
+    """
+    head, head_dist = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+    if teacher_logits is None:
+        if recipe.distillation != "none":
+            raise ValueError(f"the recipe distils ({recipe.distillation}), but no teacher's logits were given")
+        return base_loss(head if head is head_dist else (head + head_dist) / 2, targets, recipe)
+    of_teacher = distillation_loss(head_dist, teacher_logits, recipe.distillation, recipe.distillation_tau)
+    alpha = recipe.distillation_alpha
+    return (1 - alpha) * base_loss(head, targets, recipe) + alpha * of_teacher

@@ -21,6 +21,7 @@ RECIPE = Recipe(
     repeats=1,
     crop_min=0.7,
     flip=0.0,  # a mirrored 2 is no 2
+    rand_augment="none",
     mixup=0.8,
     cutmix=0.0,  # half of a digit is another digit
     mix_probability=0.3,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deitfast.losses import soft_cross_entropy, training_loss
+from deitfast.errors import DeitfastError
 from deitfast.model import create_model
 from deitfast.optim import (
     Ema,
@@ -44,17 +44,74 @@ def test_learning_rate_equals_timms_scheduler_at_every_epoch(timm) -> None:
         assert learning_rate(recipe, epoch * STEPS, STEPS) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
 
 
-def test_only_matrices_decay_as_in_timm(timm) -> None:
+def originals_rates(recipe: Recipe) -> list[float]:
+    """The learning rate of every epoch as the authors' main.py sets it: the scheduler steps after the epoch."""
+    from timm.scheduler import CosineLRScheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.lr)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=recipe.epochs, lr_min=recipe.min_lr, warmup_t=int(recipe.warmup_epochs),
+        warmup_lr_init=recipe.warmup_lr,
+    )  # fmt: skip
+    rates = []
+    for epoch in range(recipe.epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+    return rates
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"warmup_epochs": 0.0}, {"epochs": 30, "lr": 5e-6, "min_lr": 5e-6}, {"epochs": 20, "lr": 5e-6}],
+    ids=["paper", "no warm-up", "384 px", "peak below the floor"],
+)
+def test_deit_compat_is_the_originals_staircase(timm, settings: dict) -> None:
+    recipe = replace(Recipe(), deit_compat=True, **settings)
+    for epoch, expected in enumerate(originals_rates(recipe)):
+        for step in (0, STEPS // 2, STEPS - 1):
+            assert learning_rate(recipe, epoch * STEPS + step, STEPS) == pytest.approx(expected, rel=1e-9), epoch
+
+
+def test_deit_compat_warms_up_a_whole_epoch_late(timm) -> None:
+    compat, ours = replace(Recipe(), deit_compat=True), Recipe()
+    assert [learning_rate(compat, e * STEPS, STEPS) for e in (0, 1)] == [1e-6, 1e-6]
+    assert learning_rate(compat, 2 * STEPS, STEPS) == pytest.approx(learning_rate(ours, STEPS, STEPS))
+    assert learning_rate(compat, 300 * STEPS - 1, STEPS) > learning_rate(ours, 299 * STEPS, STEPS)
+
+
+@pytest.mark.parametrize("decay_dist_token", [False, True])
+def test_only_matrices_decay_as_in_timm(timm, decay_dist_token: bool) -> None:
     from timm.optim import param_groups_weight_decay
 
     model = create_model("deit_tiny_distilled_patch16_224", num_classes=3, layer_scale=0.1)
-    no_decay = ("pos_embed", "cls_token", "dist_token")
+    no_decay = ["pos_embed", "cls_token"] + ([] if decay_dist_token else ["dist_token"])
     theirs = param_groups_weight_decay(model, 0.05, no_weight_decay_list=no_decay)
     for ours, expected in zip(
-        parameter_groups(model, 0.05), sorted(theirs, key=lambda g: -g["weight_decay"]), strict=True
+        parameter_groups(model, 0.05, decay_dist_token), sorted(theirs, key=lambda g: -g["weight_decay"]), strict=True
     ):
         assert ours["weight_decay"] == expected["weight_decay"]
         assert {id(p) for p in ours["params"]} == {id(p) for p in expected["params"]}
+
+
+def test_the_optimiser_follows_the_recipe() -> None:
+    model = create_model("deit_digits_patch4_16", num_classes=3)
+    recipe = replace(Recipe(), beta1=0.8, beta2=0.99, adam_eps=1e-7, weight_decay=0.3, lr=0.01)
+    adamw = make_optimizer(model, recipe)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.3, 0.0]
+    assert all(g["betas"] == (0.8, 0.99) and g["eps"] == 1e-7 and g["lr"] == 0.01 for g in adamw.param_groups)
+    sgd = make_optimizer(model, replace(recipe, optimizer="sgd"))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert all(g["momentum"] == 0.8 and g["nesterov"] and g["lr"] == 0.01 for g in sgd.param_groups)
+    with pytest.raises(DeitfastError, match="--engine plain has no LAMB"):
+        make_optimizer(model, replace(recipe, optimizer="lamb"))
+
+
+def test_deit_compat_decays_the_distillation_token() -> None:
+    model = create_model("deit_tiny_distilled_patch16_224", num_classes=3)
+    for compat in (False, True):
+        decayed = make_optimizer(model, replace(Recipe(), deit_compat=compat)).param_groups[0]["params"]
+        assert any(p is model.dist_token for p in decayed) == compat
 
 
 def small() -> torch.nn.Module:
@@ -69,9 +126,10 @@ def step(model, optimizer, seed: int) -> None:
     optimizer.zero_grad()
 
 
-def test_optimizer_state_survives_by_name_bitwise() -> None:
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimizer_state_survives_by_name_bitwise(name: str) -> None:
     one, two = small(), small()
-    recipe = Recipe()
+    recipe = replace(Recipe(), optimizer=name)
     first, second = make_optimizer(one, recipe), make_optimizer(two, recipe)
     step(one, first, 1)
     saved = {name: tensor.clone() for name, tensor in optimizer_tensors(one, first).items()}
@@ -102,18 +160,3 @@ def test_ema_is_the_recursion_and_swaps_there_and_back() -> None:
     assert all(torch.equal(p, averages[name]) for name, p in model.named_parameters())
     ema.swap(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def test_loss_equals_the_dense_formula_and_timms(timm) -> None:
-    from timm.loss import SoftTargetCrossEntropy
-
-    from deitfast.data import Targets
-
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 9, generator=generator)
-    labels, partners = (torch.randint(9, (6,), generator=generator) for _ in range(2))
-    targets = Targets(labels, partners, torch.rand(6, generator=generator), smoothing=0.1)
-    expected = SoftTargetCrossEntropy()(logits.double(), targets.dense(9).double()).float()
-    torch.testing.assert_close(soft_cross_entropy(logits, targets), expected, rtol=1e-6, atol=1e-6)
-    both = training_loss((logits, -logits / 2), targets)
-    torch.testing.assert_close(both, soft_cross_entropy(logits / 4, targets))
