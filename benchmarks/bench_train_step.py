@@ -64,21 +64,25 @@ PEERS = {
 """Most telling first."""
 
 SWITCHES: dict[str, dict[str, Any]] = {
+    "ours, no graph": {"engine": "flat"},
+    "ours, plain loop": {"engine": ""},
     "ours, not fused": {"fused": False},
     "ours, no average": {"ema": False},
     "ours, drop-path .1": {"drop_path": 0.1},
+    "ours, drop-path .1 by subset": {"drop_path": 0.1, "drop_path_form": "subset"},
     "ours, fp32": {"precision": "fp32"},
-    "ours + compile": {"compile": "default"},
+    "ours + compile": {"compile": "default", "engine": ""},
 }
 """Our switches, each away from how `ours` runs on a GPU. A switch that training gains is one more line."""
 CPU_SWITCHES: dict[str, dict[str, Any]] = {
+    "ours, plain loop": {"engine": ""},
     "ours, fused": {"fused": True},
     "ours, no average": {"ema": False},
     "ours, bf16": {"precision": "bf16"},
     "ours, drop-path .1": {"drop_path": 0.1},
 }
 
-QUICK = (OURS, "timm", "ours, fused")
+QUICK = (OURS, "timm", "ours, plain loop", "ours, fused")
 
 
 def switches(device: str) -> dict[str, dict[str, Any]]:
@@ -90,13 +94,16 @@ def ways(device: str) -> list[str]:
 
 
 def job_of(way: str, model: str, batch: int, device: str, quick: bool) -> Job:
-    """On a GPU ours is fused, in bf16; on CPU eager, in fp32, which is what training there does."""
+    """Ours as training runs it: on a GPU fused, in bf16, as a CUDA graph; on CPU eager, in fp32, uncaptured."""
     on_cuda = device == "cuda"
-    base = Job(OURS, full_name(model), batch, device, "bf16" if on_cuda else "fp32", fused=on_cuda, quick=quick)
+    base = Job(
+        OURS, full_name(model), batch, device, "bf16" if on_cuda else "fp32", fused=on_cuda,
+        engine="graph" if on_cuda else "flat", quick=quick,
+    )  # fmt: skip
     if way == OURS:
         return base
     if way in PEERS:
-        return replace(base, library=PEERS[way].library, compile=PEERS[way].compile, fused=False)
+        return replace(base, library=PEERS[way].library, compile=PEERS[way].compile, fused=False, engine="")
     return replace(base, **switches(device)[way])
 
 

@@ -27,7 +27,7 @@ from benchmarks.bench_train_step import BATCHES, OURS, job_of, ways
 from benchmarks.harness import Recorder, Timing, measure, roofs, synchronize, timed_row
 from benchmarks.micro import arguments, device_missing
 from benchmarks.roofline import BUDGET, BUDGET_MODEL, full_name, part_floors
-from benchmarks.train_steps import TrainStep
+from benchmarks.train_steps import TrainStep, make_train_step
 from deitfast.errors import DeitfastError
 
 PARTS = {
@@ -46,11 +46,11 @@ _KINDS = (
     # torch.compile names a pointwise kernel after everything that is fused into it.
     ("norm, elementwise", r"^triton_(poi|red|per|for)"),
     ("attention", r"attention|attn|flash|fmha|sdpa"),
-    ("input, heads, loss", r"conv|fprop|implicit|im2col|nchw|nhwc|softmax|nll_loss|gather|scatter"),
+    ("input, heads, loss", r"conv|fprop|implicit|im2col|nchw|nhwc|softmax|nll_loss|gather|scatter|patch|entropy|bce"),
     ("GEMM", r"gemm|gemv|cutlass|nvjet|wgmma|splitk|triton_tem|linear_|(^|::)(mm|addmm|bmm|baddbmm|linear|matmul)$"),
     (
         "norm, elementwise",
-        r"norm|elementwise|reduce|cat|copy|fill|vectorized|memcpy|memset|index|gelu|scale_and_sum"
+        r"norm|elementwise|reduce|cat|copy|fill|vectorized|memcpy|memset|index|gelu|scale_and_sum|row_sums|kept_rows"
         r"|(^|::)(add|sub|mul|div|sum|mean|to|zero|clone|empty|select|slice|view|reshape|expand|t|transpose)\w*$",
     ),
 )
@@ -126,7 +126,7 @@ def profile_step(step: TrainStep, device: str) -> tuple[dict[str, float], dict[s
 
 def rows_of(model: str, batch: int, way: str, device: str, recorder: Recorder, quick: bool) -> list[dict[str, Any]]:
     """Profile twice (the spread is the noise) and make a row of every part, and of the sum."""
-    step = TrainStep(job_of(way, model, batch, device, quick))
+    step = make_train_step(job_of(way, model, batch, device, quick))
     timing = measure(step, device=device, budget_ms=200.0 if quick else 1000.0, warmup=1 if quick else 3, flush=False)
     roof = roofs(device, quick)
     recorder.note("roofs", asdict(roof))

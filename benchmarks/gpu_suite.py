@@ -7,7 +7,9 @@ tests       pytest of the kernels on this device: what is wrong need not be fast
 roof        the measured matmul rate and bandwidth
 step        ours beside every peer and the ablation (bench_train_step)
 breakdown   one profiled step by kind of kernel
-layernorm_qkv, attention, mlp_gelu, block_ops    each op beside its baselines
+curves      loss curves of the engine beside eager bf16 and fp32 (loss_curves)
+layernorm_qkv, attention, mlp_gelu, block_ops, input, optimizer    each op beside its baselines
+inference   images/s and latency beside timm and Hugging Face
 loader      the input pipeline beside timm's
 
 DIR/results.json is whole at every moment and holds all rows; DIR/page.md and three PNGs are made from it at the end;
@@ -61,6 +63,9 @@ PARTS = (
     Part("step", 6.0, ("benchmarks.bench_train_step",)),
     Part("breakdown", 1.0, ("benchmarks.breakdown",)),
     *(Part(op, 0.5, (f"benchmarks.bench_{op}",), ("--no-compile",)) for op in OPS),
+    *(Part(op, 0.3, (f"benchmarks.bench_{op}",)) for op in ("input", "optimizer")),
+    Part("curves", 1.5, ("benchmarks.loss_curves",)),
+    Part("inference", 1.0, ("benchmarks.bench_inference",)),
     Part("loader", 1.0, ("benchmarks.bench_loader",)),
 )
 
@@ -145,11 +150,19 @@ def _command(
     part: Part, results: Results, options: argparse.Namespace, seconds: float, scratch: Path, out: Path
 ) -> list[str]:
     if part.name == "tests":
-        return ["pytest", "-q", *(["-m", "gpu", "tests/kernels", "--maxfail=20"] if _on_gpu(options) else QUICK_TESTS)]
+        return [
+            "pytest",
+            "-q",
+            *(
+                ["-m", "gpu", "tests/kernels", "tests/test_step.py", "--maxfail=20"]
+                if _on_gpu(options)
+                else QUICK_TESTS
+            ),
+        ]
     command = [*part.command, "--device", options.device, "--out", str(out), "--minutes", f"{(seconds - 5) / 60:.2f}"]
     if options.quick:
         command += ["--quick", *part.quick]
-    if part.name == "loader":
+    if part.name in ("loader", "curves"):
         command += ["--data", options.data]
     if part.name == "step":
         earlier = scratch / "earlier.json"
@@ -194,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments(parser)
     parser.set_defaults(out=None)
     parser.add_argument("--only", nargs="+", choices=names, help="parts; also repeats finished ones")
-    parser.add_argument("--data", default="digits", help="images for the loader; default: the packaged digits")
+    parser.add_argument("--data", default="digits", help="images for loader and curves; default: the packaged digits")
     options = parser.parse_args(argv)
     if options.out is None:
         parser.error("--out DIR is needed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import bench_loader, breakdown
+from benchmarks import bench_loader, breakdown, loss_curves
 from benchmarks.bench_train_step import ratios
 from benchmarks.goals import NOT_MEASURED, goal_table
 
@@ -37,6 +37,8 @@ def write_page(results: dict[str, Any], plots: Iterable[str] = ()) -> str:
         whole = parts[-1]["key"]
         lines += ["", f"{whole['model']}, batch {whole['batch']}, {whole['way']}. The budget is a plan, not a result."]
     lines += ["", "## Ops", "", op_table([row for row in results["rows"] if "pass" in row["key"]])]
+    lines += ["", "## Loss curves", "", curves_verdict(rows_of(results, "loss_curves"))]
+    lines += ["", "## Inference", "", inference_table(rows_of(results, "inference"))]
     lines += ["", "## Loader", "", loader_table(rows_of(results, "loader")), ""]
     lines += bench_loader.summary(rows_of(results, "loader"))
     lines += ["", "## How it was measured", "", *provenance(results)]
@@ -101,12 +103,34 @@ def op_table(rows: Sequence[Row]) -> str:
 def loader_table(rows: Sequence[Row]) -> str:
     if not rows:
         return NOT_MEASURED
-    lines = ["| loader | decoding | threads | images/s |", "|---|---|--:|--:|"]
+    lines = ["| loader | decoding | threads | images/s | a CPU second |", "|---|---|--:|--:|--:|"]
     for row in rows:
         key = row["key"]
         speed = _reason(row) or _number(row["images_per_second"], "{:,.0f}")
-        lines.append(f"| {key['way']} | {key['decode']} | {key['threads']} | {speed} |")
+        per_cpu = _number(row.get("images_per_cpu_second"), "{:,.0f}")
+        lines.append(f"| {key['way']} | {key['decode']} | {key['threads']} | {speed} | {per_cpu} |")
     return "\n".join(lines)
+
+
+def inference_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    lines = ["| model | batch | way | images/s | latency ms |", "|---|--:|---|--:|--:|"]
+    for row in rows:
+        key = row["key"]
+        speed, latency = _reason(row) or _number(row.get("images_per_second")), _number(row.get("ms"), "{:.2f}")
+        lines.append(f"| {key['model']} | {key.get('batch', '')} | {key['way']} | {speed} | {latency} |")
+    return "\n".join(lines)
+
+
+def curves_verdict(rows: Sequence[Row]) -> str:
+    """Whether the engine learnt like eager PyTorch, in a sentence."""
+    curves = {row["key"]["way"]: row["losses"] for row in rows if "losses" in row}
+    if not {loss_curves.EXACT, loss_curves.OTHER_SEED, loss_curves.OURS} <= curves.keys():
+        return NOT_MEASURED
+    key = rows[0]["key"]
+    steps = len(curves[loss_curves.OURS])
+    return f"{key['model']}, batch {key['batch']}, {steps} steps on {key['data']}: {loss_curves.verdict(curves)[1]}."
 
 
 def provenance(results: dict[str, Any]) -> list[str]:

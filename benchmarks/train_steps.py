@@ -1,8 +1,10 @@
 """One training step of one library, ready to be timed: what the worker processes of `bench_train_step` run.
 
-The step is forward, loss on mixed and smoothed targets, backward, AdamW and the moving average. Loss, optimiser (fused
-AdamW on CUDA), parameter groups and average are the same code for every library: what differs is the model and how
-it is run. Data are random, normalised images that already lie on the device.
+The step is forward, loss on mixed and smoothed targets, backward, AdamW and the moving average. Peers, and ours with
+engine "", run in the loop that one would write in PyTorch: autocast, fused AdamW on CUDA, a foreach average; loss,
+optimiser and parameter groups are the same code for all, what differs is the model and how it is run. With another
+engine ours is the step that training runs (`deitfast.step`). The data are random images that already lie on the device:
+uint8 for the engine, whose step normalises and mixes them; ready, normalised and mixed, for the loop.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,10 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
 from benchmarks.peers_models import build, logits_of, reference_state, version
 from benchmarks.roofline import CLASSES
-from deitfast.data import Targets
-from deitfast.losses import soft_cross_entropy
+from deitfast.data import Batch, Targets, prepare
+from deitfast.distributed import World
+from deitfast.losses import soft_cross_entropy, training_loss
 from deitfast.optim import Ema, make_optimizer
 from deitfast.recipe import Recipe
+from deitfast.step import FlatStep, make_step
 from deitfast.zoo import find_variant
 
 CHECKED_IMAGES = 4
@@ -42,6 +47,7 @@ _BACKENDS = {
 class Job:
     """What one worker runs. model: a zoo name. compile: torch.compile's mode, or "" for eager.
 
+    engine: graph or flat for a step of `deitfast.step`, "" for the plain loop.
     launched: `time.time()` when the process was started. quick: few samples.
     """
 
@@ -53,7 +59,9 @@ class Job:
     fused: bool = False
     ema: bool = True
     drop_path: float = 0.0
+    drop_path_form: str = "bernoulli"
     compile: str = ""
+    engine: str = ""
     quick: bool = False
     launched: float = 0.0
 
@@ -68,17 +76,21 @@ class Reference:
 
 
 class TrainStep:
-    """`step()` is one training step; `forward`, `backward` and `update` are its parts."""
+    """`step()` is one training step in the plain loop; `forward`, `backward` and `update` are its parts."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.device = job, torch.device(job.device)
         self.model = build(
             job.library, job.model, reference_state(job.model), fused=job.fused, drop_path=job.drop_path
         ).to(self.device)
-        self.images, self.targets = synthetic_batch(job)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Data, optimiser and average."""
+        self.images, self.targets = prepare(synthetic_batch(self.job), Recipe())
         self.optimizer = make_optimizer(self.model, Recipe())
-        self.ema = Ema(self.model, Recipe().ema_decay) if job.ema else None
-        self.run: Any = torch.compile(self.model, mode=job.compile) if job.compile else self.model
+        self.ema = Ema(self.model, Recipe().ema_decay) if self.job.ema else None
+        self.run: Any = torch.compile(self.model, mode=self.job.compile) if self.job.compile else self.model
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(loss, logits)."""
@@ -95,6 +107,9 @@ class TrainStep:
         if self.ema:
             self.ema.update(self.model)
 
+    def gradient_norm(self) -> float:
+        return gradient_norm(self.model)
+
     def __call__(self) -> None:
         loss, _ = self.forward()
         self.backward(loss)
@@ -105,20 +120,64 @@ class TrainStep:
         loss, logits = self.forward()
         logits = logits[:CHECKED_IMAGES].detach().float().cpu()
         self.backward(loss)
-        norm = gradient_norm(self.model)
+        norm = self.gradient_norm()
         self.update()
         return Reference(float(loss.detach()), norm, logits.tolist())
 
 
-def synthetic_batch(job: Job) -> tuple[Tensor, Targets]:
-    """Normal images (B, 3, S, S) in fp32 and mixed, smoothed targets, on the device; the same on every machine."""
-    side = find_variant(job.model).image_size
+class EngineStep(TrainStep):
+    """The same with the engine of training: flat buffers and, with engine graph on a GPU, one CUDA graph a step."""
+
+    def prepare(self) -> None:
+        job = self.job
+        self.recipe = replace(
+            Recipe(), batch=job.batch, engine=job.engine, ema_decay=Recipe().ema_decay if job.ema else 0.0,
+            drop_path=job.drop_path, drop_path_form=job.drop_path_form,
+        )  # fmt: skip
+        if job.batch % 2:
+            self.recipe = replace(self.recipe, mixup=0.0, cutmix=0.0)
+        engine = make_step(
+            self.model, self.recipe, World(0, 1, 0, 1, self.device), micro_batch=job.batch, accumulation=1,
+            bf16=job.precision == "bf16",
+        )  # fmt: skip
+        assert isinstance(engine, FlatStep)
+        self.engine, self.batch = engine, synthetic_batch(job)
+        self.inputs = engine.inputs(self.batch)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        self.engine.flat.zero_grad()
+        outputs, targets, _ = self.engine.forward(self.inputs)
+        return training_loss(outputs, targets, self.recipe), logits_of(outputs)
+
+    def update(self) -> None:
+        self.engine.flat.update(torch.from_numpy(self.engine.flat.scalars(self.recipe.lr, 0)).to(self.device))
+
+    def gradient_norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.engine.flat.grad.float()))
+
+    def __call__(self) -> None:
+        self.engine(iter([self.batch]), self.engine.steps_run, self.recipe.lr)
+
+
+def make_train_step(job: Job) -> TrainStep:
+    return EngineStep(job) if job.engine else TrainStep(job)
+
+
+def synthetic_batch(job: Job) -> Batch:
+    """Random images and mixup draws, on the device; the same on every machine."""
+    variant, m = find_variant(job.model), job.batch
+    side = variant.image_size
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(job.batch, 3, side, side, generator=generator)
-    labels, partners = (torch.randint(0, CLASSES, (job.batch,), generator=generator) for _ in range(2))
-    lam = torch.rand(job.batch, generator=generator)
-    targets = Targets(labels.to(job.device), partners.to(job.device), lam.to(job.device), Recipe().smoothing)
-    return images.to(job.device), targets
+    images = torch.randint(0, 256, (m, side, side, 3), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, CLASSES, (m,), generator=generator)
+    lam = torch.rand(m, generator=generator)
+    index, view, none = torch.arange(m), torch.zeros(m, dtype=torch.int64), torch.zeros(m, 4, dtype=torch.int64)
+    tensors = (t.to(job.device) for t in (images, labels, index, view, none, lam, none.clone()))
+    images, labels, index, view, erase, lam, mix_box = tensors
+    return Batch(
+        step=0, micro=0, epoch=0, seed=0, images=images, labels=labels, slots=np.arange(m), index=index, view=view,
+        erase=erase, erased_pixels=0, lam=lam, mix_box=mix_box, mixes=m % 2 == 0,
+    )  # fmt: skip
 
 
 def gradient_norm(model: torch.nn.Module) -> float:
@@ -129,7 +188,7 @@ def gradient_norm(model: torch.nn.Module) -> float:
 def reference(job: Job, chunk: int = 32) -> Reference:
     """Loss, gradient norm and logits of our eager model in fp32, accumulated over chunks of the same batch."""
     model = build("ours", job.model, reference_state(job.model), fused=False).to(job.device)
-    images, targets = synthetic_batch(job)
+    images, targets = prepare(synthetic_batch(job), Recipe())
     total, logits = 0.0, torch.empty(0)
     for start in range(0, job.batch, chunk):
         part = slice(start, start + chunk)
@@ -193,7 +252,7 @@ def work(job: Job, expected: Reference | None) -> dict[str, Any]:
             backends = [_BACKENDS[facts["attention"]], SDPBackend.MATH]
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
         start = time.time()
-        step = TrainStep(job)
+        step = make_train_step(job)
         synchronize(job.device)
         built = time.time()
         first = step.first()

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -65,16 +65,17 @@ class World:
                     result = action()
                 except DeitfastError as raised:
                     error = str(raised)
-            errors = self._gather(error)
+            errors = self.gather(error)
             if any(errors):
                 speaker = next(i for i, text in enumerate(errors) if text)
                 raise DeitfastError(str(errors[speaker]) if self.rank == speaker else "")
         return result  # type: ignore[return-value]
 
-    def _gather(self, value: str | None) -> list[str | None]:
+    def gather(self, value: T) -> list[T]:
+        """Every process's `value` (any picklable object), by rank, on every process."""
         if self.size == 1:
             return [value]
-        values: list[str | None] = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 

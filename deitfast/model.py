@@ -8,12 +8,14 @@ tokens first, then patches row by row), D width, H heads, K head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deitfast.errors import DeitfastError
 from deitfast.zoo import find_variant
@@ -71,8 +73,19 @@ class LayerScale(nn.Module):
         return x_BND * self.gamma
 
 
+class Kept(NamedTuple):
+    """Drop-path by subset: only these images run through a block's two branches, each scaled by batch / kept."""
+
+    index_2K: Tensor  # int64, ascending: images of the batch that keep the attention branch, and the MLP branch
+    scale: float
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block. `keep_2B` scales the two residual branches of each image; None leaves them whole."""
+    """Pre-norm transformer block.
+
+    drop: drop-path of one block. A tensor (2, B) scales the two residual branches of each image; `Kept` runs them for a
+    subset of the images only, and the others pass unchanged; None leaves the branches whole.
+    """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, layer_scale: float | None) -> None:
         super().__init__()
@@ -83,19 +96,30 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x_BND: Tensor, keep_2B: Tensor | None = None) -> Tensor:
-        attention = self.ls1(self.attn(self.norm1(x_BND)))
-        x_BND = x_BND + (attention if keep_2B is None else attention * keep_2B[0, :, None, None].to(attention.dtype))
-        mlp = self.ls2(self.mlp(self.norm2(x_BND)))
-        return x_BND + (mlp if keep_2B is None else mlp * keep_2B[1, :, None, None].to(mlp.dtype))
+    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None) -> Tensor:
+        x_BND = _add_branch(x_BND, lambda x: self.ls1(self.attn(self.norm1(x))), drop, 0)
+        return _add_branch(x_BND, lambda x: self.ls2(self.mlp(self.norm2(x))), drop, 1)
+
+
+def _add_branch(x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Kept | None, which: int) -> Tensor:
+    """x + branch(x) under drop-path; `which`: 0 for the attention branch, 1 for the MLP branch."""
+    if drop is None:
+        return x_BND + branch(x_BND)
+    if isinstance(drop, Kept):
+        index_K = drop.index_2K[which]
+        return x_BND.index_add(0, index_K, branch(x_BND[index_K]).to(x_BND.dtype), alpha=drop.scale)
+    out_BND = branch(x_BND)
+    return x_BND + out_BND * drop[which, :, None, None].to(out_BND.dtype)
 
 
 class DeiT(nn.Module):
     """A DeiT / ViT classifier.
 
     image_size, patch_size: pixels; the image is square and a whole number of patches.
-    drop_path: probability of dropping a residual branch in the last block; it rises linearly from 0 over depth.
+    drop_path: probability of dropping a residual branch in the last block; it rises linearly from 0 over depth, or is
+        the same in every block with constant_drop_path.
     layer_scale: initial LayerScale factor, None for none.
+    class_position: whether the class (and distillation) tokens have position embeddings; DeiT III's have none.
     distilled: adds the distillation token and its head. In training `forward` then returns both heads' logits, as the
         paper's code does; in evaluation, their mean.
     """
@@ -111,19 +135,23 @@ class DeiT(nn.Module):
         num_classes: int = 1000,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        constant_drop_path: bool = False,
         layer_scale: float | None = None,
+        class_position: bool = True,
         distilled: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(image_size, patch_size, width, num_heads, num_classes, drop_path)
         self.width, self.image_size, self.patch_size, self.num_classes = width, image_size, patch_size, num_classes
         self.num_prefix_tokens = 2 if distilled else 1
-        self.drop_path_rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.num_prefix_positions = self.num_prefix_tokens if class_position else 0
+        self.recompute = False  # True: each block keeps only its input for the backward and runs again there
+        self.drop_path_rates = [drop_path * (1 if constant_drop_path else i / max(depth - 1, 1)) for i in range(depth)]
         self.patch_embed = PatchEmbed(image_size, patch_size, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         if distilled:
             self.dist_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + self.patch_embed.num_patches, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_positions + self.patch_embed.num_patches, width))
         self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, layer_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(width, num_classes)
@@ -160,30 +188,52 @@ class DeiT(nn.Module):
         return keep_scales(uniform, self.drop_path_rates)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S), normalised, to the tokens (B, N, D) that enter the first block."""
+        """Images (B, 3, S, S), normalised, or their patches, to the tokens (B, N, D) that enter the first block.
+
+        Patches (B, P, 3 * patch * patch) are row by row, each as the weight of the patch convolution has it: channel,
+        y, x.
+        """
+        if images.ndim == 3:
+            return self.embed_patches(images)
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images are {images.shape[-2]} x {images.shape[-1]}, the model takes {self.image_size} x "
                 f"{self.image_size}: resize them, or create the model with image_size={images.shape[-1]}"
             )
+        return self._with_prefix(self.patch_embed(images))
+
+    def embed_patches(self, patches_BPK: Tensor) -> Tensor:
+        """`embed` of patches."""
+        proj = self.patch_embed.proj
+        return self._with_prefix(F.linear(patches_BPK, proj.weight.flatten(1), proj.bias))
+
+    def _with_prefix(self, x_BPD: Tensor) -> Tensor:
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        batch = images.shape[0]
-        x_BND = torch.cat([*(t.expand(batch, -1, -1) for t in tokens), self.patch_embed(images)], dim=1)
-        return x_BND + self.pos_embed
+        x_BND = torch.cat([*(t.expand(x_BPD.shape[0], -1, -1) for t in tokens), x_BPD], dim=1)
+        return x_BND + self.positions()
 
-    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Images (B, 3, S, S), normalised, to normalised tokens (B, N, D), prefix tokens first.
+    def positions(self) -> Tensor:
+        """Position embeddings of every token (1, N, D): zero for prefix tokens that have none of their own."""
+        missing = self.num_prefix_tokens - self.num_prefix_positions
+        return F.pad(self.pos_embed, (0, 0, missing, 0)) if missing else self.pos_embed
 
-        keep: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is kept. Drawn from
-        torch's generator in training where none are given; ignored in evaluation.
+    def forward_features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None) -> Tensor:
+        """Images (B, 3, S, S), normalised, or their patches (see `embed`) to normalised tokens (B, N, D).
+
+        drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is kept, or a `Kept`
+        (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
         """
         if not self.training:
-            keep = None
-        elif keep is None:
-            keep = self.draw_keep(images.shape[0], images.device)
+            drop = None
+        elif drop is None:
+            drop = self.draw_keep(images.shape[0], images.device)
         x_BND = self.embed(images)
         for i, block in enumerate(self.blocks):
-            x_BND = block(x_BND, None if keep is None else keep[i])
+            one = None if drop is None else drop[i]
+            if self.recompute and torch.is_grad_enabled():
+                x_BND = checkpoint(block, x_BND, one, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BND = block(x_BND, one)
         return self.norm(x_BND)
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -191,9 +241,11 @@ class DeiT(nn.Module):
         x_BND = self.forward_features(images)
         return tuple(x_BND[:, i] for i in range(self.num_prefix_tokens))
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, classes); for a distilled model in training both heads' logits. See `forward_features`."""
-        x_BND = self.forward_features(images, keep)
+        x_BND = self.forward_features(images, drop)
         logits = self.head(x_BND[:, 0])
         if not self.distilled:
             return logits
@@ -228,17 +280,20 @@ def create_model(
     num_classes: int | None = None,
     image_size: int | None = None,
     drop_path: float = 0.0,
+    constant_drop_path: bool = False,
     layer_scale: float | None = None,
     reset_head: bool = False,
+    depth: int | None = None,
     fused: bool | None = None,
 ) -> DeiT:
     """A DeiT by timm's name.
 
     pretrained: False for fresh weights; True for the authors' published ones (downloaded once and checked against the
         hash in their name); a path to a .safetensors or .pth file otherwise.
-    num_classes, image_size: 1000 and the name's own size where None. Position embeddings of pretrained weights are
-        interpolated to the image size.
+    num_classes, image_size, layer_scale: 1000 and the name's own where None. Position embeddings of pretrained weights
+        are interpolated to the image size.
     reset_head: start the heads of a pretrained model at zero, whatever the file's class count.
+    depth: blocks; None for the name's own. Fewer make another, smaller model: for smoke tests.
     fused: True runs the blocks through the ops of `deitfast.kernels`, False in eager PyTorch; None decides by where the
         model runs: fused on CUDA, eager on CPU.
     Raises DeitfastError for an unknown name and for a weight file that is another model's.
@@ -246,13 +301,15 @@ def create_model(
     variant = find_variant(name)
     model = DeiT(
         width=variant.width,
-        depth=variant.depth,
+        depth=variant.depth if depth is None else depth,
         num_heads=variant.heads,
         image_size=image_size or variant.image_size,
         patch_size=variant.patch_size,
         num_classes=1000 if num_classes is None else num_classes,
         drop_path=drop_path,
-        layer_scale=layer_scale,
+        constant_drop_path=constant_drop_path,
+        layer_scale=variant.layer_scale if layer_scale is None else layer_scale,
+        class_position=variant.class_position,
         distilled=variant.distilled,
     )
     if pretrained:

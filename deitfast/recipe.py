@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from deitfast.errors import DeitfastError, did_you_mean
 from deitfast.guard import guarded
 
 PAPER_TRAIN_IMAGES = 1_281_167
+_RAND_AUGMENT = re.compile(r"none|three|rand-m\d+(\.\d+)?(-mstd\d+(\.\d+)?)?(-inc1)?")
 
 
 def _paper(default: Any, help: str, paper: Any = None) -> Any:
@@ -47,28 +50,41 @@ class Recipe:
     image_size: int = _task(0, "image side; 0: the model's own. Position embeddings are interpolated to it")
     seed: int = _task(0, "seed of weights, order and every random draw")
     # Optimisation
+    optimizer: str = _paper("adamw", "adamw, lamb (DeiT III) or sgd (momentum .9, Nesterov)")
     epochs: int = _paper(300, "passes over the data")
     batch: int = _paper(1024, "images a step over all processes; accumulation follows from it")
     lr: float = _paper(1e-3, "peak learning rate, final: never scaled again (the paper's rule is 5e-4 x batch / 512)")
     min_lr: float = _paper(1e-5, "learning rate at the end of the cosine")
     warmup_lr: float = _paper(1e-6, "learning rate of the first step")
     warmup_epochs: float = _paper(5.0, "epochs of linear warm-up, inside the total")
-    weight_decay: float = _paper(0.05, "AdamW weight decay; biases, norms, tokens and position embeddings have none")
-    beta1: float = _paper(0.9, "AdamW beta 1")
-    beta2: float = _paper(0.999, "AdamW beta 2")
-    adam_eps: float = _paper(1e-8, "AdamW epsilon")
+    weight_decay: float = _paper(0.05, "weight decay; biases, norms, tokens and position embeddings have none")
+    beta1: float = _paper(0.9, "beta 1 of AdamW and LAMB, momentum of SGD")
+    beta2: float = _paper(0.999, "beta 2 of AdamW and LAMB")
+    adam_eps: float = _paper(1e-8, "epsilon of AdamW and LAMB")
     clip_norm: float = _paper(0.0, "largest gradient norm; 0: no clipping")
     ema_decay: float = _paper(0.99996, "decay of the averaged weights, a step; 0: none")
+    deit_compat: bool = _task(False, "quirks of the authors' code: its staircase schedule, a decayed dist_token")
     # Regularisation
-    drop_path: float = _paper(0.1, "probability of dropping a branch of the last block; linear from 0 over depth")
-    layer_scale: float = _paper(0.0, "initial LayerScale; 0: none")
+    drop_path: float = _paper(0.1, "probability of dropping a residual branch (of the last block where it is linear)")
+    drop_path_schedule: str = _paper("linear", "linear: rises from 0 over depth; constant: the same in every block")
+    drop_path_form: str = _paper(
+        "bernoulli", "bernoulli, or subset: a fixed share of each mix group, drawn at random, whose compute is skipped"
+    )
+    layer_scale: float = _paper(0.0, "initial LayerScale; 0: the model's own (DeiT has none, DeiT III 1e-4)")
+    loss: str = _paper("ce", "ce (soft cross-entropy) or bce (binary, every class present in a mixture is 1: DeiT III)")
     smoothing: float = _paper(0.1, "label smoothing")
+    # Distillation
+    distillation: str = _task("none", "none, hard (cross-entropy with the teacher's argmax) or soft (KL divergence)")
+    teacher: str = _task("", "teacher: our, timm's or Hugging Face's model name, an exported file, or NAME:WEIGHTS")
+    distillation_alpha: float = _task(0.5, "share of the distillation loss")
+    distillation_tau: float = _task(1.0, "temperature of soft distillation")
     # Augmentation
     repeats: int = _paper(3, "copies of an image in a batch (repeated augmentation); 1: none")
     crop_min: float = _paper(0.08, "smallest area share of the random resized crop")
     crop_max: float = _paper(1.0, "largest area share of the random resized crop")
     flip: float = _paper(0.5, "probability of a horizontal flip")
-    rand_augment: str = _paper("none", "RandAugment policy; only `none` so far", paper="rand-m9-mstd0.5-inc1")
+    rand_augment: str = _paper("rand-m9-mstd0.5-inc1", "RandAugment in timm's notation, three (3-Augment), or none")
+    color_jitter: float = _paper(0.0, "strength of colour jitter (brightness, contrast, saturation); 0: none")
     mixup: float = _paper(0.8, "mixup's Beta parameter; 0: none")
     cutmix: float = _paper(1.0, "cutmix's Beta parameter; 0: none")
     mix_probability: float = _paper(1.0, "probability that a group is mixed at all")
@@ -80,11 +96,17 @@ class Recipe:
     eval_every: int = _machine(1, "epochs between evaluations; the last epoch is always evaluated")
     # This machine
     out: str = _machine("", "run folder; empty: runs/<recipe>. The same folder resumes")
-    micro_batch: int = _machine(0, "images a process runs at once; 0: the largest divisor up to 128 (32 on CPU)")
+    micro_batch: int = _machine(0, "images a process runs at once; 0: the largest that fits in memory (32 on CPU)")
+    engine: str = _machine(
+        "auto", "graph (one CUDA graph a step), flat (the same uncaptured), plain (DDP, the reference), or auto"
+    )
+    recompute: bool = _machine(False, "keep only the blocks' inputs and compute the rest again in the backward")
     precision: str = _task("auto", "bf16 (autocast, fp32 master weights) or fp32; auto: bf16 on a GPU, fp32 on CPU")
     fused: str = _machine("auto", "yes, no, or auto: Triton kernels on a GPU, eager PyTorch on CPU")
     device: str = _machine("auto", "cuda, cpu, or auto")
     workers: int = _machine(0, "data threads a process; 0: this machine's cores shared by its processes")
+    decode: str = _machine("auto", "where JPEGs are decoded: gpu, cpu, or auto (the faster in a short measurement)")
+    bad_limit: float = _machine(0.001, "share of images that may turn out unreadable in the run before it stops")
     log_every: int = _machine(
         0, "steps between lines of metrics.jsonl (no other step waits for the GPU); 0: 50, on CPU 1"
     )
@@ -106,10 +128,11 @@ class Recipe:
             (1, math.inf): "epochs batch eval_every",
             (2, math.inf): "mix_group",
             (0, math.inf): "lr min_lr warmup_lr warmup_epochs weight_decay clip_norm layer_scale mixup cutmix "
-            "micro_batch log_every save_minutes",
-            (0, 1): "flip mix_probability mix_switch erase",
+            "micro_batch log_every save_minutes color_jitter",
+            (0, 1): "flip mix_probability mix_switch erase distillation_alpha bad_limit",
             (0, below_one): "beta1 beta2 ema_decay drop_path smoothing",
             (1e-30, 1): "adam_eps",
+            (1e-3, 1e3): "distillation_tau",
             (1e-4, 1): "crop_min",
             (self.crop_min, 1): "crop_max",
             (0.01, 1): "eval_crop_ratio",
@@ -127,11 +150,27 @@ class Recipe:
             "precision": ("auto", "bf16", "fp32"),
             "fused": ("auto", "yes", "no"),
             "device": ("auto", "cuda", "cpu"),
-            "rand_augment": ("none",),
+            "decode": ("auto", "gpu", "cpu"),
+            "engine": ("auto", "graph", "flat", "plain"),
+            "optimizer": ("adamw", "lamb", "sgd"),
+            "loss": ("ce", "bce"),
+            "drop_path_schedule": ("linear", "constant"),
+            "drop_path_form": ("bernoulli", "subset"),
+            "distillation": ("none", "hard", "soft"),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise DeitfastError(f"{_flag(name)} is {getattr(self, name)!r}, must be one of {', '.join(valid)}")
+        if not _RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise DeitfastError(
+                f"--rand-augment is {self.rand_augment!r}, must be none, three, or timm's notation such as "
+                "rand-m9-mstd0.5-inc1"
+            )
+        if (self.distillation == "none") != (not self.teacher):
+            given, missing = ("--teacher", "--distillation hard") if self.teacher else ("--distillation", "--teacher")
+            raise DeitfastError(f"{given} needs {missing}: the one does nothing without the other")
+        if self.optimizer == "lamb" and self.engine == "plain":
+            raise DeitfastError("--engine plain has no LAMB: PyTorch ships none. Use --engine flat")
         if self.mixes and (self.batch % 2 or self.micro_batch % 2 or self.mix_group % 2):
             odd = next(n for n in ("batch", "micro_batch", "mix_group") if getattr(self, n) % 2)
             raise DeitfastError(
@@ -140,6 +179,11 @@ class Recipe:
             )
         if self.warmup_epochs > self.epochs:
             raise DeitfastError(f"--warmup-epochs {self.warmup_epochs:g} exceeds --epochs {self.epochs}. Lower it")
+        if self.loss == "bce" and self.smoothing:
+            raise DeitfastError(
+                f"--smoothing is {self.smoothing:g}, but --loss bce makes every class with a share a full target, and "
+                "smoothing gives all classes a share. Give --smoothing 0"
+            )
         if self.reset_head and not self.init:
             raise DeitfastError("--reset-head needs --init WEIGHTS: fresh weights have a fresh head")
 
@@ -216,6 +260,20 @@ def share_cores_politely() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def _without_downloads(chosen: Recipe, base: Recipe) -> Recipe:
+    """For a smoke test: what the recipe's file names, and the command line does not, and is not on this machine yet."""
+    told = []
+    if chosen.init and chosen.init == base.init and not Path(chosen.init).exists():
+        told.append(f"no weights at {chosen.init} yet: the smoke test starts from fresh ones")
+        chosen = replace(chosen, init="", reset_head=False)
+    if chosen.teacher and chosen.teacher == base.teacher:
+        told.append(f"an untrained teacher stands in for {chosen.teacher}; --teacher tries another")
+        chosen = replace(chosen, teacher="deit_tiny_patch16_224:fresh")
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(told), end="\n" * bool(told))
+    return chosen
+
+
 def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence[str] | None = None) -> None:
     """What a file in recipes/ calls: apply the command line to its recipe and train.
 
@@ -226,6 +284,8 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
     def main() -> None:
         chosen = parse_flags(recipe, arguments, description=description)
         chosen = replace(chosen, out=chosen.out or f"runs/{name}")
+        if chosen.smoke:
+            chosen = _without_downloads(chosen, recipe)
         chosen.check()
         share_cores_politely()
         from deitfast.train import smoke, train

@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from deitfast.fused import FusedBlock, fuse
+from deitfast.fused import FusedBlock, fuse, saved_bytes_per_token
 from deitfast.kernels.common import INTERPRETED
-from deitfast.model import Block, DeiT
+from deitfast.model import Block, DeiT, Kept
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import images, outputs_and_gradients, perturb
 
@@ -51,6 +52,37 @@ def test_fuse_keeps_parameters_and_survives_copies():
         assert torch.equal(twin(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("width", "heads", "mlp_ratio", "dtype"),
+    [(128, 2, 4.0, torch.float32), (96, 3, 2.0, torch.float32), (128, 2, 4.0, torch.bfloat16)],
+)
+@pytest.mark.skipif(INTERPRETED, reason="what is saved does not depend on who computes it")
+def test_saved_bytes_per_token_are_what_autograd_saves(width, heads, mlp_ratio, dtype):
+    """Two blocks with LayerScale, counted once for each memory they save; parameters are not counted."""
+    blocks = [FusedBlock(width, heads, mlp_ratio, 0.1).to(dtype) for _ in range(2)]
+    parameters = {p.data_ptr() for block in blocks for p in block.parameters()}
+    batch, tokens = 3, 10
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(batch, tokens, width, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = blocks[1](blocks[0](x))
+    expected = saved_bytes_per_token(width, int(width * mlp_ratio), dtype.itemsize, width // heads)
+    assert sum(saved.values()) == 2 * batch * tokens * expected
+    saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept_out = blocks[0](x, Kept(torch.tensor([[0, 2], [1, 2]]), 1.5))
+    stream, index = 2 * width * dtype.itemsize, 2 * 2 * 8  # x of both halves, whole; the samples' indices
+    assert sum(saved.values()) == tokens * (batch * stream + 2 * (expected - stream)) + index
+    assert out.grad_fn is not None
+    assert kept_out.grad_fn is not None
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs kernels on CPU tensors")
 def test_fused_on_gpu_only_leaves_cpu_in_eager_pytorch():
     eager = small_deit()
@@ -71,3 +103,20 @@ def test_torch_compile_takes_the_whole_fused_model():
 def test_a_head_dimension_without_a_kernel_is_named():
     with pytest.raises(ValueError, match="head dimensions are 32"):
         fuse(small_deit(num_heads=4))(torch.zeros(1, 3, 24, 24))
+
+
+@pytest.mark.parametrize("options", [{}, {"distilled": True}, {"class_position": False}])
+@pytest.mark.parametrize("fused", [False, True])
+def test_patches_give_what_images_give(options, fused):
+    eager = small_deit(**options)
+    exact, model = copy.deepcopy(eager).double(), fuse(copy.deepcopy(eager)) if fused else eager
+    x = images(eager, batch=3)
+    patches = F.unfold(x, eager.patch_size, stride=eager.patch_size).transpose(1, 2).contiguous()
+    found = []
+    for network, given in ((exact, x.double()), (eager, x), (model, patches)):
+        network.zero_grad()
+        logits = network(given)
+        (sum(logits) if isinstance(logits, tuple) else logits).square().sum().backward()
+        found.append({name: p.grad for name, p in network.named_parameters()})
+    for name in found[0]:
+        assert_close_to_float64(name, found[2][name], found[0][name], found[1][name], 3.0)

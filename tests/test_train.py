@@ -179,10 +179,35 @@ def test_another_recipe_in_the_folder_is_refused_unless_allowed(tmp_path: Path) 
     train(replace(recipe, lr=0.1, allow_changes=True, workers=2), stop_at=2)
 
 
-def test_a_run_that_explodes_stops_with_the_last_checkpoint_whole(tmp_path: Path) -> None:
-    recipe = replace(FULL, out=str(tmp_path / "run"), lr=1e30, warmup_epochs=0.0)
-    with pytest.raises(DeitfastError, match="loss is nan at step"):
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [("flat", "ten steps in a row had gradients that are not finite"), ("plain", "loss is nan at")],
+)
+def test_a_run_that_explodes_stops(tmp_path: Path, engine: str, message: str) -> None:
+    recipe = replace(FULL, out=str(tmp_path / "run"), lr=1e30, warmup_epochs=0.0, engine=engine)
+    with pytest.raises(DeitfastError, match=message):
         train(recipe)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    recipe = replace(FULL, epochs=1)
+    train(replace(recipe, out=str(whole)), eval_images=10)
+    command = [sys.executable, str(ROOT / "recipes" / "deit_tiny.py"), *flags(replace(recipe, out=str(stopped)))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (stopped / "metrics.jsonl").exists() or len(losses(stopped)) < 5:
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM: saved at step" in said
+    assert 5 <= len(losses(stopped)) < 40
+    train(replace(recipe, out=str(stopped)), eval_images=10)
+    assert_bitwise(whole, stopped)
+    assert losses(whole) == losses(stopped)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,371 @@
+"""One optimisation step, in two engines with one face.
+
+`FlatStep` is the engine: uint8 images to patches in one kernel, a model whose parameters and gradients are views into
+flat buffers (bf16 on a GPU, beside fp32 master weights), loss and gradient reduction on the device, one optimiser
+update over the flat buffers. It reads nothing on the host and allocates nothing that outlives it, so on a GPU the whole
+of it, accumulation included, is captured as one CUDA graph and replayed; `engine=flat` runs the same code uncaptured.
+
+`PlainStep` is the reference it is tested against: DistributedDataParallel, autocast, torch's optimiser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from torch import Tensor, nn
+
+from deitfast.data import Batch, Targets, prepare
+from deitfast.data.augment import IMAGENET_MEAN, IMAGENET_STD, input_patches, partner_rows
+from deitfast.distributed import World
+from deitfast.drop_path import DropPath
+from deitfast.flat import FlatState
+from deitfast.losses import training_loss
+from deitfast.model import DeiT
+from deitfast.optim import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
+from deitfast.recipe import Recipe
+
+UNCAPTURED_STEPS = 3
+"""Real steps before the capture: kernels compile, cuBLAS and NCCL set themselves up, which a capture must not see."""
+
+_BUCKETS = 8  # parts of the flat gradient that are reduced while the backward still runs
+_GIVE_UP = 10  # non-finite steps in a row
+
+
+class Teacher(Protocol):
+    """Logits (m, classes) of images (m, 3, S, S) in the student's normalisation."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class Step(Protocol):
+    """What the loop knows of an engine. words: how it runs, for the log."""
+
+    words: str
+
+    def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
+        """Optimisation step number `step` on the next `accumulation` micro-batches."""
+
+    def take_loss(self) -> tuple[Tensor, Tensor]:
+        """fp64 scalars since the last call: this process's share of the summed losses, and steps that were skipped."""
+
+    def hopeless(self) -> bool:
+        """Whether ten steps in a row were skipped; waits for the device."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The state by file stem (model, optim, ema) and tensor name."""
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `tensors`."""
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The model holds the averaged weights inside."""
+
+
+def make_step(
+    model: DeiT, recipe: Recipe, world: World, *, micro_batch: int, accumulation: int, bf16: bool,
+    teacher: Teacher | None = None,
+) -> Step:  # fmt: skip
+    """The engine that `recipe.engine` asks for; auto: graph on a GPU, flat on CPU."""
+    model.recompute = recipe.recompute
+    drop_path = DropPath(model, recipe, micro_batch)
+    if recipe.engine == "plain":
+        return PlainStep(model, recipe, world, accumulation, bf16, drop_path, teacher)
+    captures = world.device.type == "cuda" and recipe.engine != "flat"
+    return FlatStep(model, recipe, world, accumulation, bf16, drop_path, teacher, captures)
+
+
+class PlainStep:
+    """The reference engine."""
+
+    words = "plain loop: DistributedDataParallel, autocast, torch's optimiser"
+
+    def __init__(
+        self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
+        teacher: Teacher | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.recipe, self.world, self.accumulation, self.bf16 = model, recipe, world, accumulation, bf16
+        self.drop_path, self.teacher = drop_path, teacher
+        self.optimizer = make_optimizer(model, recipe)
+        self.ema = Ema(model, recipe.ema_decay) if recipe.ema_decay else None
+        self.trained: nn.Module = model
+        if world.size > 1:
+            self.trained = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
+        set_learning_rate(self.optimizer, lr)
+        for micro in range(self.accumulation):
+            batch = next(batches)
+            reduce_now = self.world.size == 1 or micro == self.accumulation - 1
+            with contextlib.nullcontext() if reduce_now else self.trained.no_sync():  # type: ignore[operator]
+                images, targets = prepare(batch, self.recipe)
+                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+                    outputs = self.trained(images, self.drop_path.arrange(self.drop_path.draw(batch)))
+                teacher_logits = self.teacher(images) if self.teacher else None
+                loss = training_loss(outputs, targets, self.recipe, teacher_logits) / self.accumulation
+                loss.backward()
+            self.loss_sum += loss.detach() / self.world.size
+        if self.recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+
+    def take_loss(self) -> tuple[Tensor, Tensor]:
+        loss = self.loss_sum.clone()
+        self.loss_sum.zero_()
+        return loss, torch.zeros_like(loss)
+
+    def hopeless(self) -> bool:
+        return False
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        state = {"model": self.model.state_dict(), "optim": optimizer_tensors(self.model, self.optimizer)}
+        return state | ({"ema": self.ema.tensors} if self.ema else {})
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.model.load_state_dict(tensors["model"])
+        load_optimizer_tensors(self.model, self.optimizer, dict(tensors["optim"]))
+        if self.ema:
+            self.ema.load(dict(tensors["ema"]))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        assert self.ema
+        self.ema.swap(self.model)
+        try:
+            yield
+        finally:
+            self.ema.swap(self.model)
+
+
+@dataclass
+class Inputs:
+    """A micro-batch as the device sees it: everything that changes from step to step, in tensors."""
+
+    images: Tensor  # uint8 (m, H, W, 3)
+    labels: Tensor  # int64 (m,)
+    index: Tensor  # int64 (m,)
+    view: Tensor  # int64 (m,)
+    epoch: Tensor  # int64 (1,)
+    erase: Tensor  # int64 (m, 4)
+    lam: Tensor  # float32 (m,)
+    mix_box: Tensor  # int64 (m, 4)
+    drop: list[Tensor]  # of DropPath.draw
+
+    def tensors(self) -> list[Tensor]:
+        return [t for f in fields(self) for t in _as_list(getattr(self, f.name))]
+
+    def clone(self) -> Inputs:
+        """The same in memory of its own: a graph's static input."""
+        return Inputs(*(_clone(getattr(self, f.name)) for f in fields(self)))
+
+
+class FlatStep:
+    """The engine of flat buffers, captured as a CUDA graph where `captures` says so."""
+
+    def __init__(
+        self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
+        teacher: Teacher | None = None, captures: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.recipe, self.world, self.accumulation = model, recipe, world, accumulation
+        self.drop_path, self.teacher, self.captures = drop_path, teacher, captures
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.flat = FlatState(model, recipe, self.dtype, accumulates=accumulation > 1 or world.size > 1)
+        self.compute: Any = self.flat.compute_model()
+        self.compute.train()
+        device = world.device
+        self.loss_sum, self.skipped_sum, self.skipped_in_row, self.skipped_most = torch.zeros(
+            4, dtype=torch.float64, device=device
+        ).unbind()
+        on_cpu = " (CUDA graphs need a GPU)" if device.type == "cpu" else ""
+        how = f"one CUDA graph from step {UNCAPTURED_STEPS} on" if captures else f"not captured{on_cpu}"
+        self.words = f"flat buffers, {how}"
+        self.steps_run = 0
+        self.reduction = Reduction(self.flat, self.compute, world) if world.size > 1 else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._static: tuple[list[Inputs], Tensor] | None = None
+
+    def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
+        inputs = [self.inputs(next(batches)) for _ in range(self.accumulation)]
+        scalars = _to(torch.from_numpy(self.flat.scalars(lr, step)), self.world.device)
+        if self.captures and self._graph is None and self.steps_run >= UNCAPTURED_STEPS:
+            self._capture(inputs, scalars)
+        if self._graph is None or self._static is None:
+            self.run(inputs, scalars)
+        else:
+            static, static_scalars = self._static
+            torch._foreach_copy_([t for s in static for t in s.tensors()], [t for i in inputs for t in i.tensors()])
+            static_scalars.copy_(scalars)
+            self._graph.replay()
+        self.steps_run += 1
+
+    def run(self, inputs: list[Inputs], scalars: Tensor) -> None:
+        """The step itself: no host read, no shape that depends on data. scalars: of FlatState.scalars."""
+        flat = self.flat
+        flat.zero_grad()
+        step_loss = torch.zeros((), dtype=torch.float32, device=self.world.device)
+        for micro, one in enumerate(inputs):
+            last = micro == len(inputs) - 1
+            if self.reduction:
+                self.reduction.begin(active=last, first=micro == 0)
+            loss = self.loss(one) / (self.accumulation * self.world.size)
+            loss.backward()
+            step_loss += loss.detach()
+            if not (self.reduction and last) and flat.grad_sum is not None:
+                flat.accumulate(first=micro == 0)
+                if not last:
+                    flat.zero_grad()
+        if self.reduction:
+            self.reduction.wait()
+        flat.update(scalars)
+        finite = torch.isfinite(flat.norm)
+        self.loss_sum += torch.where(finite, step_loss, 0.0)
+        self.skipped_sum += ~finite
+        self.skipped_in_row.copy_(torch.where(finite, 0.0, self.skipped_in_row + 1))
+        torch.maximum(self.skipped_most, self.skipped_in_row, out=self.skipped_most)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor | tuple[Tensor, Tensor], Targets, Tensor]:
+        """The model's outputs for a micro-batch, their targets, and the patches (m, P, 3 * patch * patch) it saw."""
+        recipe = self.recipe
+        patches_BPK = input_patches(
+            inputs.images, inputs.erase, inputs.mix_box, inputs.lam, inputs.index, inputs.view, inputs.epoch,
+            seed=recipe.seed, patch_size=self.model.patch_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+            dtype=self.dtype, mixes=recipe.mixes,
+        )  # fmt: skip
+        partner_labels = partner_rows(inputs.labels) if recipe.mixes else inputs.labels
+        targets = Targets(inputs.labels, partner_labels, inputs.lam, recipe.smoothing)
+        return self.compute(patches_BPK, self.drop_path.arrange(inputs.drop)), targets, patches_BPK
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """Mean loss of a micro-batch, fp32 scalar."""
+        outputs, targets, patches_BPK = self.forward(inputs)
+        teacher_logits = None
+        if self.teacher:
+            patch = self.model.patch_size
+            side = self.model.image_size // patch
+            images = rearrange(patches_BPK, "b (y x) (c p q) -> b c (y p) (x q)", y=side, c=3, p=patch)
+            teacher_logits = self.teacher(images)
+        return training_loss(outputs, targets, self.recipe, teacher_logits)
+
+    def take_loss(self) -> tuple[Tensor, Tensor]:
+        loss, skipped = self.loss_sum.clone(), self.skipped_sum.clone()
+        self.loss_sum.zero_()
+        self.skipped_sum.zero_()
+        return loss, skipped
+
+    def hopeless(self) -> bool:
+        return self.skipped_most.item() >= _GIVE_UP
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        state = {"model": self.model.state_dict(), "optim": self.flat.optimizer_tensors()}
+        return state | ({"ema": self.flat.ema_tensors()} if self.flat.ema is not None else {})
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.model.load_state_dict(tensors["model"])
+        self.flat.load_optimizer_tensors(dict(tensors["optim"]))
+        if self.flat.ema is not None:
+            self.flat.load_ema(dict(tensors["ema"]))
+        self.flat.refresh()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        self.flat.swap_ema()
+        try:
+            yield
+        finally:
+            self.flat.swap_ema()
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """What the device needs of a batch, drop-path drawn."""
+        device = batch.images.device
+        return Inputs(
+            batch.images, batch.labels, batch.index, batch.view, _to(torch.tensor([batch.epoch]), device), batch.erase,
+            batch.lam, batch.mix_box, self.drop_path.draw(batch),
+        )  # fmt: skip
+
+    def _capture(self, inputs: list[Inputs], scalars: Tensor) -> None:
+        """Record the step into a graph; it does not run yet."""
+        self._static = [one.clone() for one in inputs], scalars.clone()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph has a memory pool of its own
+        graph = torch.cuda.CUDAGraph()
+        # Threads of the data loader call CUDA meanwhile: only this thread's calls belong to the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.run(*self._static)
+        self._graph = graph
+
+
+class Reduction:
+    """Sums the flat gradient over all processes, a part at a time, while the backward still computes the others.
+
+    The buffer is cut into `_BUCKETS` runs of whole parameters. When autograd has written the last gradient of a run,
+    its all-reduce starts; `wait` ends the step's.
+    """
+
+    def __init__(self, flat: FlatState, model: nn.Module, world: World) -> None:
+        self.flat, self.world = flat, world
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        share = -(-flat.grad.numel() // _BUCKETS)
+        self.bounds: list[tuple[int, int]] = []
+        self._size: list[int] = []
+        for parameter in parameters:
+            assert parameter.grad is not None  # a view into flat.grad
+            start = int(parameter.grad.storage_offset())
+            if not self.bounds or start - self.bounds[-1][0] >= share:
+                if self.bounds:
+                    self.bounds[-1] = (self.bounds[-1][0], start)
+                self.bounds.append((start, flat.grad.numel()))
+                self._size.append(0)
+            bucket = len(self.bounds) - 1
+            self._size[bucket] += 1
+            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+        self._missing: list[int] = []
+        self._pending: list[Any] = []
+        self.begin(active=False, first=True)
+
+    def begin(self, *, active: bool, first: bool) -> None:
+        """Before a backward. active: whether its gradients complete the step; first: whether they are its first."""
+        self._active, self._first = active, first
+        self._missing = list(self._size)
+
+    def _arrived(self, bucket: int) -> None:
+        self._missing[bucket] -= 1
+        if self._active and not self._missing[bucket]:
+            self._send(bucket)
+
+    def _send(self, bucket: int) -> None:
+        start, end = self.bounds[bucket]
+        if self.flat.grad_sum is not None:
+            part, total = self.flat.grad[start:end], self.flat.grad_sum[start:end]
+            total.copy_(part) if self._first else total.add_(part)
+        self._pending.append(dist.all_reduce(self.flat.reduced[start:end], async_op=True))
+        self._missing[bucket] = -1
+
+    def wait(self) -> None:
+        """Send the runs that some parameter without a gradient held back, and wait for all (on the device)."""
+        for bucket, missing in enumerate(self._missing):
+            if missing > 0:
+                self._send(bucket)
+        for work in self._pending:
+            work.wait()
+        self._pending.clear()
+
+
+def _clone(value: Any) -> Any:
+    return [t.clone() for t in value] if isinstance(value, list) else value.clone()
+
+
+def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:
+    return value if isinstance(value, list) else [value]
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

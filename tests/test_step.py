@@ -1,0 +1,221 @@
+"""The step engine against the plain loop: same losses, same weights, at one and two processes; faults; capture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from deitfast.data import Batch
+from deitfast.distributed import World
+from deitfast.model import DeiT, create_model
+from deitfast.recipe import Recipe
+from deitfast.step import UNCAPTURED_STEPS, FlatStep, PlainStep, Step, make_step
+
+# Every mechanism that a step has is on. With its usual epsilon Adam turns a gradient that is zero but for rounding (a
+# key's bias, say) into a step of the size of the learning rate, and two ways to add up the same numbers drift apart.
+# The larger one here keeps 20 steps comparable to 1e-6; one test has the usual one at a small learning rate.
+RECIPE = replace(
+    Recipe(), model="deit_digits_patch4_16", data="digits", batch=64, mix_group=16, drop_path=0.3, ema_decay=0.9,
+    workers=1, rand_augment="none", clip_norm=0.5, smoothing=0.1, adam_eps=1e-3,
+)  # fmt: skip
+LR = 1e-3
+
+
+def make_model(recipe: Recipe) -> DeiT:
+    torch.manual_seed(0)
+    return create_model(recipe.model, num_classes=10, drop_path=recipe.drop_path).train()
+
+
+def world_of(rank: int = 0, size: int = 1, device: str = "cpu") -> World:
+    return World(rank, size, rank, size, torch.device(device))
+
+
+def batches(recipe: Recipe, micro_batch: int, world: World, steps: int) -> Iterator[Batch]:
+    """This process's micro-batches of random images, mixed and erased; the global batch depends on the step alone."""
+    n, side = recipe.batch, 16
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randint(0, 256, (n, side, side, 3), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(0, 10, (n,), generator=generator)
+        group = torch.arange(n) // recipe.mix_group
+        cut = group % 2 == 0  # these groups cutmix, the others mixup
+        lam = torch.where(cut, 1 - 42 / side**2, torch.rand(n, generator=generator)[group])
+        mix_box = torch.tensor([2, 3, 6, 7]) * cut[:, None]
+        erase = torch.tensor([1, 4, 5, 8]) * (torch.rand(n, generator=generator) < 0.3)[:, None]
+        for micro in range(n // world.size // micro_batch):
+            first = world.rank * (n // world.size) + micro * micro_batch
+            part = slice(first, first + micro_batch)
+            index = torch.arange(n)[part]
+            tensors = {"images": images, "labels": labels, "lam": lam, "mix_box": mix_box, "erase": erase}
+            yield Batch(
+                step=step, micro=micro, epoch=step // 3, seed=recipe.seed, slots=index.numpy(), mixes=recipe.mixes,
+                index=index.to(world.device), view=(index % 3).to(world.device),
+                erased_pixels=int((erase[part, 2] * erase[part, 3]).sum()),
+                **{name: tensor[part].contiguous().to(world.device) for name, tensor in tensors.items()},
+            )  # fmt: skip
+
+
+def run(
+    recipe: Recipe, steps: int, accumulation: int = 2, world: World | None = None, lr: float = LR
+) -> tuple[list[float], Step]:
+    """Losses of every step (summed over the processes) and the engine after it."""
+    world = world or world_of()
+    micro_batch = recipe.batch // world.size // accumulation
+    engine = make_step(
+        make_model(recipe).to(world.device), recipe, world,
+        micro_batch=micro_batch, accumulation=accumulation, bf16=recipe.precision == "bf16",
+    )  # fmt: skip
+    losses = []
+    source = batches(recipe, micro_batch, world, steps)
+    for step in range(steps):
+        engine(source, step, lr)
+        losses.append(world.sum(engine.take_loss()[0]).item())
+    return losses, engine
+
+
+def assert_same_state(one: Step, two: Step, rtol: float, atol: float) -> None:
+    first, second = one.tensors(), two.tensors()
+    assert first.keys() == second.keys()
+    for stem, tensors in first.items():
+        assert tensors.keys() == second[stem].keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, second[stem][name], rtol=rtol, atol=atol, msg=f"{stem} {name}")
+
+
+@pytest.mark.parametrize(("adam_eps", "lr"), [(1e-3, LR), (1e-8, 1e-5)])
+def test_twenty_steps_equal_the_plain_loop(adam_eps: float, lr: float) -> None:
+    recipe = replace(RECIPE, adam_eps=adam_eps)
+    plain_losses, plain = run(replace(recipe, engine="plain"), 20, lr=lr)
+    flat_losses, flat = run(replace(recipe, engine="flat"), 20, lr=lr)
+    assert isinstance(plain, PlainStep)
+    assert isinstance(flat, FlatStep)
+    assert flat_losses == pytest.approx(plain_losses, rel=1e-6)
+    first, second = plain.tensors(), flat.tensors()
+    for stem in ("model", "ema"):
+        for name, tensor in first[stem].items():
+            torch.testing.assert_close(second[stem][name], tensor, rtol=0, atol=1e-6, msg=f"{stem} {name}")
+
+
+def test_a_checkpoint_of_one_engine_continues_in_the_other() -> None:
+    for first, second in itertools.permutations(("plain", "flat")):
+        _, source = run(replace(RECIPE, engine=first), 3)
+        state = {stem: {k: t.clone() for k, t in tensors.items()} for stem, tensors in source.tensors().items()}
+        target = make_step(
+            make_model(RECIPE), replace(RECIPE, engine=second), world_of(), micro_batch=32, accumulation=2, bf16=False
+        )
+        target.load(state)
+        again = target.tensors()
+        assert {stem: tensors.keys() for stem, tensors in again.items()} == {s: t.keys() for s, t in state.items()}
+        assert all(
+            torch.equal(again[s][name], tensor) for s, tensors in state.items() for name, tensor in tensors.items()
+        )
+
+
+@pytest.mark.slow
+def test_at_two_processes_too_the_engine_equals_the_plain_loop(tmp_path: Path) -> None:
+    losses, _ = run(replace(RECIPE, engine="flat"), 20)
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "found"),), nprocs=2)
+    found = torch.load(tmp_path / "found", weights_only=True)
+    flat, plain = found["flat"], found["plain"]
+    assert flat["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert flat["losses"] == pytest.approx(losses, rel=1e-6)
+    for name, tensor in plain["model"].items():
+        torch.testing.assert_close(flat["model"][name], tensor, rtol=0, atol=1e-6, msg=name)
+    for name, gradient in plain["gradients"].items():
+        torch.testing.assert_close(flat["gradients"][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def _rank(rank: int, out: str) -> None:
+    """One of two processes: 20 steps, and the first gradient, of both engines."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=2)
+    world, found = world_of(rank, 2), {}
+    for name in ("flat", "plain"):
+        losses, engine = run(replace(RECIPE, engine=name), 20, world=world)
+        model = {key: tensor.clone() for key, tensor in engine.tensors()["model"].items()}
+        gradients = _one_gradient(replace(RECIPE, engine=name), world)
+        found[name] = {"losses": losses, "model": model, "gradients": gradients}
+    if rank == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+def _one_gradient(recipe: Recipe, world: World) -> dict[str, torch.Tensor]:
+    """The reduced gradient of the first step, by name."""
+    engine = make_step(make_model(recipe), recipe, world, micro_batch=16, accumulation=2, bf16=False)
+    if isinstance(engine, FlatStep):
+        engine.flat.update = lambda _: None  # type: ignore[method-assign]
+    else:
+        assert isinstance(engine, PlainStep)
+        engine.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
+        engine.optimizer.zero_grad = lambda: None  # type: ignore[method-assign, assignment]
+        engine.recipe = replace(recipe, clip_norm=0.0)
+    engine(batches(recipe, 16, world, 1), 0, LR)
+    return {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("change", [{}, {"recompute": True}, {"mixup": 0.0, "cutmix": 0.0}], ids=str)
+def test_accumulation_recomputation_and_mixing_do_not_change_the_function(change: dict) -> None:
+    base = replace(RECIPE, engine="flat", **change)
+    one, first = run(base, 3, accumulation=1)
+    four, second = run(replace(base, recompute=False), 3, accumulation=4)
+    assert one == pytest.approx(four, rel=1e-5)
+    for name, tensor in first.tensors()["model"].items():
+        torch.testing.assert_close(second.tensors()["model"][name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_bf16_follows_fp32() -> None:
+    exact, _ = run(replace(RECIPE, engine="flat"), 5)
+    rounded, engine = run(replace(RECIPE, engine="flat", precision="bf16"), 5)
+    assert rounded == pytest.approx(exact, rel=2e-2)
+    assert isinstance(engine, FlatStep)
+    assert {p.dtype for p in engine.compute.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
+
+
+def test_subset_drop_path_trains() -> None:
+    recipe = replace(RECIPE, engine="flat", drop_path_form="subset", mix_group=32)
+    one, _ = run(recipe, 4, accumulation=1)
+    two, _ = run(recipe, 4, accumulation=2)
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_ten_in_a_row_are_hopeless() -> None:
+    recipe = replace(RECIPE, engine="flat")
+    _, engine = run(recipe, 2)
+    assert isinstance(engine, FlatStep)
+    before = {stem: {k: t.clone() for k, t in tensors.items()} for stem, tensors in engine.tensors().items()}
+    original = engine.loss
+    engine.loss = lambda inputs: original(inputs) * float("nan")  # type: ignore[method-assign]
+    source = batches(recipe, 32, world_of(), 12)
+    for step in range(2, 11):
+        engine(source, step, LR)
+    loss, skipped = engine.take_loss()
+    assert (loss.item(), skipped.item()) == (0.0, 9)
+    assert not engine.hopeless()
+    after = engine.tensors()
+    assert all(torch.equal(after[s][k], t) for s, tensors in before.items() for k, t in tensors.items())
+    engine(source, 11, LR)
+    assert engine.hopeless()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_captured_and_uncaptured_give_the_same_bits(accumulation: int, precision: str) -> None:
+    steps = UNCAPTURED_STEPS + 5
+    world = world_of(device="cuda")
+    results = [
+        run(replace(RECIPE, engine=engine, precision=precision), steps, accumulation, world)
+        for engine in ("flat", "graph")
+    ]
+    assert results[0][0] == results[1][0]
+    assert_same_state(results[0][1], results[1][1], rtol=0, atol=0)
