@@ -192,17 +192,25 @@ class Recipe:
         """Whether images are mixed in pairs."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
 
-    def deviations(self, train_images: int | None = None) -> list[str]:
-        """Each way in which this run is not the paper's, in words."""
-        found = [
-            f"{f.name.replace('_', ' ')} is {getattr(self, f.name)}, the paper's is {f.metadata['paper']}"
-            for f in fields(self)
-            if "paper" in f.metadata and getattr(self, f.name) != f.metadata["paper"]
-        ]
-        if train_images is not None and train_images != PAPER_TRAIN_IMAGES:
+    def deviations(self, train_images: int | None = None, stated: Recipe | None = None) -> list[str]:
+        """Each way in which this run is not the DeiT paper's or, where `stated` is given, not that recipe file's."""
+        found = []
+        for f in fields(self):
+            if "paper" not in f.metadata:
+                continue
+            paper = f.metadata["paper"]
+            expected, whose = (paper, "the paper's") if stated is None else (getattr(stated, f.name), "the recipe's")
+            if getattr(self, f.name) != expected:
+                whose = "the paper's" if expected == paper else whose
+                found.append(f"{f.name.replace('_', ' ')} is {getattr(self, f.name)}, {whose} is {expected}")
+        own_data = stated is not None and (stated.data or stated.init)  # not ImageNet, or not its first stage
+        if train_images not in (None, PAPER_TRAIN_IMAGES) and not own_data:
             found.append(f"the data has {train_images:,} training images, the paper's {PAPER_TRAIN_IMAGES:,}")
-        if self.init:
-            found.append(f"starts from {self.init}, the paper from fresh weights")
+        if self.init and (stated is None or self.init != stated.init):
+            other = stated.init if stated else ""
+            found.append(
+                f"starts from {self.init}, {f'the recipe from {other}' if other else 'the paper from fresh weights'}"
+            )
         return found
 
     def changes(self, other: dict[str, Any]) -> list[str]:
@@ -293,6 +301,6 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
         if chosen.smoke:
             smoke(chosen)
         else:
-            train(chosen)
+            train(chosen, stated=recipe)
 
     guarded(main)

@@ -58,4 +58,8 @@ def test_deviations_and_changes_are_words() -> None:
         "the data has 100 training images, the paper's 1,281,167",
         "starts from w.pth, the paper from fresh weights",
     ]
+    transfer = replace(Recipe(), lr=1e-2, init="b.pth", batch=768)
+    assert replace(transfer, batch=512).deviations(50_000, transfer) == ["batch is 512, the recipe's is 768"]
+    assert replace(transfer, init="c.pth").deviations(50_000, transfer) == ["starts from c.pth, the recipe from b.pth"]
+    assert replace(Recipe(), batch=512).deviations(1_281_167, Recipe()) == ["batch is 512, the paper's is 1024"]
     assert Recipe().changes({"batch": 512, "workers": 3}) == ["--batch is 1024, was 512"]

@@ -146,7 +146,7 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path: Path, capsys: pytest.C
     best = load_file(folder / "best" / "model.safetensors")
     assert best.keys() == {k.removeprefix("model.") for k in final_state(folder) if k.startswith("model.")}
     said = capsys.readouterr().out
-    assert "not the paper's: batch is 32, the paper's is 1024" in said
+    assert "deviation: batch is 32, the paper's is 1024" in said
     assert "done: top-1" in said
     assert said.splitlines()[0] in (folder / "log.txt").read_text()
     again = train(recipe, eval_images=50)  # finished: evaluates, trains nothing
@@ -169,6 +169,30 @@ def test_a_damaged_checkpoint_falls_back_and_training_ends_the_same(tmp_path: Pa
     )
     assert_bitwise(whole, hurt)
     assert losses(whole) == losses(hurt)
+
+
+def test_a_run_keeps_its_list_of_images_when_some_vanish(tmp_path: Path, capsys) -> None:
+    from PIL import Image
+
+    data = tmp_path / "data"
+    for split, count in (("train", 40), ("val", 4)):
+        for name in ("cat", "dog"):
+            (data / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (20, 20), (5 * i, 100, 7 * i % 256)).save(data / split / name / f"{i}.png")
+    recipe = replace(FULL, data=str(data), out=str(tmp_path / "run"), batch=16, micro_batch=8, bad_limit=0.05, epochs=3)
+    train(recipe, stop_at=4)
+    for i in range(2):
+        (data / "train" / "cat" / f"{i}.png").unlink()
+    result = train(recipe, eval_images=8)
+    assert result is not None
+    assert result.step == 15  # 80 images make 5 steps an epoch, 78 would make 4
+    said = capsys.readouterr().out
+    assert "changed since the run began: 2 of its 80 images are gone or changed and 0 are new" in said
+    for i in range(2, 6):
+        (data / "train" / "cat" / f"{i}.png").unlink()
+    with pytest.raises(DeitfastError, match=r"is not the data that .* was trained with: 6 of its 80 images are gone"):
+        train(recipe)
 
 
 def test_another_recipe_in_the_folder_is_refused_unless_allowed(tmp_path: Path) -> None:
@@ -257,7 +281,7 @@ def run(*command: str, timeout: float = 200) -> subprocess.CompletedProcess[str]
 def test_smoke_passes_and_leaves_nothing(tmp_path: Path) -> None:
     result = run("recipes/deit_tiny.py", "--data", "digits", "--smoke", "--out", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr
-    assert "smoke test passed: deit_tiny_patch16_224 on digits" in result.stdout
+    assert "smoke test passed: deit_tiny_patch16_224 cut to 2 blocks on digits" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
