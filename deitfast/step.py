@@ -190,6 +190,9 @@ class FlatStep:
         self.words = f"flat buffers, {how}"
         self.steps_run = 0
         self.reduction = Reduction(self.flat, self.compute, world) if world.size > 1 else None
+        # Autograd remembers the stream on which a parameter's gradient was first accumulated and makes later ones wait
+        # for it: the steps before the capture run on the stream of the capture.
+        self._stream = torch.cuda.Stream(device) if captures else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple[list[Inputs], Tensor] | None = None
 
@@ -199,7 +202,8 @@ class FlatStep:
         if self.captures and self._graph is None and self.steps_run >= UNCAPTURED_STEPS:
             self._capture(inputs, scalars)
         if self._graph is None or self._static is None:
-            self.run(inputs, scalars)
+            with self._side_stream():
+                self.run(inputs, scalars)
         else:
             static, static_scalars = self._static
             torch._foreach_copy_([t for s in static for t in s.tensors()], [t for i in inputs for t in i.tensors()])
@@ -291,6 +295,18 @@ class FlatStep:
             batch.lam, batch.mix_box, self.drop_path.draw(batch),
         )  # fmt: skip
 
+    @contextlib.contextmanager
+    def _side_stream(self) -> Iterator[None]:
+        """The capture's stream, after what is queued and before what will be; nothing where none is captured."""
+        if self._stream is None:
+            yield
+            return
+        before = torch.cuda.current_stream(self.world.device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            yield
+        before.wait_stream(self._stream)
+
     def _capture(self, inputs: list[Inputs], scalars: Tensor) -> None:
         """Record the step into a graph; it does not run yet."""
         self._static = [one.clone() for one in inputs], scalars.clone()
@@ -298,7 +314,7 @@ class FlatStep:
         torch.cuda.empty_cache()  # the graph has a memory pool of its own
         graph = torch.cuda.CUDAGraph()
         # Threads of the data loader call CUDA meanwhile: only this thread's calls belong to the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self.run(*self._static)
         self._graph = graph
 
