@@ -44,6 +44,9 @@ def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return allocate_nan
 
+    # On its first use torch.device as a context remembers the functions that make tensors: they must be the real ones.
+    with torch.device("cpu"):
+        torch.empty(0)
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
