@@ -136,14 +136,14 @@ def time_case(
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:  # wrong, or it does not even run
-        _report(recorder, {"key": key, "refused": _first_line(problem)})
+        _report(recorder, {"key": key, "refused": first_line(problem)})
         return
     for name, way in list(present.items()):
         try:
             if name != FUSED:
                 case.check(way, inputs, exact, eager, (PEER_FACTOR, PEER_FACTOR))
         except Exception as problem:  # other people's code: an SDPA backend that does not take this shape, say
-            _report(recorder, {"key": {**key, "way": name}, "failed": _first_line(problem)})
+            _report(recorder, {"key": {**key, "way": name}, "failed": first_line(problem)})
             del present[name]
     del inputs, exact, eager
     seeds = itertools.count()
@@ -175,7 +175,7 @@ def _time_direction(
         except RuntimeError as problem:  # out of memory
             launch[name] = "failed"
             row_key = {**key, "way": name, "pass": direction}
-            _report(recorder, {"key": row_key, "failed": _first_line(problem)})
+            _report(recorder, {"key": row_key, "failed": first_line(problem)})
     flops, nbytes = case.op.work(case.shape).total(direction == BOTH, case.dtype.itemsize)
     for name, timings in runs.items():
         if launch[name] == "failed":
@@ -201,11 +201,6 @@ def _measure(
 
 def _find(recorder: Recorder, key: dict[str, Any]) -> dict[str, Any] | None:
     return next((row for row in recorder.rows if row["key"] == key and "ms" in row), None)
-
-
-def _first_line(problem: BaseException) -> str:
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[0] if lines else type(problem).__name__
 
 
 # On screen -----------------------------------------------------------------------------------------------------------
@@ -329,7 +324,7 @@ def main(names: Sequence[str], theme: str, argv: Sequence[str] | None = None, op
             try:
                 time_case(case, chosen, recorder, roof, 10.0 if options.quick else 50.0, not options.no_graph)
             except torch.OutOfMemoryError as problem:
-                _report(recorder, {"key": {"op": name, **shape.key()}, "failed": _first_line(problem)})
+                _report(recorder, {"key": {"op": name, **shape.key()}, "failed": first_line(problem)})
             slowest[compiled] = max(slowest[compiled], time.monotonic() - start)
         for name in options.only:
             print(table(name, recorder.rows))

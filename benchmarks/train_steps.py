@@ -25,6 +25,7 @@ from benchmarks.peers_models import build, logits_of, reference_state, version
 from benchmarks.roofline import CLASSES
 from deitfast.data import Batch, Targets, prepare
 from deitfast.distributed import World
+from deitfast.drop_path import DropPath
 from deitfast.losses import soft_cross_entropy, training_loss
 from deitfast.optim import Ema, make_optimizer
 from deitfast.recipe import Recipe
@@ -137,8 +138,8 @@ class EngineStep(TrainStep):
         if job.batch % 2:
             self.recipe = replace(self.recipe, mixup=0.0, cutmix=0.0)
         engine = make_step(
-            self.model, self.recipe, World(0, 1, 0, 1, self.device), micro_batch=job.batch, accumulation=1,
-            bf16=job.precision == "bf16",
+            self.model, self.recipe, World(0, 1, 0, 1, self.device), DropPath(self.model, self.recipe, job.batch),
+            accumulation=1, bf16=job.precision == "bf16",
         )  # fmt: skip
         assert isinstance(engine, FlatStep)
         self.engine, self.batch = engine, synthetic_batch(job)

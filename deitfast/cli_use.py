@@ -248,7 +248,7 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
             "If its folders are ImageNet synsets, give --classes imagenet"
         )
     crop_ratio = args.eval_crop_ratio or loaded.crop_ratio
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and world.device.type == "cuda")
+    bf16 = world.wants_bf16(args.precision)
     scores, details = evaluate_in_detail(
         loaded.model.to(world.device), val, world,
         crop_ratio=crop_ratio, batch=args.batch, workers=args.workers, bf16=bf16, real=real,

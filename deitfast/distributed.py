@@ -35,6 +35,10 @@ class World:
         """Whether this is the one process that writes files and speaks."""
         return self.rank == 0
 
+    def wants_bf16(self, precision: str) -> bool:
+        """Whether `precision` (bf16, fp32 or auto) means bf16 here: auto does on a GPU."""
+        return precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over all processes, in place."""
         if self.size > 1:

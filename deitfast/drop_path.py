@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deitfast.data import Batch, philox
+from deitfast.data.pipeline import to_device
 from deitfast.errors import DeitfastError
 from deitfast.model import DeiT, Kept, keep_scales
 from deitfast.recipe import Recipe
@@ -39,8 +40,8 @@ class DropPath:
         uniform = words.reshape(-1, images)[:branches].reshape(-1, 2, images)
         device = batch.images.device
         if not self.subset:
-            return [_to(keep_scales(torch.from_numpy(uniform).float(), self.rates), device)]
-        return [_to(torch.from_numpy(self._kept(uniform[i], k)), device) for i, k in self._counts() if k < self.group]
+            return [to_device(keep_scales(torch.from_numpy(uniform).float(), self.rates).numpy(), device)]
+        return [to_device(self._kept(uniform[i], k), device) for i, k in self._counts() if k < self.group]
 
     def arrange(self, drawn: list[Tensor]) -> Tensor | list[Kept | None] | None:
         """What `DeiT.forward` takes, made of what `draw` gave: no copy."""
@@ -61,7 +62,3 @@ class DropPath:
         chosen = np.sort(np.argsort(groups, axis=-1, kind="stable")[..., :count], axis=-1)
         first = np.arange(groups.shape[1])[None, :, None] * self.group
         return (chosen + first).reshape(2, -1)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

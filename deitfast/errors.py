@@ -16,6 +16,12 @@ class DeitfastError(Exception):
     """A user's mistake or a broken input, told in one line: what, the evidence, the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line; its type where it says nothing."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """` Did you mean X?` for the choice nearest to `name`, the first of equals; empty where none is near."""
 

@@ -27,6 +27,7 @@ from deitfast.kernels.optimizer import BLOCK, FlatBuffers, Optimizer, Scalars, S
 from deitfast.optim import parameter_groups
 from deitfast.recipe import Recipe
 
+_WHOLE = slice(None)
 _SWAP = 1 << 24  # elements exchanged at a time, so that a swap needs little memory of its own
 
 
@@ -129,10 +130,14 @@ class FlatState:
         self._attach()
 
     @torch.no_grad()
-    def accumulate(self, first: bool) -> None:
-        """Add `grad` to `grad_sum`, or begin a new sum with it where `first`. Nothing happens without `grad_sum`."""
+    def accumulate(self, first: bool, part: slice = _WHOLE) -> None:
+        """Add `grad`, or a part of it, to `grad_sum`, or begin a new sum with it where `first`.
+
+        Nothing happens without `grad_sum`.
+        """
         if self.grad_sum is not None:
-            self.grad_sum.copy_(self.grad) if first else self.grad_sum.add_(self.grad)
+            grad, total = self.grad[part], self.grad_sum[part]
+            total.copy_(grad) if first else total.add_(grad)
 
     def scalars(self, lr: float, step: int) -> np.ndarray:
         """What update number `step` (from 0) at learning rate `lr` needs: (12,) fp32, see `kernels.optimizer.Scalars`.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,18 +29,6 @@ def soft_cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
     of_partner = log_p.gather(1, targets.partner_labels[:, None]).squeeze(1)
     of_mixture = targets.lam * of_label + (1 - targets.lam) * of_partner
     return -((1 - targets.smoothing) * of_mixture + targets.smoothing * log_p.mean(-1)).mean()
-
-
-def binary_cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
-    """Mean over images and classes of the binary cross-entropy of logits (B, C); fp32 scalar. The eager reference.
-
-    DeiT III's loss: a class is a full target (1) wherever its share of the mixture is more than 0, so the smoothing,
-    which would give every class a share, must be 0.
-    """
-    mixture = torch.zeros_like(logits, dtype=torch.float32)
-    mixture.scatter_add_(1, targets.labels[:, None], targets.lam[:, None])
-    mixture.scatter_add_(1, targets.partner_labels[:, None], 1 - targets.lam[:, None])
-    return F.binary_cross_entropy_with_logits(logits.float(), (mixture > 0).float())
 
 
 def base_loss(logits: Tensor, targets: Targets, recipe: Recipe) -> Tensor:

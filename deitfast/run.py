@@ -79,12 +79,12 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     train_data = world.agree(lambda: run_images(recipe, scanned, notes.append))
     images = len(train_data)
     plan = world.agree(lambda: Plan(images, recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group))
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and world.device.type == "cuda")
+    bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
     model = world.agree(lambda: make_model(recipe, len(data.classes), depth)).to(world.device)
     largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16)))
     micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest))
-    world.agree(lambda: DropPath(model, recipe, micro_batch))  # before the processes join in anything
+    drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
     decode = world.agree(
         lambda: (
@@ -100,9 +100,7 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         teacher.check(
             data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, say=notes.append
         )  # fmt: skip
-    engine = make_step(
-        model, recipe, world, micro_batch=micro_batch, accumulation=accumulation, bf16=bf16, teacher=teacher
-    )
+    engine = make_step(model, recipe, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
     run = Run(
         recipe=recipe,
         world=world,

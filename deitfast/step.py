@@ -15,13 +15,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
 from deitfast.data import Batch, Targets, prepare
-from deitfast.data.augment import IMAGENET_MEAN, IMAGENET_STD, input_patches, partner_rows
+from deitfast.data.augment import IMAGENET_MEAN, IMAGENET_STD, input_patches, mixed_targets
+from deitfast.data.pipeline import to_device
 from deitfast.distributed import World
 from deitfast.drop_path import DropPath
 from deitfast.flat import FlatState
@@ -68,12 +70,11 @@ class Step(Protocol):
 
 
 def make_step(
-    model: DeiT, recipe: Recipe, world: World, *, micro_batch: int, accumulation: int, bf16: bool,
+    model: DeiT, recipe: Recipe, world: World, drop_path: DropPath, *, accumulation: int, bf16: bool,
     teacher: Teacher | None = None,
 ) -> Step:  # fmt: skip
     """The engine that `recipe.engine` asks for; auto: graph on a GPU, flat on CPU."""
     model.recompute = recipe.recompute
-    drop_path = DropPath(model, recipe, micro_batch)
     if recipe.engine == "plain":
         return PlainStep(model, recipe, world, accumulation, bf16, drop_path, teacher)
     captures = world.device.type == "cuda" and recipe.engine != "flat"
@@ -198,7 +199,7 @@ class FlatStep:
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
         inputs = [self.inputs(next(batches)) for _ in range(self.accumulation)]
-        scalars = _to(torch.from_numpy(self.flat.scalars(lr, step)), self.world.device)
+        scalars = to_device(self.flat.scalars(lr, step), self.world.device)
         if self.captures and self._graph is None and self.steps_run >= UNCAPTURED_STEPS:
             self._capture(inputs, scalars)
         if self._graph is None or self._static is None:
@@ -244,8 +245,7 @@ class FlatStep:
             seed=recipe.seed, patch_size=self.model.patch_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
             dtype=self.dtype, mixes=recipe.mixes,
         )  # fmt: skip
-        partner_labels = partner_rows(inputs.labels) if recipe.mixes else inputs.labels
-        targets = Targets(inputs.labels, partner_labels, inputs.lam, recipe.smoothing)
+        targets = mixed_targets(inputs.labels, inputs.lam, recipe.mixes, recipe.smoothing)
         return self.compute(patches_BPK, self.drop_path.arrange(inputs.drop)), targets, patches_BPK
 
     def loss(self, inputs: Inputs) -> Tensor:
@@ -291,7 +291,7 @@ class FlatStep:
         """What the device needs of a batch, drop-path drawn."""
         device = batch.images.device
         return Inputs(
-            batch.images, batch.labels, batch.index, batch.view, _to(torch.tensor([batch.epoch]), device), batch.erase,
+            batch.images, batch.labels, batch.index, batch.view, to_device(np.array([batch.epoch]), device), batch.erase,
             batch.lam, batch.mix_box, self.drop_path.draw(batch),
         )  # fmt: skip
 
@@ -359,9 +359,7 @@ class Reduction:
 
     def _send(self, bucket: int) -> None:
         start, end = self.bounds[bucket]
-        if self.flat.grad_sum is not None:
-            part, total = self.flat.grad[start:end], self.flat.grad_sum[start:end]
-            total.copy_(part) if self._first else total.add_(part)
+        self.flat.accumulate(self._first, slice(start, end))
         self._pending.append(dist.all_reduce(self.flat.reduced[start:end], async_op=True))
         self._missing[bucket] = -1
 
@@ -381,7 +379,3 @@ def _clone(value: Any) -> Any:
 
 def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:
     return value if isinstance(value, list) else [value]
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

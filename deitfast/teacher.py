@@ -33,7 +33,7 @@ from torch.export.passes import move_to_device_pass
 
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, EvalLoader, Manifest, imagenet_classes, normalise
 from deitfast.distributed import World
-from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.errors import DeitfastError, did_you_mean, first_line
 from deitfast.model import create_model
 from deitfast.recipe import Recipe
 from deitfast.weights import read_state_dict
@@ -148,7 +148,7 @@ class Teacher:
             logits = self(torch.zeros(2, 3, size, size, device=self.device))
         except Exception as error:  # anything may happen in a network of unknown origin
             raise DeitfastError(
-                f"teacher {self.name} does not take two images of {self.wants.size} px: {_first_line(error)}"
+                f"teacher {self.name} does not take two images of {self.wants.size} px: {first_line(error)}"
             ) from error
         if logits.ndim != 2 or logits.shape[0] != 2:
             raise DeitfastError(f"teacher {self.name} gives {tuple(logits.shape)} for two images, not (2, classes)")
@@ -293,7 +293,7 @@ def _stated_input(path: Path, image_size: int) -> Input:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}
         return replace(wants, **values)
     except (ValueError, TypeError) as error:
-        raise DeitfastError(f"{path} does not state a teacher's input: {_first_line(error)}") from error
+        raise DeitfastError(f"{path} does not state a teacher's input: {first_line(error)}") from error
 
 
 def _package(name: str, why: str) -> ModuleType:
@@ -303,7 +303,7 @@ def _package(name: str, why: str) -> ModuleType:
     except ImportError as error:
         raise DeitfastError(f"{why}: pip install {name.replace('_', '-')}") from error
     except Exception as error:  # a package that is there but broken, such as one built for another torch
-        raise DeitfastError(f"{why}, but {name} does not import: {_first_line(error)}") from error
+        raise DeitfastError(f"{why}, but {name} does not import: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -314,9 +314,4 @@ def _told(what: str) -> Iterator[None]:
     except DeitfastError:
         raise
     except Exception as error:
-        raise DeitfastError(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Any) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+        raise DeitfastError(f"{what}: {first_line(error)}") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deitfast.convert import to_ours
 from deitfast.download import fetch, is_url
-from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.errors import DeitfastError, did_you_mean, first_line
 from deitfast.model import DeiT, create_model, resize_pos_embed
 from deitfast.names import class_names
 from deitfast.paths import cache_folder
@@ -141,7 +141,7 @@ def read_weights(source: str | Path, *, ema: bool = False) -> WeightFile:
                 warnings.simplefilter("ignore")  # torch remarks on pickles of other versions
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise DeitfastError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+        raise DeitfastError(f"{path} cannot be read as weights: {first_line(error)}") from error
     except Exception as error:  # torch.load raises pickle.UnpicklingError and more for files with code in them
         raise DeitfastError(f"{path} holds more than tensors and is not loaded: {_what_else(error)}") from error
     if kind == "pickle" and isinstance(state, dict):
@@ -296,8 +296,3 @@ def _what_else(error: Exception) -> str:
     """What a refused pickle asked for. torch's own first line recommends to load it all the same."""
     found = re.search(r"GLOBAL (\S+)|(?:class|type|function) (\S+)", str(error))
     return next(filter(None, found.groups())) if found else type(error).__name__
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

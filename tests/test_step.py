@@ -14,6 +14,7 @@ import torch.multiprocessing
 
 from deitfast.data import Batch
 from deitfast.distributed import World
+from deitfast.drop_path import DropPath
 from deitfast.model import DeiT, create_model
 from deitfast.recipe import Recipe
 from deitfast.step import UNCAPTURED_STEPS, FlatStep, PlainStep, Step, make_step
@@ -68,9 +69,10 @@ def run(
     """Losses of every step (summed over the processes) and the engine after it."""
     world = world or world_of()
     micro_batch = recipe.batch // world.size // accumulation
+    model = make_model(recipe).to(world.device)
     engine = make_step(
-        make_model(recipe).to(world.device), recipe, world,
-        micro_batch=micro_batch, accumulation=accumulation, bf16=recipe.precision == "bf16",
+        model, recipe, world, DropPath(model, recipe, micro_batch),
+        accumulation=accumulation, bf16=recipe.precision == "bf16",
     )  # fmt: skip
     losses = []
     source = batches(recipe, micro_batch, world, steps)
@@ -107,9 +109,8 @@ def test_a_checkpoint_of_one_engine_continues_in_the_other() -> None:
     for first, second in itertools.permutations(("plain", "flat")):
         _, source = run(replace(RECIPE, engine=first), 3)
         state = {stem: {k: t.clone() for k, t in tensors.items()} for stem, tensors in source.tensors().items()}
-        target = make_step(
-            make_model(RECIPE), replace(RECIPE, engine=second), world_of(), micro_batch=32, accumulation=2, bf16=False
-        )
+        model, recipe = make_model(RECIPE), replace(RECIPE, engine=second)
+        target = make_step(model, recipe, world_of(), DropPath(model, recipe, 32), accumulation=2, bf16=False)
         target.load(state)
         again = target.tensors()
         assert {stem: tensors.keys() for stem, tensors in again.items()} == {s: t.keys() for s, t in state.items()}
@@ -149,7 +150,8 @@ def _rank(rank: int, out: str) -> None:
 
 def _one_gradient(recipe: Recipe, world: World) -> dict[str, torch.Tensor]:
     """The reduced gradient of the first step, by name."""
-    engine = make_step(make_model(recipe), recipe, world, micro_batch=16, accumulation=2, bf16=False)
+    model = make_model(recipe)
+    engine = make_step(model, recipe, world, DropPath(model, recipe, 16), accumulation=2, bf16=False)
     if isinstance(engine, FlatStep):
         engine.flat.update = lambda _: None  # type: ignore[method-assign]
     else:

@@ -3,7 +3,7 @@
 dataset = open_dataset("digits")
 with TrainLoader(dataset.train, recipe, image_size=224, micro_batch=64) as loader:
     for batch in loader:
-        images, soft = prepare(batch), targets(batch, recipe.smoothing)
+        images, targets = prepare(batch, recipe)
 """
 
 from deitfast.data import philox

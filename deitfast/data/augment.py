@@ -90,8 +90,12 @@ def prepare_patches(
 
 def targets(batch: Batch, smoothing: float) -> Targets:
     """The soft targets that belong to the mixed images of a batch."""
-    partner_labels = partner_rows(batch.labels) if batch.mixes else batch.labels
-    return Targets(batch.labels, partner_labels, batch.lam, smoothing)
+    return mixed_targets(batch.labels, batch.lam, batch.mixes, smoothing)
+
+
+def mixed_targets(labels: torch.Tensor, lam: torch.Tensor, mixes: bool, smoothing: float) -> Targets:
+    """The same from its parts; `mixes`: whether rows are mixed with their partners at all."""
+    return Targets(labels, partner_rows(labels) if mixes else labels, lam, smoothing)
 
 
 def normalise(
