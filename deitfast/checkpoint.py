@@ -40,8 +40,8 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `checkpoint` as `folder/step-NNNNNNN`, point `folder/latest` to it, drop all but the newest `KEEP`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale)
+    for stale in folder.glob(".tmp-*"):  # of a process that was killed: a checkpoint's folder, or the file of `latest`
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     target = folder / f"step-{checkpoint.step:07d}"
     temporary = folder / f".tmp-{target.name}"
     temporary.mkdir()

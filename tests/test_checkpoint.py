@@ -39,6 +39,16 @@ def test_round_trip_keeps_the_two_newest(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".tmp*"))
 
 
+def test_what_a_killed_save_leaves_behind_stops_no_later_one(tmp_path: Path) -> None:
+    save(tmp_path, state(1))
+    (tmp_path / ".tmp-4121-latest").write_text("step-00000")  # killed between writing and renaming the pointer
+    (tmp_path / ".tmp-step-0000002").mkdir()
+    (tmp_path / ".tmp-step-0000002" / "model.safetensors").write_bytes(b"half")
+    save(tmp_path, state(2))
+    assert not list(tmp_path.glob(".tmp*"))
+    assert damage(tmp_path / "step-0000002") is None
+
+
 def flip_bit(path: Path, chooser: random.Random) -> None:
     data = bytearray(path.read_bytes())
     data[chooser.randrange(len(data))] ^= 1 << chooser.randrange(8)
