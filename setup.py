@@ -8,9 +8,8 @@ setup(
     description="A kernel-fused training engine for DeiT vision transformers",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ sits at the top level and is imported as deitfast.kernels: a top-level package called
-    # `kernels` would collide with the distribution of that name which transformers uses.
-    package_dir={"deitfast": "deitfast", "deitfast.kernels": "kernels"},
+    # deitfast/kernels is a link to kernels/ at the top level, never imported as `kernels`: that name collides with the
+    # distribution which transformers uses.
     packages=["deitfast", "deitfast.data", "deitfast.kernels"],
     package_data={"deitfast.data": ["*.txt", "digits/*.tar", "digits/*.txt", "digits/*.md"]},
     install_requires=[

@@ -299,7 +299,7 @@ def _layernorm_site(stage: str, model: str, batch: int) -> Site:
         tensors = {"x": draw.normal(s.rows, s.width)} | draw.norm("ln", s.width)
         if backward:
             _, mean, rstd = layernorm.layernorm_fwd(
-                tensors["x"], *(tensors[n] for n in ("ln_weight", "ln_bias")), EPS, draw.dtype
+                tensors["x"], tensors["ln_weight"], tensors["ln_bias"], EPS, draw.dtype
             )
             tensors |= {
                 "mean": mean,

@@ -174,6 +174,7 @@ class FusedDeiT(DeiT):
         if patches_BPK.requires_grad or not (self.everywhere or patches_BPK.is_cuda or INTERPRETED):
             return super().embed_patches(patches_BPK)
         proj = self.patch_embed.proj
+        assert proj.bias is not None  # a PatchEmbed's always has one
         prefix_TD = torch.cat([self.cls_token, self.dist_token] if self.distilled else [self.cls_token], 1)[0]
         return patch_embed(patches_BPK, proj.weight.flatten(1), proj.bias, prefix_TD, self.positions()[0])
 
