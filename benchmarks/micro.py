@@ -38,6 +38,7 @@ from benchmarks.harness import (
 )
 from benchmarks.ops import MODELS, OPS, Draw, Op, Shape, Tensors
 from benchmarks.peers_ops import COMPILED, FUSED, Absent, Way, ways
+from deitfast.errors import first_line
 
 FORWARD, BOTH = "forward", "forward+backward"
 RUNS = 2

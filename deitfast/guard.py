@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def guarded(main: Callable[[], None]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
         sys.exit(EXIT_USER_ERROR)
+    except Exception:
+        if not _started():
+            raise
+        # The others are in a collective that this process will not join: to wait for them is to wait for the watchdog.
+        traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1)
     finally:
         if _started():
             sys.modules["torch.distributed"].destroy_process_group()

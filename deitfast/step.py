@@ -11,6 +11,7 @@ of it, accumulation included, is captured as one CUDA graph and replayed; `engin
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ UNCAPTURED_STEPS = 3
 """Real steps before the capture: kernels compile, cuBLAS and NCCL set themselves up, which a capture must not see."""
 
 _BUCKETS = 8  # parts of the flat gradient that are reduced while the backward still runs
+_AHEAD = 2  # steps the host may be ahead of the device
 _GIVE_UP = 10  # non-finite steps in a row
 
 
@@ -67,6 +69,9 @@ class Step(Protocol):
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model holds the averaged weights inside."""
+
+    def close(self) -> None:
+        """Free what must not outlive the process group; no step runs afterwards."""
 
 
 def make_step(
@@ -146,6 +151,9 @@ class PlainStep:
         finally:
             self.ema.swap(self.model)
 
+    def close(self) -> None:
+        pass
+
 
 @dataclass
 class Inputs:
@@ -196,6 +204,12 @@ class FlatStep:
         self._stream = torch.cuda.Stream(device) if captures else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple[list[Inputs], Tensor] | None = None
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def close(self) -> None:  # NCCL does not end while a graph holds its collectives
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph = self._static = None
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
         inputs = [self.inputs(next(batches)) for _ in range(self.accumulation)]
@@ -211,6 +225,17 @@ class FlatStep:
             static_scalars.copy_(scalars)
             self._graph.replay()
         self.steps_run += 1
+        self._keep_up()
+
+    def _keep_up(self) -> None:
+        """Wait for the step two back: what the host runs ahead of keeps its batches alive, and blurs `data_wait`."""
+        if self._stream is None:
+            return
+        end = torch.cuda.Event(blocking=True)
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) > _AHEAD:
+            self._ends.popleft().synchronize()
 
     def run(self, inputs: list[Inputs], scalars: Tensor) -> None:
         """The step itself: no host read, no shape that depends on data. scalars: of FlatState.scalars."""
@@ -290,9 +315,10 @@ class FlatStep:
     def inputs(self, batch: Batch) -> Inputs:
         """What the device needs of a batch, drop-path drawn."""
         device = batch.images.device
+        epoch = to_device(np.array([batch.epoch]), device)
         return Inputs(
-            batch.images, batch.labels, batch.index, batch.view, to_device(np.array([batch.epoch]), device), batch.erase,
-            batch.lam, batch.mix_box, self.drop_path.draw(batch),
+            batch.images, batch.labels, batch.index, batch.view, epoch, batch.erase, batch.lam, batch.mix_box,
+            self.drop_path.draw(batch),
         )  # fmt: skip
 
     @contextlib.contextmanager

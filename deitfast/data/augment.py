@@ -6,6 +6,7 @@ are plain PyTorch on any device, without waiting for it and without a loop over 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -156,4 +157,11 @@ def partner_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _channels(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32).to(like.device, non_blocking=True).view(1, -1, 1, 1)
+    return _channels_on(like.device, tuple(values))
+
+
+@functools.cache
+def _channels_on(device: torch.device, values: tuple[float, ...]) -> torch.Tensor:
+    """Made once and waited for: a CUDA graph may not copy from the host, and any stream may read it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32).to(device).view(1, -1, 1, 1)

@@ -118,6 +118,8 @@ class Runner(Generic[F]):
     def _produce(self) -> None:
         """The thread: every batch in turn; what goes wrong is handed to the consumer and ends it."""
         try:
+            if self._stream is not None:
+                torch.cuda.set_device(self.device)  # else leaving the stream makes a context on GPU 0
             done, failures = 0, 0
             while done < self.count and not self._stop.is_set():
                 with torch.cuda.stream(self._stream):  # nothing where there is no stream
@@ -251,6 +253,13 @@ def _device_index(device: torch.device) -> int | None:
 
 def gathered(outputs: Sequence[Any], row: np.ndarray, output: np.ndarray, device: torch.device) -> torch.Tensor:
     """Sample `row` of DALI's output number `output`, for each of the wanted: uint8 (m, H, W, 3) on the GPU, no wait."""
-    # The outputs are in order on the current stream, and so are these copies.
-    dense = torch.stack([torch.from_dlpack(o.as_tensor()) for o in outputs], dim=1)
-    return dense.flatten(0, 1)[to_device(row * len(outputs) + output, device)]
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    # The outputs are in order on the current stream, and so are these copies. No DLPack: when a tensor dies that came
+    # out of DALI by it, a thread of DALI's calls cudaDeviceSynchronize, which a capture under way does not survive.
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    wholes = [o.as_tensor() for o in outputs]
+    dense = torch.empty(len(wholes), *wholes[0].shape(), dtype=torch.uint8, device=device)
+    for to, whole in zip(dense, wholes, strict=True):
+        feed_ndarray(whole, to, cuda_stream=stream)
+    return dense.flatten(0, 1)[to_device(output * dense.shape[1] + row, device)]
