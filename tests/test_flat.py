@@ -16,7 +16,7 @@ from deitfast.errors import DeitfastError
 from deitfast.flat import FlatState
 from deitfast.fused import FusedBlock, fuse
 from deitfast.kernels.common import INTERPRETED
-from deitfast.kernels.optimizer import BLOCK
+from deitfast.kernels.flat_buffers import BLOCK
 from deitfast.model import DeiT
 from deitfast.optim import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 from deitfast.recipe import Recipe
