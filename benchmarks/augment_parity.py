@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from benchmarks.bench_loader import open_images
-from benchmarks.micro import device_missing
+from benchmarks.measuring.command import ready
 from deitfast.data import Manifest, TrainLoader, draws, host_ops
 from deitfast.data.policy import FILL, Policy, plan
 from deitfast.data.policy_draws import OPS, PolicyDraws, level
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=40, help="images of the first table, views of the second (40)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(argv)
-    if device_missing("augment_parity", options.device):
+    if not ready("augment_parity", options.device):
         return 2
     try:
         if options.limit < 2:
