@@ -2,11 +2,11 @@
 
     python -m benchmarks.compile_report --arch 80,90,100
 
-The public ops are used, forward and backward, as `benchmarks.kernel_uses` lists it, on tensors without data, and what
+The public ops are used, forward and backward, on tensors without data (`benchmarks.workshop.kernel_uses`), and what
 they would launch on that chip is recorded. Each kernel is specialised as a launch would specialise it (a size that is 1
-or a multiple of 16, a pointer that is aligned), compiled by Triton and read back from ptxas's log and from the machine
-code. One line a kernel gives registers a thread, bytes of stack, local loads and stores, shared memory, CTAs that fit
-an SM, and the tensor-core instructions it uses. The exit status is 1 where a kernel
+or a multiple of 16, a pointer that is aligned), compiled by Triton and read back from ptxas's log and the machine code.
+One line a kernel gives registers a thread, bytes of stack, local loads and stores, shared memory, CTAs that fit an SM,
+and the tensor-core instructions it uses. The exit status is 1 where a kernel
 
 - spills registers, or keeps an array in local memory;
 - needs more shared memory than a block may have, or more tensor memory than an SM has (Triton compiles both);
@@ -71,7 +71,7 @@ class Chip:
     registers: int = 65536
 
 
-USES = "benchmarks.kernel_uses"
+USES = "benchmarks.workshop.kernel_uses"
 CHIPS = {
     0: Chip(target=86, shared_block=99 << 10, shared_sm=100 << 10, threads=1536, blocks=16, matrix="HMMA"),
     80: Chip(target=80, shared_block=163 << 10, shared_sm=164 << 10, threads=2048, blocks=32, matrix="HMMA"),
@@ -204,14 +204,19 @@ def _named(cases: Sequence[Case]) -> Iterator[Case]:
 
 @cache
 def find_cases(module: str, arch: int) -> tuple[Case, ...]:
-    """Each kernel that `uses()` of the module launches on a chip of `arch`, once for each specialisation."""
+    """What `uses()` of the module launches on a chip of `arch`."""
     with FakeTensorMode(), record(arch) as launches:
         importlib.import_module(module).uses()
+    return tuple(cases_of(launches, arch))
+
+
+def cases_of(launches: Sequence[Recorded], arch: int) -> list[Case]:
+    """The kernels of recorded launches, once for each specialisation."""
     found: dict[str, dict[str, Case]] = defaultdict(dict)
     for launch in launches:
         case = specialise(launch, arch)
         found[case.name].setdefault(str(case.traits()), case)
-    return tuple(case for same_kernel in found.values() for case in _named(list(same_kernel.values())))
+    return [case for same_kernel in found.values() for case in _named(list(same_kernel.values()))]
 
 
 def list_tasks(archs: Sequence[int], only: str = "", module: str = USES) -> list[Task]:

@@ -1,7 +1,7 @@
 """Uses of the public ops that between them launch every kernel at every launch-table entry, for the compile report.
 
-Forward and backward, at sizes that DeiTs have, on tensors that are never filled: they are made where tensors have no
-data. A batch of 16 makes every size a multiple of 16, as in training; one of 3 does not, as at the end of an evaluation.
+Forward and backward, at sizes that DeiTs have; the tensors are made where tensors have no data, and never filled. A
+batch of 16 makes every size a multiple of 16, as in training; one of 3 does not, as at the end of an evaluation.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ def _backward(out: Tensor) -> None:
         out.backward(torch.empty_like(out))
 
 
+def _norm(width: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {"ln_weight": _leaf(width, dtype=dtype), "ln_bias": _leaf(width, dtype=dtype)}
+
+
+def _linear(name: str, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {f"{name}weight": _leaf(outputs, inputs, dtype=dtype), f"{name}bias": _leaf(outputs, dtype=dtype)}
+
+
 def _branch_end(form: str, gamma: bool, width: int, batch: int, stream: torch.dtype) -> dict[str, Any]:
     """LayerScale and drop-path. form: "whole" (none), "scaled" (a factor a sample) or "subset" (some samples run)."""
     found: dict[str, Any] = {"gamma": _leaf(width, dtype=stream) if gamma else None}
@@ -44,41 +52,40 @@ def _branch_end(form: str, gamma: bool, width: int, batch: int, stream: torch.dt
     return found
 
 
-def _mlp(
-    width: int, hidden: int, form: str, gamma: bool, batch: int = 16, tokens: int = 197,
-    dtype: torch.dtype = BF16, stream: torch.dtype = BF16,
-) -> None:  # fmt: skip
-    x, norm = _leaf(batch, tokens, width, dtype=stream), [_leaf(width, dtype=stream) for _ in range(2)]
-    weights = [_leaf(*shape, dtype=dtype) for shape in ((hidden, width), (hidden,), (width, hidden), (width,))]
-    end = _branch_end(form, gamma, width, batch, stream)
-    _backward(layernorm_mlp(x, *norm, *weights, residual=True, **end))
-
-
-def _block(
+def _attention_half(
     width: int, heads: int, form: str, gamma: bool, batch: int = 16, tokens: int = 197,
     dtype: torch.dtype = BF16, stream: torch.dtype = BF16,
 ) -> None:  # fmt: skip
-    """Both halves of a block."""
-    x, norm = _leaf(batch, tokens, width, dtype=stream), [_leaf(width, dtype=stream) for _ in range(2)]
-    shapes = ((3 * width, width), (3 * width,), (width, width), (width,))
-    weights = [_leaf(*shape, dtype=dtype) for shape in shapes]
-    end = _branch_end(form, gamma, width, batch, stream)
-    _backward(layernorm_attention(x, *norm, *weights, heads, **end))
-    _mlp(width, 4 * width, form, gamma, batch, tokens, dtype, stream)
+    layers = _linear("qkv_", 3 * width, width, dtype) | _linear("proj_", width, width, dtype)
+    rest = _norm(width, stream) | _branch_end(form, gamma, width, batch, stream)
+    x = _leaf(batch, tokens, width, dtype=stream)
+    _backward(layernorm_attention(x, **layers, **rest, num_heads=heads))
+
+
+def _mlp_half(
+    width: int, hidden: int, form: str, gamma: bool, batch: int = 16, tokens: int = 197,
+    dtype: torch.dtype = BF16, stream: torch.dtype = BF16,
+) -> None:  # fmt: skip
+    layers = _linear("fc1_", hidden, width, dtype) | _linear("fc2_", width, hidden, dtype)
+    rest = _norm(width, stream) | _branch_end(form, gamma, width, batch, stream)
+    x = _leaf(batch, tokens, width, dtype=stream)
+    _backward(layernorm_mlp(x, **layers, **rest, residual=True))
+
+
+def _block(width: int, heads: int, form: str, gamma: bool, **options: Any) -> None:
+    _attention_half(width, heads, form, gamma, **options)
+    _mlp_half(width, 4 * width, form, gamma, **options)
 
 
 def _layernorm_qkv(width: int) -> None:
-    x, norm = _leaf(16, 197, width, dtype=BF16), [_leaf(width, dtype=BF16) for _ in range(2)]
-    _backward(layernorm_qkv(x, *norm, _leaf(3 * width, width, dtype=BF16), _leaf(3 * width, dtype=BF16)))
+    x = _leaf(16, 197, width, dtype=BF16)
+    _backward(layernorm_qkv(x, **_norm(width, BF16), **_linear("", 3 * width, width, BF16)))
 
 
 def _attention(head_dim: int, tokens: int, dtype: torch.dtype) -> None:
     """By itself, with two heads; and before a projection whose bias wants the sums of dq."""
-    width = 2 * head_dim
-    _backward(attention(_leaf(16, tokens, 3 * width, dtype=dtype), 2))
-    x, norm = _leaf(16, tokens, width, dtype=dtype), [_leaf(width, dtype=dtype) for _ in range(2)]
-    weights = [_leaf(*s, dtype=dtype) for s in ((3 * width, width), (3 * width,), (width, width), (width,))]
-    _backward(layernorm_attention(x, *norm, *weights, 2))
+    _backward(attention(_leaf(16, tokens, 6 * head_dim, dtype=dtype), 2))
+    _attention_half(2 * head_dim, 2, "whole", gamma=False, tokens=tokens, dtype=dtype, stream=dtype)
 
 
 def _patch_embed(width: int, patch: int, prefix: int, dtype: torch.dtype, stream: torch.dtype) -> None:
@@ -136,7 +143,7 @@ def _linear_ops() -> None:
             _block(width, heads, "subset", gamma)
         for form in ("scaled", "subset"):
             _block(width, heads, form, gamma=True, stream=FP32)
-            _block(width, heads, form, gamma=True, dtype=FP32, stream=FP32)
+            _mlp_half(width, 4 * width, form, gamma=True, dtype=FP32, stream=FP32)
         _block(width, heads, "whole", gamma=False)
         _block(width, heads, "scaled", gamma=True, batch=3)
         with torch.no_grad():
@@ -144,7 +151,7 @@ def _linear_ops() -> None:
         _layernorm_qkv(width)
     _block(1280, 16, "subset", gamma=True, tokens=257)  # DeiT III's largest
     for form in ("whole", "scaled", "subset"):
-        _mlp(197, 391, form, gamma=form != "whole")  # rows that are not aligned
+        _mlp_half(197, 391, form, gamma=form != "whole")  # rows that are not aligned
 
 
 def uses() -> None:
@@ -152,7 +159,7 @@ def uses() -> None:
     _linear_ops()
     for head_dim, tokens in ((64, 192), (64, 256), (64, 577), (32, 197), (32, 577), (96, 257), (128, 257)):
         _attention(head_dim, tokens, BF16)
-    for head_dim, tokens in ((32, 197), (64, 197), (80, 257)):
+    for head_dim, tokens in ((32, 197), (64, 197), (80, 257)):  # tokens choose no kernel in fp32
         _attention(head_dim, tokens, FP32)
     for width, prefix, stream in ((192, 1, BF16), (192, 2, BF16), (768, 1, BF16), (768, 2, FP32)):
         _patch_embed(width, 16, prefix, BF16, stream)
