@@ -10,7 +10,9 @@ setup(
     python_requires=">=3.11",
     # deitfast/kernels is a link to kernels/ at the top level, never imported as `kernels`: that name collides with the
     # distribution which transformers uses.
-    packages=["deitfast", "deitfast.data", "deitfast.kernels"],
+    packages=[
+        f"deitfast{room}" for room in ("", ".cli", ".data", ".engine", ".kernels", ".model", ".training", ".use")
+    ],
     package_data={"deitfast.data": ["*.txt", "digits/*.tar", "digits/*.txt", "digits/*.md"]},
     install_requires=[
         "torch>=2.11",
@@ -35,5 +37,5 @@ setup(
         ],
         "dev": ["ruff", "mypy"],
     },
-    entry_points={"console_scripts": ["deitfast = deitfast.cli:main"]},
+    entry_points={"console_scripts": ["deitfast = deitfast.cli.main:main"]},
 )

@@ -27,8 +27,8 @@ from benchmarks.peers_models import build, logits_of, reference_state, version
 from benchmarks.roofline import forward_macs, full_name
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError
-from deitfast.inference import Predictor
-from deitfast.zoo import find_variant
+from deitfast.model.zoo import find_variant
+from deitfast.use.inference import Predictor
 
 MODELS = ("deit_base", "deit_small", "deit_tiny")
 BATCHES = (1, 8, 64, 256)

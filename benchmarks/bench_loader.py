@@ -40,7 +40,7 @@ import torch
 from benchmarks.harness import Budget, Recorder, Timing, synchronize, timed_row
 from benchmarks.micro import arguments, device_missing
 from deitfast.data import Manifest, TrainLoader, open_dataset
-from deitfast.data.augment import prepare_patches
+from deitfast.data.batch import prepare_patches
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 
@@ -68,7 +68,7 @@ def decode_only(manifest: Manifest, setting: Setting) -> Iterator[int]:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
-    from deitfast.data.graph import decode
+    from deitfast.data.dali import decode
 
     device = torch.device(setting.device)
     order = itertools.cycle(range(len(manifest)))

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Budget, Recorder, Refused, Roofs, Timing, measure, roofs, timed_row, verify
 from benchmarks.micro import PEER_FACTOR, RUNS, arguments, device_missing
-from deitfast.flat import FlatState
-from deitfast.model import create_model
-from deitfast.optim import Ema, parameter_groups
+from deitfast.engine.flat import FlatState
+from deitfast.engine.optim import Ema, parameter_groups
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 
 MODELS = {"B": "deit_base_patch16_224", "S": "deit_small_patch16_224", "Ti": "deit_tiny_patch16_224"}

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, draws
-from deitfast.fused import BlockTensors, fused_block_forward
 from deitfast.kernels.attention import attention, attention_reference
 from deitfast.kernels.input import input_patches, input_patches_reference
 from deitfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
@@ -25,6 +24,7 @@ from deitfast.kernels.layernorm_qkv import layernorm_qkv, layernorm_qkv_referenc
 from deitfast.kernels.linear_residual import linear_residual, linear_residual_reference
 from deitfast.kernels.mlp_gelu import mlp_gelu, mlp_gelu_reference
 from deitfast.kernels.patch_embed import patch_embed, patch_embed_reference
+from deitfast.model.fused import BlockTensors, fused_block_forward
 
 MODELS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12)}
 """DeiT's sizes: width and heads."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.ops import EPOCH, EPS, Op
-from deitfast.data import augment
+from deitfast.data import batch as augment
 
 Way = Callable[..., Tensor]
 FUSED = "fused"

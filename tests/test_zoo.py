@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from deitfast.cli import main
+from deitfast.cli.main import main
 from deitfast.errors import DeitfastError
-from deitfast.model import create_model
-from deitfast.zoo import OTHER_WEIGHTS, VARIANTS, canonical_name, find_variant, list_models, recognise
+from deitfast.model.factory import create_model
+from deitfast.model.zoo import OTHER_WEIGHTS, VARIANTS, canonical_name, find_variant, list_models, recognise
 
 # Parameters in millions and multiply-adds in billions of mmpretrain's table (configs/deit/README.md), copied here so
 # that the zoo is compared with them and not with itself.
@@ -117,11 +117,11 @@ def test_the_table_lists_every_model(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_listing_needs_no_torch_and_little_time() -> None:
-    code = "import sys; from deitfast.cli import main; main(['models']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from deitfast.cli.main import main; main(['models']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "deitfast.cli", "models"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "deitfast.cli.main", "models"], check=True, capture_output=True)
         seconds.append(time.perf_counter() - begun)
     assert min(seconds) < 1.0  # 0.1 s on an idle machine; the bound is for a busy one
