@@ -12,6 +12,7 @@ A row names what it measured in `key`; `benchmarks.compare` matches rows of two 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -24,13 +25,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.record import Device, Recorder, facts, gpu_state, load
+from benchmarks.reporting.record import Device, Recorder, facts, gpu_state, load
+from deitfast.errors import first_line
 
 __all__ = [
-    "Budget", "Device", "Recorder", "Refused", "Roofs", "Timing", "facts", "gpu_state", "load", "measure",
-    "peak_bytes", "rates", "roofs", "rotating", "synchronize", "timed_row", "verify",
+    "Budget", "Device", "Ran", "Recorder", "Refused", "Roofs", "Timing", "facts", "gpu_state", "in_turns", "load",
+    "measure", "peak_bytes", "rates", "roofs", "rotating", "synchronize", "timed_row", "verify",
 ]  # fmt: skip
 T = TypeVar("T")
+RUNS = 2
+"""Measurements of everything, so that every row tells its own noise."""
 
 
 class Refused(Exception):
@@ -101,9 +105,13 @@ def _graphed(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.stream(side):  # what libraries set up once a stream may not happen during the capture
         run()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        run()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            run()
+    except Exception:
+        torch.cuda.set_stream(before)  # where the end of a capture fails, its stream stays the current one
+        raise
     return graph.replay
 
 
@@ -166,6 +174,54 @@ def measure(
         after.record()
     synchronize(device)
     return Timing.of([before.elapsed_time(after) / calls for before, after in events])
+
+
+@dataclass
+class Ran:
+    """How one way ran. launch: graph, or stream where the host launched every kernel; problem: why it did not run."""
+
+    timings: list[Timing]
+    launch: str = ""
+    problem: str | None = None
+
+
+def in_turns(
+    calls: Mapping[str, Callable[..., object]],
+    *,
+    device: Device,
+    sets: Sequence[Any] | None = None,
+    budget_ms: float = 200.0,
+    graph: bool = True,
+) -> dict[str, Ran]:
+    """Time every call as `measure` does, twice, with all others in between, so that the difference shows the noise.
+
+    graph: on CUDA time replays of a CUDA graph, as in a training step. A call that cannot be captured is timed as the
+    host launches it, and may be compared only with what was launched so, too.
+    """
+    found = {name: Ran([]) for name in calls}
+    for _, (name, call) in itertools.product(range(RUNS), calls.items()):
+        ran = found[name]
+        if ran.problem is not None:
+            continue
+        try:
+            timing, ran.launch = _timed(call, device, sets, budget_ms, graph and ran.launch != "stream")
+            ran.timings.append(timing)
+        except RuntimeError as problem:  # out of memory
+            ran.problem = first_line(problem)
+    return found
+
+
+def _timed(
+    call: Callable[..., object], device: Device, sets: Sequence[Any] | None, budget_ms: float, graph: bool
+) -> tuple[Timing, str]:
+    if graph and torch.device(device).type == "cuda":
+        try:
+            return measure(call, device=device, sets=sets, budget_ms=budget_ms, graph=True), "graph"
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # something in it may not be captured; what the host launches can be timed all the same
+            torch.cuda.synchronize()
+    return measure(call, device=device, sets=sets, budget_ms=budget_ms), "stream"
 
 
 def peak_bytes(call: Callable[[], object], device: Device) -> int | None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops import EPS, MODELS, Draw, Shape, Tensors
+from benchmarks.measuring.ops import EPS, MODELS, Draw, Shape, Tensors
 from deitfast.kernels import gemm, layernorm
 from deitfast.kernels.common import CompileCase, Launch
 

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.ops import EPOCH, EPS, Op
+from benchmarks.measuring.ops import EPOCH, EPS, Op
 from deitfast.data import batch as augment
 
 Way = Callable[..., Tensor]
