@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deitfast.compiler import check_compiler
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
@@ -22,7 +23,7 @@ LARGEST_GRAPH = 256
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """`auto` is CUDA where there is one. Raises DeitfastError for CUDA where there is none."""
+    """`auto` is CUDA where there is one. Raises DeitfastError for CUDA where it, or a C compiler for it, is missing."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -31,6 +32,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise DeitfastError(f"device {str(device)!r} unknown. Use auto, cuda, cuda:1 or cpu") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise DeitfastError("no CUDA device here. Give --device cpu")
+    if where.type == "cuda":
+        check_compiler()
     return where
 
 
