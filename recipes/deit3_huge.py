@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from deit3_base import RECIPE as DEIT3_BASE
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(DEIT3_BASE, model="deit3_huge_patch14_224", image_size=154, drop_path=0.6, mix_group=64)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from deit3_base_224 import RECIPE as FINE_TUNE
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(
     FINE_TUNE,

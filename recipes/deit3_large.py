@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from deit3_base import RECIPE as DEIT3_BASE
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(DEIT3_BASE, model="deit3_large_patch16_224", image_size=192, drop_path=0.45, mix_group=64)
 

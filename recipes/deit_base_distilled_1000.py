@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from deit_base_distilled import RECIPE as DISTILLED
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(DISTILLED, epochs=1000)
 

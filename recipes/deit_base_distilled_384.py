@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from deit_base_384 import RECIPE as FINE_TUNE_384
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(
     FINE_TUNE_384,

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from deit_small_distilled import RECIPE as SMALL_DISTILLED
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(SMALL_DISTILLED, epochs=1000)
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from deit_base_distilled import RECIPE as DISTILLED
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(DISTILLED, model="deit_tiny_distilled_patch16_224")
 

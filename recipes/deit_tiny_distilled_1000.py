@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from deit_tiny_distilled import RECIPE as TINY_DISTILLED
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(TINY_DISTILLED, epochs=1000)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from deit_base import RECIPE as DEIT_BASE
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(
     DEIT_BASE,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mmpretrain_deit_base import RECIPE as MMPRETRAIN_BASE
 
-from deitfast.recipe import run
+from deitfast import run
 
 RECIPE = replace(
     MMPRETRAIN_BASE,

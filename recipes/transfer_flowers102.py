@@ -13,7 +13,7 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from transfer_cifar10 import RECIPE
 
-from deitfast.recipe import run
+from deitfast import run
 
 if __name__ == "__main__":
     run(RECIPE, name="transfer_flowers102", description=__doc__)

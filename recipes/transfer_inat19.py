@@ -11,7 +11,7 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from transfer_inat18 import RECIPE
 
-from deitfast.recipe import run
+from deitfast import run
 
 if __name__ == "__main__":
     run(RECIPE, name="transfer_inat19", description=__doc__)

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from deitfast.data import Plan, draws
-from deitfast.data.policy import Policy
-from deitfast.model import create_model
-from deitfast.optim import learning_rate, parameter_groups
+from deitfast.data.augmentation import Augmentation
+from deitfast.engine.optim import learning_rate, parameter_groups
+from deitfast.model.factory import create_model
+from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
-from deitfast.zoo import find_variant
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "recipes").glob("*.py"))
+FILES = sorted((ROOT / "recipes").glob("[!_]*.py"))
 
 # The DeiT paper's table 9 and the defaults of the authors' main.py.
 DEIT = {
@@ -238,7 +238,7 @@ def test_mixing_erasing_flips_and_copies_happen_as_often_as_stated(name: str) ->
     images, copies, _ = plan.slots(0)
     assert len(np.unique(images)) == pytest.approx(recipe.batch / facts["repeats"], rel=0.02)
     assert set(copies) == set(range(facts["repeats"]))
-    policy = Policy(recipe, 224, torch.device("cpu"))
+    policy = Augmentation(recipe, 224, torch.device("cpu"))
     ops = policy.draw(index, 0, view).ops
     applied = (ops > 0).sum(1)
     if facts["rand_augment"] == "three":
