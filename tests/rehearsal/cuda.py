@@ -1,4 +1,4 @@
-"""Plays torch.cuda on the pretended device: what the project calls of it, with the rules of the real one that matter."""
+"""Plays torch.cuda on the pretended device: what the project calls of it, with the rules that matter."""
 
 from __future__ import annotations
 

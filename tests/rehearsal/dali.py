@@ -44,17 +44,18 @@ class Played:
 
 def install() -> None:
     """Put all of this in place of DALI's GPU side, for the rest of the process."""
-    import nvidia.dali.pipeline as dali
+    import nvidia.dali.pipeline as theirs
     import nvidia.dali.plugin.pytorch as plugin
 
-    from deitfast.data import decoder, graph, loaders, pipeline
+    from deitfast.data import dali as ours
+    from deitfast.data import decoder, eval_loader, train_loader
 
-    class Pipeline(dali.Pipeline):
+    class Pipeline(theirs.Pipeline):
         def __init__(self, *args: Any, device_id: int | None, **kwargs: Any) -> None:
             assert device_id is None or device_id == torch.cuda.current_device()
             super().__init__(*args, device_id=None, **kwargs)
 
-    build = pipeline.Runner._build
+    build = ours.Runner._build
 
     def built(self: Any, *args: Any) -> Any:
         made = build(self, *args)
@@ -64,9 +65,9 @@ def install() -> None:
         assert cuda_stream == torch.cuda.current_stream(to.device), "without a stream feed_ndarray waits for the device"
         return to.copy_(wrap(tensor.tensor, to.device.index))
 
-    dali.Pipeline = Pipeline
+    theirs.Pipeline = Pipeline
     plugin.feed_ndarray = feed
-    pipeline.Runner._build = built  # type: ignore[method-assign]
-    for module in (graph, decoder, loaders):
+    ours.Runner._build = built  # type: ignore[method-assign]
+    for module in (ours, decoder, train_loader, eval_loader):
         if hasattr(module, "decode_to_gpu"):
-            module.decode_to_gpu = lambda encoded, where: graph.decode(encoded, "cpu")
+            module.decode_to_gpu = lambda encoded, where: ours.decode(encoded, "cpu")

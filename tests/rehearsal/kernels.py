@@ -92,7 +92,7 @@ def bind(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 def install() -> None:
     """Put all of this in place of the kernels' launches, for the rest of the process."""
     import deitfast.kernels
-    from deitfast import flat
+    from deitfast.engine import flat
 
     driver.set_active(Driver())
     JITFunction.run = bind  # type: ignore[method-assign]

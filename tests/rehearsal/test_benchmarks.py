@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import harness, train_steps
-from benchmarks.train_steps import Job, work
+from benchmarks.measuring import harness, train_steps
+from benchmarks.measuring.train_steps import Job, work
 
 
 def test_the_instrument_measures_calls_laps_and_graphs() -> None:

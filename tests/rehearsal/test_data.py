@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from deitfast.data import Dataset, EvalLoader, TrainLoader, open_dataset
+from deitfast.data.batch import Batch
 from deitfast.data.decoder import choose_decoder
-from deitfast.data.loaders import Batch
 from deitfast.distributed import World
 from deitfast.errors import DeitfastError
-from deitfast.evaluate import evaluate
-from deitfast.model import create_model
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
+from deitfast.use.evaluate import evaluate
 from tests.rehearsal import cuda, memory
 
 RECIPE = Recipe(model="deit_digits_patch4_16", data="digits", batch=32, mix_group=16, workers=1, decode="gpu")
@@ -35,7 +35,7 @@ def load(data: Dataset, recipe: Recipe, device: str, micro_batch: int = 32, step
 @pytest.mark.parametrize(
     ("policy", "repeats", "micro_batch"), [("rand-m9-mstd0.5-inc1", 3, 16), ("three", 1, 32), ("none", 1, 32)]
 )
-def test_the_gpu_path_draws_what_the_cpu_path_draws(
+def test_a_gpu_gets_what_a_cpu_gets(
     digits: Dataset, policy: str, repeats: int, micro_batch: int
 ) -> None:
     recipe = replace(RECIPE, rand_augment=policy, repeats=repeats)

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from deitfast.distributed import World
-from deitfast.drop_path import DropPath
-from deitfast.model import create_model
+from deitfast.engine.drop_path import DropPath
+from deitfast.engine.engine import UNCAPTURED_STEPS, Engine, FlatEngine, PlainEngine, make_engine
+from deitfast.engine.teacher import load_teacher
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
-from deitfast.step import UNCAPTURED_STEPS, FlatStep, PlainStep, Step, make_step
-from deitfast.teacher import load_teacher
 from tests.rehearsal import capture, cuda, kernels, memory
 from tests.test_step import RECIPE, assert_same_state, batches, world_of
 
@@ -25,22 +25,22 @@ WORLD = world_of(device="cuda")
 FIRST_REPLAY = UNCAPTURED_STEPS
 
 
-def engine_of(recipe: Recipe, accumulation: int = 1, world: World = WORLD, **options: Any) -> Step:
+def engine_of(recipe: Recipe, accumulation: int = 1, world: World = WORLD, **options: Any) -> Engine:
     torch.manual_seed(0)
     model = create_model(recipe.model, num_classes=10, drop_path=recipe.drop_path, depth=2).train().to(world.device)
     micro_batch = recipe.batch // world.size // accumulation
-    return make_step(
+    return make_engine(
         model, recipe, world, DropPath(model, recipe, micro_batch), accumulation=accumulation,
         bf16=recipe.precision == "bf16", **options,
     )  # fmt: skip
 
 
-def run(engine: Step, recipe: Recipe, steps: int, accumulation: int = 1, world: World = WORLD) -> list[float]:
+def run(engine: Engine, recipe: Recipe, steps: int, accumulation: int = 1, world: World = WORLD) -> list[float]:
     """Losses of every step."""
     source, found = batches(recipe, recipe.batch // world.size // accumulation, world, steps), []
     for step in range(steps):
         engine(source, step, 1e-3)
-        found.append(engine.take_loss()[0].item())
+        found.append(engine.pop_loss()[0].item())
     return found
 
 
@@ -58,7 +58,7 @@ def test_captured_equals_uncaptured_bit_for_bit(accumulation: int, changes: dict
     flat, graph = (engine_of(replace(recipe, engine=name), accumulation) for name in ("flat", "graph"))
     assert run(flat, recipe, FIRST_REPLAY + 3, accumulation) == run(graph, recipe, FIRST_REPLAY + 3, accumulation)
     assert_same_state(flat, graph, 0, 0)
-    assert isinstance(graph, FlatStep)
+    assert isinstance(graph, FlatEngine)
     assert graph._graph is not None
     assert graph._graph.replays == 3
 
@@ -88,14 +88,14 @@ def test_the_plain_loop_runs_on_a_gpu_as_on_a_cpu() -> None:
     found = []
     for world in (WORLD, world_of()):
         engine = engine_of(recipe, world=world)
-        assert isinstance(engine, PlainStep)
+        assert isinstance(engine, PlainEngine)
         found.append(run(engine, recipe, 2, world=world))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_between_replays_the_average_is_evaluated_and_a_state_loaded() -> None:
     flat, graph = engine_of(replace(SMALL, engine="flat")), engine_of(SMALL)
-    assert isinstance(graph, FlatStep)
+    assert isinstance(graph, FlatEngine)
     sources = [batches(SMALL, SMALL.batch, WORLD, 8) for _ in range(2)]
     for step in range(8):
         for engine, source in zip((flat, graph), sources, strict=True):
@@ -114,7 +114,7 @@ def test_a_replayed_step_reads_nothing_from_the_device_and_launches_on_one_strea
     kernels.LAUNCHES.clear()
     for step in range(FIRST_REPLAY):
         engine(source, step, 1e-3)
-    assert isinstance(engine, FlatStep)
+    assert isinstance(engine, FlatEngine)
     assert engine._stream is not None
     once = {launch.kernel for launch in kernels.LAUNCHES}
     assert {launch.stream for launch in kernels.LAUNCHES} == {engine._stream.stream_id}
@@ -156,7 +156,7 @@ def test_the_host_is_at_most_two_steps_ahead() -> None:
 def test_a_closed_engine_holds_no_graph() -> None:
     engine = engine_of(SMALL)
     run(engine, SMALL, FIRST_REPLAY + 1)
-    assert isinstance(engine, FlatStep)
+    assert isinstance(engine, FlatEngine)
     graph = engine._graph
     assert graph is not None
     engine.close()
@@ -197,7 +197,7 @@ def test_all_reduces_start_in_the_backward_on_the_captures_stream(
         for step in range(FIRST_REPLAY + 2):
             engine(taken, step, 1e-3)
     assert_same_state(flat, graph, 0, 0)
-    assert isinstance(graph, FlatStep)
+    assert isinstance(graph, FlatEngine)
     assert graph._stream is not None
     assert graph.reduction is not None
     parts = len(graph.reduction.bounds)

@@ -18,10 +18,10 @@ import torch
 
 from deitfast import guard
 from deitfast.distributed import start
+from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
-from deitfast.step import UNCAPTURED_STEPS, FlatStep
-from deitfast.train import smoke, train
+from deitfast.training.train import smoke, train
 from tests.rehearsal import capture
 from tests.test_train import losses
 
@@ -35,13 +35,13 @@ RECIPE = Recipe(
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     """The graphs that steps are captured in."""
     made: list[weakref.ref[Any]] = []
-    original = FlatStep._capture
+    original = FlatEngine._capture
 
-    def noted(self: FlatStep, *arguments: Any) -> None:
+    def noted(self: FlatEngine, *arguments: Any) -> None:
         original(self, *arguments)
         made.append(weakref.ref(self._graph))
 
-    monkeypatch.setattr(FlatStep, "_capture", noted)
+    monkeypatch.setattr(FlatEngine, "_capture", noted)
     return made
 
 
@@ -128,9 +128,9 @@ def test_no_graph_is_alive_when_the_process_group_is_destroyed(
 ) -> None:
     """NCCL waits for a graph that holds its collectives."""
     alive: list[bool] = []
-    call, count = FlatStep.__call__, iter(range(100))
+    call, count = FlatEngine.__call__, iter(range(100))
 
-    def step(self: FlatStep, *arguments: Any) -> None:
+    def step(self: FlatEngine, *arguments: Any) -> None:
         if event and next(count) == UNCAPTURED_STEPS + 2:
             event()
         call(self, *arguments)
@@ -138,7 +138,7 @@ def test_no_graph_is_alive_when_the_process_group_is_destroyed(
     def leave(status: int) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr(FlatStep, "__call__", step)
+    monkeypatch.setattr(FlatEngine, "__call__", step)
     monkeypatch.setattr(guard, "_started", lambda: True)
     monkeypatch.setattr(guard.os, "_exit", leave)
     monkeypatch.setattr(
@@ -162,14 +162,14 @@ def test_no_graph_is_alive_when_the_process_group_is_destroyed(
 
 @pytest.mark.parametrize("when", ["in the first step", "in the capture"])
 def test_lack_of_memory_is_told_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    run = FlatStep.run
+    run = FlatEngine.run
 
-    def failing(self: FlatStep, *arguments: Any) -> None:
+    def failing(self: FlatEngine, *arguments: Any) -> None:
         if when == "in the first step" or capture.ACTIVE:
             raise torch.OutOfMemoryError("CUDA out of memory")
         run(self, *arguments)
 
-    monkeypatch.setattr(FlatStep, "run", failing)
+    monkeypatch.setattr(FlatEngine, "run", failing)
     with pytest.raises(DeitfastError, match=r"out of memory at micro-batch 32 .* Try --micro-batch 16, or --recompute"):
         train(replace(RECIPE, out=str(tmp_path)), stop_at=UNCAPTURED_STEPS + 1, depth=2)
 

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deitfast import cli, images
-from deitfast.cli import main
+from deitfast.cli import main as cli
+from deitfast.cli.main import main
 from deitfast.errors import DeitfastError
-from deitfast.inference import Predictor, pick_device
-from deitfast.model import create_model
-from deitfast.predict import Classifier
-from deitfast.report import environment
-from deitfast.weights import load_model
+from deitfast.model.acceleration import accelerate
+from deitfast.model.factory import create_model, load_model
+from deitfast.training.run_folder import environment
+from deitfast.use import images
+from deitfast.use.inference import Predictor, pick_device
+from deitfast.use.predict import Classifier
 from tests.test_inference import pixels
 from tests.test_weights import small
 
@@ -106,10 +107,23 @@ def test_weights_are_tested_as_on_a_cpu(weights: str, capsys: pytest.CaptureFixt
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=0.1)  # bf16, and another resize
 
 
+def test_an_accelerated_model_gives_what_its_own_blocks_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        model = small(image_size=32, patch_size=8, num_heads=1)
+        images = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            expected = model(images)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.cuda, "is_available", lambda there=there: there)
+                assert len(accelerate(model, verbose=False).replaced) == 2
+            found = model.to("cuda" if there else "cpu")(images.to("cuda" if there else "cpu"))
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_process_is_started_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(cli, "_launch", started.append)
-    cli.main(["train", "recipes/deit_digits.py"])
+    main(["train", "recipes/deit_digits.py"])
     assert "--nproc-per-node=4" in started[0]
 
 
