@@ -35,9 +35,7 @@ def load(data: Dataset, recipe: Recipe, device: str, micro_batch: int = 32, step
 @pytest.mark.parametrize(
     ("policy", "repeats", "micro_batch"), [("rand-m9-mstd0.5-inc1", 3, 16), ("three", 1, 32), ("none", 1, 32)]
 )
-def test_a_gpu_gets_what_a_cpu_gets(
-    digits: Dataset, policy: str, repeats: int, micro_batch: int
-) -> None:
+def test_a_gpu_gets_what_a_cpu_gets(digits: Dataset, policy: str, repeats: int, micro_batch: int) -> None:
     recipe = replace(RECIPE, rand_augment=policy, repeats=repeats)
     pairs = zip(*(load(digits, recipe, device, micro_batch) for device in ("cuda:0", "cpu")), strict=True)
     for ours, exact in pairs:
