@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import os
 import runpy
 import subprocess
@@ -112,15 +112,7 @@ EFFECTS = (
 
 
 def load(name: str) -> Recipe:
-    path = ROOT / "recipes" / f"{name}.py"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(path.parent))  # as python does for a script: recipes build on their neighbours
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module.RECIPE
+    return importlib.import_module(f"deitfast.recipes.{name}").RECIPE
 
 
 def test_every_file_is_in_the_table() -> None:
@@ -141,7 +133,6 @@ def test_the_papers_recipes_do_not_deviate_from_it(size: str) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_recipe_can_be_run_and_says_how(path: Path, monkeypatch, capsys) -> None:
     replace(load(path.stem), data="x").check()
-    monkeypatch.syspath_prepend(str(path.parent))
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
