@@ -28,8 +28,8 @@ from benchmarks.measuring.peers_models import build, logits_of, reference_state,
 from benchmarks.roofline import forward_macs, full_name
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD
 from deitfast.errors import DeitfastError
-from deitfast.inference import Predictor
-from deitfast.zoo import find_variant
+from deitfast.model.zoo import find_variant
+from deitfast.use.inference import Predictor
 
 MODELS = ("deit_base", "deit_small", "deit_tiny")
 BATCHES = (1, 8, 64, 256)

@@ -40,7 +40,7 @@ import torch
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, Timing, synchronize, timed_row
 from deitfast.data import Manifest, TrainLoader, open_dataset
-from deitfast.data.augment import prepare_patches
+from deitfast.data.batch import prepare_patches
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 
@@ -80,7 +80,7 @@ def decode_only(manifest: Manifest, setting: Setting) -> Iterator[int]:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
-    from deitfast.data.graph import decode, decode_to_gpu
+    from deitfast.data.dali import decode, decode_to_gpu
 
     device = torch.device(setting.device)
     order = itertools.cycle(range(len(manifest)))

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from deitfast.cli import main
+from deitfast.cli.main import main
 
 
 def errors_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -52,7 +52,7 @@ def test_models_lists_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> 
 def test_help_and_models_answer_without_what_is_slow_to_import(argument: str) -> None:
     code = f"""
 import contextlib, sys
-from deitfast.cli import main
+from deitfast.cli.main import main
 with contextlib.suppress(SystemExit):
     main([{argument!r}])
 sys.exit(", ".join({{"torch", "triton", "numpy", "nvidia.dali", "PIL"}} & sys.modules.keys()))
@@ -98,7 +98,7 @@ def test_accuracy_and_predictions_agree_with_timms_pipeline(shared_data, timm, c
 
 @pytest.mark.slow
 def test_the_launcher_adds_nothing_to_a_workers_one_line(tmp_path) -> None:
-    command = [sys.executable, "-m", "deitfast.cli", "train", "recipes/deit_tiny.py", "--processes", "2"]
+    command = [sys.executable, "-m", "deitfast.cli.main", "train", "recipes/deit_tiny.py", "--processes", "2"]
     result = subprocess.run(
         [*command, "--data", "nowhere", "--out", str(tmp_path / "run")], capture_output=True, text=True
     )

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from deitfast.cli import main
+from deitfast.cli.main import main
 from deitfast.errors import DeitfastError
-from deitfast.model import create_model
-from deitfast.zoo import OTHER_WEIGHTS, VARIANTS, canonical_name, find_variant, list_models, recognise
+from deitfast.model.factory import create_model
+from deitfast.model.zoo import OTHER_WEIGHTS, VARIANTS, canonical_name, find_variant, list_models, recognise
 
 # Parameters in millions and multiply-adds in billions of mmpretrain's table (configs/deit/README.md), copied here so
 # that the zoo is compared with them and not with itself.

@@ -19,8 +19,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deitfast.data import augment
-from deitfast.fused import BlockTensors, fused_block_forward
+from deitfast.data import batch as augment
 from deitfast.kernels import catalogue
 from deitfast.kernels.attention import attention_reference
 from deitfast.kernels.catalogue import Draw, Op, Shape, Tensors
@@ -28,6 +27,7 @@ from deitfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
 from deitfast.kernels.layernorm_mlp import layernorm_mlp_reference
 from deitfast.kernels.layernorm_qkv import layernorm_qkv_reference
 from deitfast.kernels.linear_residual import linear_residual_reference
+from deitfast.model.fused import BlockTensors, fused_block_forward
 
 EPS = 1e-6
 Way = Callable[..., Tensor]
