@@ -64,6 +64,8 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.11",
+    # deitfast/kernels and deitfast/recipes are links to the folders at the top level, which are never imported bare:
+    # `kernels` collides with the distribution which transformers uses.
     packages=find_packages(include=["deitfast", "deitfast.*"]),
     package_data={"deitfast": ["py.typed"], "deitfast.data": ["*.txt", "digits/*.tar", "digits/*.txt", "digits/*.md"]},
     install_requires=[
@@ -96,6 +98,6 @@ setup(
         ],
         "dev": ["ruff", "mypy"],
     },
-    entry_points={"console_scripts": ["deitfast = deitfast.cli:main"]},
+    entry_points={"console_scripts": ["deitfast = deitfast.cli.main:main"]},
     cmdclass={"sdist": SdistWithLinks},
 )

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, Refused, Roofs, in_turns, roofs, timed_row, verify
 from benchmarks.micro import PEER_FACTOR
-from deitfast.flat import FlatState
-from deitfast.model import create_model
-from deitfast.optim import Ema, parameter_groups
+from deitfast.engine.flat import FlatState
+from deitfast.engine.optim import Ema, parameter_groups
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 
 MODELS = {"B": "deit_base_patch16_224", "S": "deit_small_patch16_224", "Ti": "deit_tiny_patch16_224"}

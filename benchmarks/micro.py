@@ -42,9 +42,9 @@ from benchmarks.measuring.harness import (
     timed_row,
     verify,
 )
-from benchmarks.measuring.ops import MODELS, OPS, Draw, Op, Shape, Tensors
-from benchmarks.measuring.peers_ops import COMPILED, FUSED, Absent, Way, ways
+from benchmarks.measuring.ops import COMPILED, FUSED, OPS, WORK, Absent, Way, ways
 from deitfast.errors import did_you_mean, first_line
+from deitfast.kernels.catalogue import MODELS, Draw, Op, Shape, Tensors
 
 FORWARD, BOTH = "forward", "forward+backward"
 FROM_HOST = f"{FUSED}, from the host"
@@ -84,23 +84,26 @@ class Case:
         """The output, as `out`, and the gradient of every input that has one."""
         out = self.forward(way, inputs)
         names = [name for name, tensor in inputs.tensors.items() if tensor.requires_grad]
-        grads = torch.autograd.grad(out, [inputs.tensors[name] for name in names], inputs.dout) if names else ()
+        leaves = [inputs.tensors[name] for name in names]
+        grads = torch.autograd.grad(out, leaves, inputs.dout.to(out.dtype)) if names else ()
         return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
 
     def exact(self, inputs: Inputs, chunk: int = 32) -> dict[str, Tensor]:
-        """The same in float64 by the reference, `chunk` samples at a time to save memory."""
+        """In float64 by the reference; where samples stand for themselves, `chunk` at a time, to save memory."""
+        alone = self.op.per_sample
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, self.shape.batch, chunk):
+        for start in range(0, self.shape.batch, chunk if alone else self.shape.batch):
             part = {
-                name: _exact(tensor.detach()[start : start + chunk] if name in self.op.per_sample else tensor.detach())
+                name: _exact(tensor.detach()[start : start + chunk] if name in alone else tensor.detach())
                 for name, tensor in inputs.tensors.items()
             }
             for name, tensor in part.items():
                 tensor.requires_grad_(name not in self.op.constants)
-            results = self.both(self.op.reference, Inputs(part, inputs.dout[start : start + chunk].double()))
+            dout = inputs.dout[start : start + chunk] if alone else inputs.dout
+            results = self.both(self.op.reference, Inputs(part, dout.double()))
             for name, value in results.items():
                 parts.setdefault(name, []).append(value)
-        per_sample = {"out"} | {f"d{name}" for name in self.op.per_sample}
+        per_sample = {"out", *(f"d{name}" for name in alone)} if alone else set()
         return {
             name: torch.cat(values) if name in per_sample else torch.stack(values).sum(0)
             for name, values in parts.items()
@@ -136,7 +139,7 @@ def time_case(
         if row and row not in recorder.rows:  # once is enough, not at every shape
             _report(recorder, row)
     present = {name: way for name, way in chosen.items() if not isinstance(way, Absent)}
-    fused = present.get(FUSED, case.op.fused)
+    fused = present.get(FUSED, case.op.function)
     inputs = case.inputs()
     exact, eager = case.exact(inputs), case.both(case.op.reference, inputs)
     try:
@@ -178,10 +181,10 @@ def _time_direction(
     ours_from_host = found[FUSED].launch == "stream" if FUSED in found else _ours(recorder.rows, key, "stream")
     if "stream" in launches and not ours_from_host:
         # What could not be captured is compared with the fused op launched the same way.
-        ours = {FROM_HOST: present.get(FUSED, case.op.fused)}
+        ours = {FROM_HOST: present.get(FUSED, case.op.function)}
         found |= _run(case, direction, ours, sets, budget_ms, graph=False)
         present = present | ours
-    flops, nbytes = case.op.work(case.shape).total(direction == BOTH, case.dtype.itemsize)
+    flops, nbytes = WORK[case.op.name](case.shape).total(direction == BOTH, case.dtype.itemsize)
     for name, ran in sorted(found.items(), key=lambda item: item[0] not in OURS):
         if ran.problem is not None:
             _report(recorder, {"key": {**key, "way": name}, "failed": ran.problem})
@@ -213,7 +216,7 @@ def _report(recorder: Recorder, row: dict[str, Any]) -> None:
     """Record a row and print it in one line."""
     recorder.add(row)
     key = row["key"]
-    shape = Shape(key["model"], key["tokens"], key["batch"]) if "model" in key else "any shape"
+    shape = Shape.of(key["model"], key["tokens"], key["batch"]) if "model" in key else "any shape"
     label = f"{key['op']:15} {shape!s:12}"
     way = f"{key.get('way', ''):15} {key.get('pass', ''):16}"
     reason = next((kind for kind in ("refused", "failed", "absent", "skipped") if kind in row), None)
@@ -240,7 +243,7 @@ def table(op: str, rows: Iterable[dict[str, Any]]) -> str:
         key = ours["key"]
         peers = {row["key"]["way"]: row for row in rows if row["key"] == {**key, "way": row["key"]["way"]}}
         memory = "-" if ours["peak_bytes"] is None else f"{ours['peak_bytes'] / 2**20:.0f}"
-        line = f"{Shape(key['model'], key['tokens'], key['batch'])!s:12} {key['pass']:16} {ours['ms']:9.4f}"
+        line = f"{Shape.of(key['model'], key['tokens'], key['batch'])!s:12} {key['pass']:16} {ours['ms']:9.4f}"
         line += f" {ours['tflops']:8.2f} {ours['gbps']:7.1f} {ours['roof_percent']:6.1f} {memory:>6}"
         for name in baselines:
             value = f"{peers[name]['fused_speedup']:.2f}x" if "fused_speedup" in peers.get(name, {}) else "-"
@@ -255,9 +258,9 @@ def table(op: str, rows: Iterable[dict[str, Any]]) -> str:
 def shapes(quick: bool) -> list[Shape]:
     """DeiT's shapes, the most telling first; few and tiny with `quick`."""
     if quick:
-        return [Shape("Ti", 5, 3)]
+        return [Shape.of("Ti", 5, 3)]
     ordered = [(197, 256), (577, 32), (198, 256), (197, 64), (577, 128), (197, 512)]
-    return [Shape(model, tokens, batch) for tokens, batch in ordered for model in ("B", "S", "Ti")]
+    return [Shape.of(model, tokens, batch) for tokens, batch in ordered for model in ("B", "S", "Ti")]
 
 
 def main(argv: Sequence[str] | None = None, ops: dict[str, Op] | None = None) -> int:

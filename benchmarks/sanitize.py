@@ -17,9 +17,10 @@ import torch
 
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, synchronize
-from benchmarks.measuring.ops import OPS, Shape
+from benchmarks.measuring.ops import OPS
 from benchmarks.measuring.processes import run_limited
 from benchmarks.micro import Case
+from deitfast.kernels.catalogue import Shape
 
 TOOLS = ("memcheck", "racecheck")
 ERROR_STATUS = 9
@@ -27,8 +28,8 @@ ERROR_STATUS = 9
 
 def small_case(name: str, device: str, dtype: torch.dtype, quick: bool) -> None:
     """One op forward and backward: the smallest DeiT, with a token count that fills no block."""
-    case = Case(OPS[name], Shape("Ti", 5 if quick else 197, 2), device, dtype)
-    case.both(case.op.fused, case.inputs())
+    case = Case(OPS[name], Shape.of("Ti", 5 if quick else 197, 2), device, dtype)
+    case.both(case.op.function, case.inputs())
     synchronize(device)
 
 

@@ -37,8 +37,8 @@ from triton.runtime.jit import JITFunction
 from benchmarks import compile_report
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, Timing, measure, rotating, timed_row, verify
-from benchmarks.measuring.ops import MODELS, Draw, Tensors
 from benchmarks.workshop.tune_sites import Candidate, Site, sites
+from deitfast.kernels.catalogue import MODELS, Draw, Tensors
 from deitfast.kernels.common import INTERPRETED, architecture
 
 FINALISTS = 3

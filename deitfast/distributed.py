@@ -32,7 +32,7 @@ class World:
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one process that writes files and speaks."""
         return self.rank == 0
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from deitfast import distributed, inference
+from deitfast import distributed
 from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
+from deitfast.use import inference
 
 
 @pytest.fixture(autouse=True)

@@ -1,157 +1,36 @@
-"""The ops that the micro benchmarks time: how each is called, its eager reference, its inputs, and its least work.
+"""What `benchmarks.micro` times: the ops, the least work of each, and the same function of the same tensors by others.
 
-Inputs are distributed as in a trained DeiT: activations of about unit size, weights of std .02 or 1/sqrt(width).
+The ops and their tensors are those of `deitfast.kernels.catalogue`, and beside them LayerNorm alone and a whole block.
+Each baseline takes the keyword arguments of the op. One that cannot run here is an `Absent` with the reason, so that
+a table never leaves it out in silence.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, draws
-from deitfast.fused import BlockTensors, fused_block_forward
-from deitfast.kernels.attention import attention, attention_reference
-from deitfast.kernels.input import input_patches, input_patches_reference
+from deitfast.data import batch as augment
+from deitfast.kernels import catalogue
+from deitfast.kernels.attention import attention_reference
+from deitfast.kernels.catalogue import Draw, Op, Shape, Tensors
 from deitfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
-from deitfast.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_reference
-from deitfast.kernels.layernorm_qkv import layernorm_qkv, layernorm_qkv_reference
-from deitfast.kernels.linear_residual import linear_residual, linear_residual_reference
-from deitfast.kernels.mlp_gelu import mlp_gelu, mlp_gelu_reference
-from deitfast.kernels.patch_embed import patch_embed, patch_embed_reference
+from deitfast.kernels.layernorm_mlp import layernorm_mlp_reference
+from deitfast.kernels.layernorm_qkv import layernorm_qkv_reference
+from deitfast.kernels.linear_residual import linear_residual_reference
+from deitfast.model.fused import BlockTensors, fused_block_forward
 
-MODELS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12)}
-"""DeiT's sizes: width and heads."""
-PATCH = 16
 EPS = 1e-6
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One size of an op: a DeiT model, tokens a sample, samples."""
-
-    model: str
-    tokens: int
-    batch: int
-
-    @property
-    def width(self) -> int:
-        return MODELS[self.model][0]
-
-    @property
-    def heads(self) -> int:
-        return MODELS[self.model][1]
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.tokens
-
-    @property
-    def prefix(self) -> int:
-        """Tokens that are no patch of a square image: 1, or 2 with a distillation token."""
-        return 1 if math.isqrt(self.tokens - 1) ** 2 == self.tokens - 1 else 2
-
-    @property
-    def patches(self) -> int:
-        return self.tokens - self.prefix
-
-    @property
-    def pixels(self) -> int:
-        """Side of the image."""
-        return PATCH * math.isqrt(self.patches)
-
-    def key(self) -> dict[str, Any]:
-        return {"model": self.model, "tokens": self.tokens, "batch": self.batch}
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.batch} x {self.tokens}"
-
-
-@dataclass(frozen=True)
-class Work:
-    """The least a call must do: floating-point operations of its matrix products, elements it must read or write.
-
-    forward_bytes: of what has an element size of its own.
-    """
-
-    forward_flops: float
-    forward_elements: float
-    backward_flops: float
-    backward_elements: float
-    forward_bytes: float = 0.0
-
-    def total(self, backward: bool, itemsize: int) -> tuple[float, float]:
-        """FLOPs and bytes of the forward, or of forward and backward."""
-        flops = self.forward_flops + backward * self.backward_flops
-        elements = self.forward_elements + backward * self.backward_elements
-        return flops, itemsize * elements + self.forward_bytes
-
-
-def _no_options(shape: Shape) -> dict[str, Any]:
-    return {}
-
-
-def _stream(shape: Shape) -> tuple[int, ...]:
-    return shape.batch, shape.tokens, shape.width
-
-
-@dataclass(frozen=True)
-class Op:
-    """One op. fused, reference: the same keyword arguments, named as in `inputs`, plus `options(shape)`.
-
-    out: shape of the result. per_sample: inputs whose first dimension is the batch. constants: inputs without a
-    gradient; an op of nothing else has no backward.
-    """
-
-    name: str
-    fused: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    inputs: Callable[[Draw, Shape], Tensors]
-    work: Callable[[Shape], Work]
-    options: Callable[[Shape], Mapping[str, Any]] = field(default=_no_options)
-    out: Callable[[Shape], tuple[int, ...]] = field(default=_stream)
-    per_sample: frozenset[str] = frozenset({"x", "qkv", "residual", "keep"})
-    constants: frozenset[str] = frozenset({"keep"})
-
-
-class Draw:
-    """Seeded tensors of one dtype, made on the device; `keep` stays fp32."""
-
-    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.dtype, self.device = dtype, device
-
-    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, device=self.device)
-        return values.mul_(std).add_(mean).to(self.dtype)
-
-    def bytes(self, *shape: int) -> Tensor:
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=self.generator, device=self.device)
-
-    def keep(self, batch: int) -> Tensor:
-        """Drop-path factors at probability .1: 0 or 1 / .9."""
-        kept = torch.rand(batch, generator=self.generator, device=self.device) >= 0.1
-        return kept.float() / 0.9
-
-    def linear(self, name: str, outputs: int, inputs: int) -> Tensors:
-        prefix = f"{name}_" if name else ""
-        weight = self.normal(outputs, inputs, std=inputs**-0.5)
-        return {f"{prefix}weight": weight, f"{prefix}bias": self.normal(outputs, std=0.1)}
-
-    def norm(self, name: str, width: int) -> Tensors:
-        scale = self.normal(width, mean=1.0, std=0.3)
-        return {f"{name}_weight": scale, f"{name}_bias": self.normal(width, std=0.2)}
-
-    def activations(self, shape: Shape, channels: int) -> Tensor:
-        return self.normal(shape.batch, shape.tokens, channels)
-
+Way = Callable[..., Tensor]
 
 # LayerNorm alone -----------------------------------------------------------------------------------------------------
 
@@ -185,6 +64,13 @@ def _layernorm_reference(x: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> Tenso
 # A whole block -------------------------------------------------------------------------------------------------------
 
 
+def _block_inputs(draw: Draw, s: Shape) -> Tensors:
+    tensors = {"x": draw.activations(*s.leading, s.width), "keep": draw.keep(s.batch)}
+    for name, outputs, inputs in (("qkv", 3, 1), ("proj", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
+        tensors |= draw.linear(name, outputs * s.width, inputs * s.width)
+    return tensors | draw.norm("norm1", s.width) | draw.norm("norm2", s.width)
+
+
 def _block(x: Tensor, heads: int, keep: Tensor, **tensors: Tensor) -> Tensor:
     block = BlockTensors(**tensors, ls1=None, ls2=None)
     return fused_block_forward(x, block, heads, keep1_B=keep, keep2_B=keep)
@@ -200,36 +86,64 @@ def _block_reference(x: Tensor, heads: int, keep: Tensor, **t: Tensor) -> Tensor
 
 # The batch as patches ------------------------------------------------------------------------------------------------
 
-EPOCH, SEED = 2, 0
+
+def _with_erased(op: Op) -> Op:
+    """The op and one more input, for the way in steps: how many pixels are erased, which a loader knows on the host."""
+
+    def inputs(draw: Draw, shape: Shape) -> Tensors:
+        tensors = op.inputs(draw, shape)
+        return tensors | {"erased": (tensors["erase"][:, 2] * tensors["erase"][:, 3]).sum().cpu()}
+
+    def without(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda erased, **arguments: function(**arguments)
+
+    return replace(
+        op,
+        function=without(op.function),
+        reference=without(op.reference),
+        inputs=inputs,
+        constants=op.constants | {"erased"},
+    )
 
 
-def _input_inputs(draw: Draw, s: Shape) -> Tensors:
-    """A batch with the paper's rectangles and mixtures; `like` carries the dtype, `erased` stays on the host."""
-    index, view = np.arange(s.batch), np.zeros(s.batch, np.int64)
-    erase = draws.random_erasing(s.pixels, index, EPOCH, view, SEED)
-    lam, box = (np.repeat(x, 2, axis=0)[: s.batch] for x in draws.mix(s.pixels, -(-s.batch // 2), 0, SEED))
-    arrays = {"erase": erase, "mix_box": box, "lam": lam, "index": index, "view": view, "epoch": np.array([EPOCH])}
-    tensors = {name: torch.from_numpy(array).to(draw.device) for name, array in arrays.items()}
-    erased = torch.tensor(int((erase[:, 2] * erase[:, 3]).sum()))
-    return {"images": draw.bytes(s.batch, s.pixels, s.pixels, 3), "like": draw.normal(0), "erased": erased} | tensors
-
-
-def _input(like: Tensor, erased: Tensor, **arguments: Any) -> Tensor:
-    return input_patches(dtype=like.dtype, **arguments)
-
-
-def _input_reference(like: Tensor, erased: Tensor, **arguments: Any) -> Tensor:
-    return input_patches_reference(dtype=like.dtype, **arguments)
-
-
-def _input_options(s: Shape) -> dict[str, Any]:
-    moments = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    return moments | {"seed": SEED, "patch_size": PATCH, "mixes": s.batch % 2 == 0}
+OPS = (
+    catalogue.OPS
+    | {"input_patches": _with_erased(catalogue.OPS["input_patches"])}
+    | {
+        "layernorm": Op(
+            "layernorm",
+            _layernorm,
+            _layernorm_reference,
+            lambda draw, s: {"x": draw.activations(*s.leading, s.width), **draw.norm("ln", s.width)},
+        ),
+        "block": Op("block", _block, _block_reference, _block_inputs, options=lambda s: {"heads": s.heads}),
+    }
+)
 
 
 # The least work ------------------------------------------------------------------------------------------------------
 # Tensors that stay inside an op need not touch memory, so they do not count. A backward reads what the forward was
 # given, the gradient of the output and nothing else; it writes a gradient for each input.
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least a call must do: floating-point operations of its matrix products, elements it must read or write.
+
+    forward_bytes: of what has an element size of its own.
+    """
+
+    forward_flops: float
+    forward_elements: float
+    backward_flops: float
+    backward_elements: float
+    forward_bytes: float = 0.0
+
+    def total(self, backward: bool, itemsize: int) -> tuple[float, float]:
+        """FLOPs and bytes of the forward, or of forward and backward."""
+        flops = self.forward_flops + backward * self.backward_flops
+        elements = self.forward_elements + backward * self.backward_elements
+        return flops, itemsize * elements + self.forward_bytes
 
 
 def _work(shape: Shape, weights: float, attention: bool, inputs: float, outputs: float, dinputs: float) -> Work:
@@ -277,115 +191,129 @@ def _input_work(s: Shape) -> Work:
 
 
 def _patch_embed_work(s: Shape) -> Work:
-    rows, inputs, weights = s.batch * s.patches, 3 * PATCH**2, 3 * PATCH**2 * s.width
+    rows, inputs, weights = s.batch * s.patches, s.patch_values, s.patch_values * s.width
     flops, patches, out = 2.0 * rows * weights, rows * inputs, s.rows * s.width
     table = (s.tokens + s.prefix) * s.width
     return Work(flops, patches + out + weights + table, flops, patches + out + weights + table)
+
+
+def _layernorm_attention_work(s: Shape) -> Work:
+    return _work(s, 4 * s.width**2, True, s.width, s.width, s.width)
 
 
 def _block_work(s: Shape) -> Work:
     return _work(s, 12 * s.width**2, True, s.width, s.width, s.width)
 
 
-# Inputs --------------------------------------------------------------------------------------------------------------
+def _loss_work(s: Shape) -> Work:
+    logits = s.batch * s.classes
+    return Work(0.0, logits, 0.0, 2 * logits)
 
 
-def _mlp_inputs(draw: Draw, s: Shape) -> Tensors:
-    layers = draw.linear("fc1", 4 * s.width, s.width) | draw.linear("fc2", s.width, 4 * s.width)
-    return {"x": draw.activations(s, s.width)} | layers
-
-
-def _patch_embed_inputs(draw: Draw, s: Shape) -> Tensors:
-    tables = {"prefix_tokens": draw.normal(s.prefix, s.width, std=0.5), "pos_embed": draw.normal(s.tokens, s.width)}
-    patches = draw.normal(s.batch, s.patches, 3 * PATCH**2)
-    return {"patches": patches} | draw.linear("", s.width, 3 * PATCH**2) | tables
-
-
-def _linear_residual_inputs(draw: Draw, s: Shape) -> Tensors:
-    x, residual = (draw.activations(s, s.width) for _ in range(2))
-    branch = {"gamma": draw.normal(s.width, mean=0.1, std=0.3), "keep": draw.keep(s.batch)}
-    return {"x": x, "residual": residual} | draw.linear("", s.width, s.width) | branch
-
-
-def _block_inputs(draw: Draw, s: Shape) -> Tensors:
-    tensors = {"x": draw.activations(s, s.width), "keep": draw.keep(s.batch)}
-    for name, outputs, inputs in (("qkv", 3, 1), ("proj", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
-        tensors |= draw.linear(name, outputs * s.width, inputs * s.width)
-    return tensors | draw.norm("norm1", s.width) | draw.norm("norm2", s.width)
-
-
-def _heads(shape: Shape) -> dict[str, Any]:
-    return {"num_heads": shape.heads}
-
-
-OPS = {
-    op.name: op
-    for op in (
-        Op(
-            "input_patches",
-            _input,
-            _input_reference,
-            _input_inputs,
-            _input_work,
-            options=_input_options,
-            out=lambda s: (s.batch, s.patches, 3 * PATCH**2),
-            per_sample=frozenset({"images", "erase", "mix_box", "lam", "index", "view"}),
-            constants=frozenset({"images", "erase", "mix_box", "lam", "index", "view", "epoch", "like", "erased"}),
-        ),
-        Op(
-            "patch_embed",
-            patch_embed,
-            patch_embed_reference,
-            _patch_embed_inputs,
-            _patch_embed_work,
-            per_sample=frozenset({"patches"}),
-            constants=frozenset({"patches"}),
-        ),
-        Op(
-            "layernorm",
-            _layernorm,
-            _layernorm_reference,
-            lambda draw, s: {"x": draw.activations(s, s.width)} | draw.norm("ln", s.width),
-            _layernorm_work,
-        ),
-        Op(
-            "layernorm_qkv",
-            layernorm_qkv,
-            layernorm_qkv_reference,
-            lambda draw, s: (
-                {"x": draw.activations(s, s.width)} | draw.norm("ln", s.width) | draw.linear("", 3 * s.width, s.width)
-            ),
-            _layernorm_qkv_work,
-            out=lambda s: (s.batch, s.tokens, 3 * s.width),
-        ),
-        Op(
-            "attention",
-            attention,
-            attention_reference,
-            lambda draw, s: {"qkv": draw.activations(s, 3 * s.width)},
-            _attention_work,
-            options=_heads,
-        ),
-        Op(
-            "linear_residual",
-            linear_residual,
-            linear_residual_reference,
-            _linear_residual_inputs,
-            _linear_residual_work,
-        ),
-        Op("mlp_gelu", mlp_gelu, mlp_gelu_reference, _mlp_inputs, _mlp_work),
-        Op(
-            "layernorm_mlp",
-            layernorm_mlp,
-            layernorm_mlp_reference,
-            lambda draw, s: (
-                _mlp_inputs(draw, s)
-                | draw.norm("ln", s.width)
-                | {"gamma": draw.normal(s.width, mean=0.1, std=0.3), "keep": draw.keep(s.batch)}
-            ),
-            _mlp_work,
-            options=lambda s: {"residual": True},
-        ),
-        Op("block", _block, _block_reference, _block_inputs, _block_work, options=lambda s: {"heads": s.heads}),
-    )
+WORK: dict[str, Callable[[Shape], Work]] = {
+    "input_patches": _input_work,
+    "patch_embed": _patch_embed_work,
+    "layernorm": _layernorm_work,
+    "layernorm_qkv": _layernorm_qkv_work,
+    "attention": _attention_work,
+    "linear_residual": _linear_residual_work,
+    "mlp_gelu": _mlp_work,
+    "layernorm_attention": _layernorm_attention_work,
+    "layernorm_mlp": _mlp_work,
+    "block": _block_work,
+    "mixed_cross_entropy": _loss_work,
+    "mixed_bce": _loss_work,
 }
+"""Op -> the least work of a call."""
+
+
+# The same by others --------------------------------------------------------------------------------------------------
+
+FUSED = "fused"
+COMPILED = "torch.compile"
+SDPA = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A baseline that cannot run here, and why."""
+
+    reason: str
+
+
+def ways(op: Op, device: str) -> dict[str, Way | Absent]:
+    """By name: the fused op, eager PyTorch, what else there is for this op, and, last, torch.compile of eager."""
+    found: dict[str, Way | Absent] = {FUSED: op.function, "eager": op.reference}
+    if op.name == "attention":
+        found |= {name: _with_backend(op.reference, backend) for name, backend in SDPA.items()}
+        found["flash-attn 2"] = _flash_attn("flash_attn", device)
+        found["flash-attn 3"] = _flash_attn("flash_attn_interface", device)
+    if op.name == "input_patches":
+        found["in steps"] = _input_in_steps
+    if op.name in ("layernorm", "layernorm_qkv"):
+        found["liger"] = _liger(op.name, device)
+    # Without a GPU the compiler's front half is rehearsed: generating C++ takes minutes and says nothing about a GPU.
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    found[COMPILED] = torch.compile(op.reference, fullgraph=True, dynamic=False, backend=backend)
+    return found
+
+
+def _input_in_steps(
+    images: Tensor, like: Tensor, erased: Tensor, patch_size: int, mixes: bool, mean: Any, std: Any, **t: Any
+) -> Tensor:
+    """The package's eager steps, which draw noise for the erased pixels alone, then patches."""
+    x = augment.normalise(images, mean, std)
+    drawn = {name: t[name] for name in ("erase", "index", "view", "seed")}
+    augment.erase(x, cast(Any, SimpleNamespace(**drawn, erased_pixels=int(erased), epoch=catalogue.EPOCH)))
+    if mixes:
+        x = augment.mix(x, t["lam"], t["mix_box"])
+    return rearrange(x, "m c (y p) (x q) -> m (y x) (c p q)", p=patch_size, q=patch_size).to(like.dtype)
+
+
+def _with_backend(reference: Way, backend: SDPBackend) -> Way:
+    def run(**arguments: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return reference(**arguments)
+
+    return run
+
+
+def _import(module: str, package: str, device: str) -> Any:
+    if device != "cuda":
+        return Absent(f"{package} needs a GPU")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a package whose compiled part does not fit this torch fails in many ways
+        lines = str(error).splitlines()
+        return Absent(f"{package} does not import: {type(error).__name__}: {lines[0] if lines else ''}")
+
+
+def _flash_attn(module: str, device: str) -> Way | Absent:
+    flash = _import(module, module, device)
+    if isinstance(flash, Absent):
+        return flash
+
+    def run(qkv: Tensor, num_heads: int) -> Tensor:
+        out = flash.flash_attn_qkvpacked_func(qkv.unflatten(-1, (3, num_heads, -1)))
+        return (out[0] if isinstance(out, tuple) else out).flatten(-2)
+
+    return run
+
+
+def _liger(op: str, device: str) -> Way | Absent:
+    liger = _import("liger_kernel.ops.layer_norm", "liger_kernel", device)
+    if isinstance(liger, Absent):
+        return liger
+
+    def layernorm(x: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> Tensor:
+        return liger.LigerLayerNormFunction.apply(x, ln_weight, ln_bias, EPS)
+
+    def layernorm_qkv(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(layernorm(x, ln_weight, ln_bias), weight, bias)
+
+    return layernorm if op == "layernorm" else layernorm_qkv

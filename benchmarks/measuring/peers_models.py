@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.roofline import CLASSES
-from deitfast.model import LAYER_NORM_EPS, create_model
-from deitfast.zoo import find_variant
+from deitfast.model.deit import LAYER_NORM_EPS
+from deitfast.model.factory import create_model
+from deitfast.model.zoo import find_variant
 
 PACKAGES = {"ours": "deitfast", "timm": "timm", "torchvision": "torchvision", "huggingface": "transformers"}
 """Library -> the distribution whose version counts."""

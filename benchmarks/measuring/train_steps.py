@@ -3,8 +3,8 @@
 The step is forward, loss on mixed and smoothed targets, backward, AdamW and the moving average. Peers, and ours with
 engine "", run in the loop that one would write in PyTorch: autocast, fused AdamW on CUDA, a foreach average; loss,
 optimiser and parameter groups are the same code for all, what differs is the model and how it is run. With another
-engine ours is the step that training runs (`deitfast.step`). The data are random images that already lie on the device:
-uint8 for the engine, whose step normalises and mixes them; ready, normalised and mixed, for the loop.
+engine ours is the step that training runs (`deitfast.engine`). The data are random images that already lie on the
+device: uint8 for the engine, whose step normalises and mixes them; ready, normalised and mixed, for the loop.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measuring.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
 from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
+from benchmarks.reporting.record import clocks
 from benchmarks.roofline import CLASSES
 from deitfast.data import Batch, Targets, prepare
 from deitfast.distributed import World
-from deitfast.drop_path import DropPath
-from deitfast.losses import soft_cross_entropy, training_loss
-from deitfast.optim import Ema, make_optimizer
+from deitfast.engine.drop_path import DropPath
+from deitfast.engine.engine import FlatEngine, make_engine
+from deitfast.engine.losses import soft_cross_entropy, training_loss
+from deitfast.engine.optim import Ema, make_optimizer
+from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
-from deitfast.step import FlatStep, make_step
-from deitfast.zoo import find_variant
 
 CHECKED_IMAGES = 4
 LIMITS = {"bf16": (2e-3, 1e-2, 3e-2), "fp32": (1e-4, 1e-3, 1e-3)}
@@ -48,7 +49,7 @@ _BACKENDS = {
 class Job:
     """What one worker runs. model: a zoo name. compile: torch.compile's mode, or "" for eager.
 
-    engine: graph or flat for a step of `deitfast.step`, "" for the plain loop.
+    engine: graph or flat for a step of `deitfast.engine.engine`, "" for the plain loop.
     launched: `time.time()` when the process was started. quick: few samples.
     """
 
@@ -137,11 +138,11 @@ class EngineStep(TrainStep):
         )  # fmt: skip
         if job.batch % 2:
             self.recipe = replace(self.recipe, mixup=0.0, cutmix=0.0)
-        engine = make_step(
+        engine = make_engine(
             self.model, self.recipe, World(0, 1, 0, 1, self.device), DropPath(self.model, self.recipe, job.batch),
             accumulation=1, bf16=job.precision == "bf16",
         )  # fmt: skip
-        assert isinstance(engine, FlatStep)
+        assert isinstance(engine, FlatEngine)
         self.engine, self.batch = engine, synthetic_batch(job)
         self.inputs = engine.inputs(self.batch)
 
@@ -268,10 +269,12 @@ def work(job: Job, expected: Reference | None) -> dict[str, Any]:
             synchronize(job.device)
             torch.cuda.reset_peak_memory_stats()
         budget, warmup = (500.0, 1) if job.quick else (3000.0, 3)
-        runs = [
-            measure(step, device=job.device, budget_ms=budget, warmup=warmup, flush=False, most=100)
-            for _ in range(1 if job.quick else 2)
-        ]
+        # Ways run in processes of their own, minutes apart: the clocks say whether the GPU was the same to them.
+        with clocks() as facts["clocks"]:
+            runs = [
+                measure(step, device=job.device, budget_ms=budget, warmup=warmup, flush=False, most=100)
+                for _ in range(1 if job.quick else 2)
+            ]
         if on_cuda:
             facts["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             facts["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
