@@ -219,6 +219,18 @@ def test_where_images_are_decoded(digits, monkeypatch):
         TrainLoader(digits, recipe(decode="gpu"), SIZE, 32)
 
 
+@pytest.mark.parametrize(("known", "fits"), [(12, False), (13, True), (14, True), (0, True)])
+def test_a_driver_older_than_dalis_build_is_told_which_build_to_install(monkeypatch, known: int, fits: bool) -> None:
+    monkeypatch.setattr("nvidia.dali.__cuda_version__", 13492)  # 13.4.92
+    monkeypatch.setattr(dali, "_cuda_of_driver", lambda: known)
+    dali.check_build(torch.device("cpu"))
+    if fits:
+        dali.check_build(torch.device("cuda", 0))
+        return
+    with pytest.raises(DeitfastError, match=rf"built for CUDA 13 .* knows CUDA {known}.*deitfast\[cuda{known}\]"):
+        dali.check_build(torch.device("cuda", 0))
+
+
 def check_eval_pixels(manifest: Manifest, size: int, ratio: float) -> None:
     transforms = import_torchvision().transforms
     bicubic = transforms.InterpolationMode.BICUBIC
