@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -250,6 +251,19 @@ def test_a_recipe_runs_end_to_end_on_two_processes(name: str, tmp_path: Path) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "smoke test passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run"], ["-m", "deitfast", "train"]], ids=str)
+def test_a_recipe_of_ones_own_builds_on_a_shipped_one_wherever_it_lies(launcher: list[str], tmp_path: Path) -> None:
+    example = ast.get_docstring(ast.parse((ROOT / "recipes" / "__init__.py").read_text()))
+    assert example
+    (tmp_path / "mine.py").write_text(textwrap.dedent(example.split("wherever it lies:")[1]))
+    command = [sys.executable, *launcher, "mine.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "passes over the data [100]" in " ".join(done.stdout.split())
+    assert "[deit_tiny_patch16_224]" in " ".join(done.stdout.split())
 
 
 def test_fields_of_the_table_exist() -> None:
