@@ -32,6 +32,7 @@ def write_page(results: dict[str, Any], plots: Iterable[str] = ()) -> str:
     lines = [f"# Training speed on {facts['gpu'] or 'a CPU'}", ""]
     if not on_gpu:
         lines += ["A rehearsal on CPU: it shows that everything runs, and says nothing of a GPU.", ""]
+    lines += ["## Is it right?", "", *tests_told(rows_of(results, "tests")), *answers(rows_of(results, "smoke")), ""]
     lines += ["## Goals", "", goal_table(steps if on_gpu else []), "", "## Training step", "", step_table(steps), ""]
     lines += [f"{text}." for text in ratios(steps)] + [""]
     lines += ["Every way of a model takes the same weights, batch, loss, optimiser and average, without drop-path,"]
@@ -45,7 +46,6 @@ def write_page(results: dict[str, Any], plots: Iterable[str] = ()) -> str:
     if parts:
         whole = parts[-1]["key"]
         lines += ["", f"{whole['model']}, batch {whole['batch']}, {whole['way']}. The budget is a plan, not a result."]
-    lines += ["", "## Is it right?", "", *tests_told(rows_of(results, "tests")), *answers(rows_of(results, "smoke"))]
     lines += ["", "## Questions", "", *answers(rows_of(results, "question"))]
     if tables := results["parts"].get("tune", {}).get("notes", {}).get("tables"):
         lines += ["", "## Launches to commit", "", "```", *tables, "```"]
