@@ -9,17 +9,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.ops import EPOCH, EPS, Op
-from deitfast.data import batch as augment
+from benchmarks.ops import EPS, Op
 
 Way = Callable[..., Tensor]
 FUSED = "fused"
@@ -46,26 +43,12 @@ def ways(op: Op, device: str) -> dict[str, Way | Absent]:
         found |= {name: _with_backend(op.reference, backend) for name, backend in SDPA.items()}
         found["flash-attn 2"] = _flash_attn("flash_attn", device)
         found["flash-attn 3"] = _flash_attn("flash_attn_interface", device)
-    if op.name == "input_patches":
-        found["in steps"] = _input_in_steps
     if op.name in ("layernorm", "layernorm_qkv"):
         found["liger"] = _liger(op.name, device)
     # Without a GPU the compiler's front half is rehearsed: generating C++ takes minutes and says nothing about a GPU.
     backend = "inductor" if device == "cuda" else "aot_eager"
     found[COMPILED] = torch.compile(op.reference, fullgraph=True, dynamic=False, backend=backend)
     return found
-
-
-def _input_in_steps(
-    images: Tensor, like: Tensor, erased: Tensor, patch_size: int, mixes: bool, mean: Any, std: Any, **t: Any
-) -> Tensor:
-    """The package's eager steps, which draw noise for the erased pixels alone, then patches."""
-    x = augment.normalise(images, mean, std)
-    drawn = {name: t[name] for name in ("erase", "index", "view", "seed")}
-    augment.erase(x, cast(Any, SimpleNamespace(**drawn, erased_pixels=int(erased), epoch=EPOCH)))
-    if mixes:
-        x = augment.mix(x, t["lam"], t["mix_box"])
-    return rearrange(x, "m c (y p) (x q) -> m (y x) (c p q)", p=patch_size, q=patch_size).to(like.dtype)
 
 
 def _with_backend(reference: Way, backend: SDPBackend) -> Way:

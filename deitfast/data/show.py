@@ -65,8 +65,8 @@ def _captions(loader: TrainLoader, batch: Batch, mixed: bool) -> list[list[str]]
     """Lines for each view: its file and view, its class, its operations and, where mixed, what it is mixed with."""
     manifest, index, view = loader.manifest, batch.index.numpy(), batch.view.numpy()
     operations = ["unchanged"] * len(index)
-    if loader.policy.active:
-        operations = loader.policy.captions(loader.policy.draw(index, batch.epoch, view))
+    if loader.augmentation.active:
+        operations = loader.augmentation.captions(loader.augmentation.draw(index, int(batch.epoch), view))
     lines = []
     for s, i in enumerate(index.tolist()):
         name = manifest.name(i).split("/")[-1]

@@ -9,7 +9,7 @@ it runs ahead of the consumer. A file that became unreadable since the scan is r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from deitfast.data import dali, draws
 from deitfast.data.augmentation import Augmentation
 from deitfast.data.augmentation_draws import AugmentationDraws
-from deitfast.data.batch import Batch, to_device
+from deitfast.data.batch import Batch
 from deitfast.data.cpu_ops import Workers, decoded, resized_crop
 from deitfast.data.dali import Feed, Runner, gathered, thread_count
 from deitfast.data.decoder import choose_decoder
@@ -72,7 +72,7 @@ class TrainLoader:
         self.stop_step = self.plan.steps_per_epoch if stop_step is None else stop_step
         self.micro_batch = micro_batch
         self.micro_per_step = recipe.batch // world // micro_batch
-        self.policy = Augmentation(recipe, image_size, self.device)
+        self.augmentation = Augmentation(recipe, image_size, self.device)
         limit = recipe.bad_limit * len(manifest) if world == 1 else float("inf")
         self._quarantine = Quarantine(manifest, recipe.seed, limit, say, bad_list)
         self._groups = -(-recipe.batch // recipe.mix_group)
@@ -119,23 +119,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         for feed, images in self._runner:
             self._quarantine.check()
-            device = self.device
-            yield Batch(
-                step=feed.step,
-                micro=feed.micro,
-                epoch=feed.epoch,
-                seed=self.recipe.seed,
-                images=images,
-                labels=to_device(self.manifest.label[feed.index], device),
-                slots=feed.slots,
-                index=to_device(feed.index, device),
-                view=to_device(feed.view, device),
-                erase=to_device(feed.erase, device),
-                erased_pixels=int((feed.erase[:, 2] * feed.erase[:, 3]).sum()),
-                lam=to_device(feed.lam, device),
-                mix_box=to_device(feed.mix_box, device),
-                mixes=self.mixes,
-            )
+            yield replace(feed.batch.to(self.device), images=images)
 
     def _prepare(self, i: int) -> _TrainFeed:
         """Read the bytes and draw the parameters of micro-batch i of this loader."""
@@ -170,16 +154,19 @@ class TrainLoader:
             row=row,
             box=box[view, row],
             mirrored=mirrored[view, row],
-            step=step,
-            micro=micro,
-            epoch=epoch,
-            slots=slots,
-            index=index,
-            view=view,
-            erase=draws.random_erasing(self.image_size, index, epoch, view, r.seed, r.erase),
-            lam=lam[slots // r.mix_group],
-            mix_box=mix_box[slots // r.mix_group],
-            policy=self.policy.draw(index, epoch, view) if self.policy.active else None,
+            augmentation=self.augmentation.draw(index, epoch, view) if self.augmentation.active else None,
+            batch=Batch(
+                images=_NOT_YET,
+                labels=torch.from_numpy(manifest.label[index]),
+                index=torch.from_numpy(index),
+                view=torch.from_numpy(view),
+                epoch=torch.tensor([epoch]),
+                erase=torch.from_numpy(draws.random_erasing(self.image_size, index, epoch, view, r.seed, r.erase)),
+                lam=torch.from_numpy(lam[slots // r.mix_group]),
+                mix_box=torch.from_numpy(mix_box[slots // r.mix_group]),
+                step=step,
+                slots=slots,
+            ),
         )
 
     def _graph_cpu(self, encoded: Any, start: Any, shape: Any) -> list[Any]:
@@ -198,34 +185,29 @@ class TrainLoader:
             for s in range(part.start, part.stop):
                 image = decoded(outputs[0], int(feed.row[s]))
                 batch[s] = resized_crop(image, feed.box[s], self.image_size, bool(feed.mirrored[s]))
-            if feed.policy is not None:
-                batch[part] = self.policy.apply(batch[part], feed.policy[part])
+            if feed.augmentation is not None:
+                batch[part] = self.augmentation.apply(batch[part], feed.augmentation[part])
 
         self._workers.share(make, len(batch))
         return batch
 
     def _collect_gpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:
-        batch = gathered(outputs, feed.row, feed.view, self.device)
-        return batch if feed.policy is None else self.policy.apply(batch, feed.policy)
+        images = gathered(outputs, feed.row, feed.batch.view.numpy(), self.device)
+        return images if feed.augmentation is None else self.augmentation.apply(images, feed.augmentation)
 
 
 @dataclass
 class _TrainFeed(Feed):
-    """The feed of a training micro-batch, with what `Batch` needs of it (numpy)."""
+    """The feed of a training micro-batch."""
 
     row: np.ndarray  # which of the distinct images
     box: np.ndarray  # int32 (m, 4), the crop in what the CPU decoded (top, left, height, width)
     mirrored: np.ndarray
-    step: int
-    micro: int
-    epoch: int
-    slots: np.ndarray
-    index: np.ndarray
-    view: np.ndarray
-    erase: np.ndarray
-    lam: np.ndarray
-    mix_box: np.ndarray
-    policy: AugmentationDraws | None  # None where the policy does nothing
+    augmentation: AugmentationDraws | None  # None where it does nothing
+    batch: Batch  # on the host, without its images
+
+
+_NOT_YET = torch.empty(0)
 
 
 def _check_batch(batch: int, world: int, micro_batch: int, mixes: bool) -> None:

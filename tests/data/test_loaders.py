@@ -50,7 +50,7 @@ def rows(batch: Batch, settings: Recipe) -> dict[tuple, dict]:
     tensors["input"], targets = prepare(batch, settings)
     tensors["partner"] = targets.partner_labels
     return {
-        (batch.step, int(slot)): {name: t[i].numpy() for name, t in tensors.items()} | {"epoch": batch.epoch}
+        (batch.step, int(slot)): {name: t[i].numpy() for name, t in tensors.items()} | {"epoch": int(batch.epoch)}
         for i, slot in enumerate(batch.slots)
     }
 
@@ -126,7 +126,7 @@ def pil_views(manifest: Manifest, batch: Batch, settings: Recipe, size: int) -> 
     images = []
     for i, view in zip(batch.index.tolist(), batch.view.tolist(), strict=True):
         image = Image.open(io.BytesIO(manifest.read(i).tobytes())).convert("RGB")
-        at = (np.array([i]), batch.epoch, np.array([view]), settings.seed)
+        at = (np.array([i]), int(batch.epoch), np.array([view]), settings.seed)
         scale = (settings.crop_min, settings.crop_max)
         box = draws.random_resized_crop(manifest.width[[i]], manifest.height[[i]], *at, scale)[0]
         top, left, height, width = box.tolist()
