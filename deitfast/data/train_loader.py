@@ -25,7 +25,7 @@ from deitfast.data.dali import Feed, Runner, gathered, thread_count
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import Manifest
 from deitfast.data.quarantine import Quarantine
-from deitfast.data.sampler import Plan
+from deitfast.data.sampler import Order
 from deitfast.errors import DeitfastError
 from deitfast.errors import say as say_to_stderr
 
@@ -36,15 +36,16 @@ if TYPE_CHECKING:
 class TrainLoader:
     """Iterates over this process's micro-batches from `start_step` up to (not including) `stop_step`, in order.
 
-    The process `rank` of `world` owns slots [rank * batch / world, (rank + 1) * batch / world) of every global
-    batch and cuts them into micro-batches in turn. `plan` describes the order; `seconds_waiting` is host time blocked
+    The process `rank` of `world_size` owns slots [rank * batch / world_size, (rank + 1) * batch / world_size) of every
+    global batch and cuts them into micro-batches in turn. `order` says which; `seconds_waiting` is host time blocked
     on data so far. It can be iterated once. Use it as a context manager, or call close().
 
     say: gets a line for each file that became unreadable, from the consuming thread; None: stderr. bad_list: file in
-    which they are all listed. `quarantined` holds those that this process has met.
+    which they are all listed. `quarantined` holds those that this process has met. decoder: gpu or cpu, where it has
+    been chosen already.
 
-    Raises DeitfastError for a batch that world and micro_batch do not divide, and for an odd one with mixup or cutmix.
-    While iterating, a single process raises TooManyBadFiles beyond the recipe's bad_limit; of several processes none
+    Raises DeitfastError for a batch that world_size and micro_batch do not divide, and for an odd one with mixup or
+    cutmix. While iterating, a single process raises TooManyBadFiles beyond the recipe's bad_limit; of several processes none
     knows the sum, so the caller compares it and stops them together.
     """
 
@@ -55,31 +56,31 @@ class TrainLoader:
         image_size: int,
         micro_batch: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         device: torch.device | str = "cpu",
         start_step: int = 0,
         stop_step: int | None = None,
         say: Callable[[str], None] | None = None,
         bad_list: Path | None = None,
+        decoder: str | None = None,
     ) -> None:
         self.recipe, self.manifest, self.image_size = recipe, manifest, image_size
         self.device = torch.device(device)
-        self.mixes = recipe.mixes
         say = say or say_to_stderr
-        _check_batch(recipe.batch, world, micro_batch, self.mixes)
-        self.plan = Plan(len(manifest), recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group)
+        _check_batch(recipe, world_size, micro_batch)
+        self.order = Order.of(len(manifest), recipe)
         self.start_step = start_step
-        self.stop_step = self.plan.steps_per_epoch if stop_step is None else stop_step
+        self.stop_step = self.order.steps_per_epoch if stop_step is None else stop_step
         self.micro_batch = micro_batch
-        self.micro_per_step = recipe.batch // world // micro_batch
+        self.micro_per_step = recipe.batch // world_size // micro_batch
         self.augmentation = Augmentation(recipe, image_size, self.device)
-        limit = recipe.bad_limit * len(manifest) if world == 1 else float("inf")
+        limit = recipe.bad_limit * len(manifest) if world_size == 1 else float("inf")
         self._quarantine = Quarantine(manifest, recipe.seed, limit, say, bad_list)
         self._groups = -(-recipe.batch // recipe.mix_group)
-        self._first_slot = rank * (recipe.batch // world)
+        self._first_slot = rank * (recipe.batch // world_size)
         threads = thread_count(recipe.workers)
         self._on_cpu = self.device.type == "cpu"
-        self._decoder = choose_decoder(recipe.decode, manifest, image_size, self.device, threads, say)
+        self._decoder = decoder or choose_decoder(recipe.decode, manifest, image_size, self.device, threads, say)
         self._workers = Workers(threads if self._on_cpu else 1)
         self._runner: Runner[_TrainFeed] = Runner(
             self._quarantine,
@@ -126,7 +127,7 @@ class TrainLoader:
         r, manifest = self.recipe, self.manifest
         step, micro = self.start_step + i // self.micro_per_step, i % self.micro_per_step
         slots = self._first_slot + micro * self.micro_batch + np.arange(self.micro_batch)
-        index, view, epoch = self.plan.slots(step)
+        index, view, epoch = self.order.slots(step)
         index, encoded = self._quarantine.resolve(index[slots])
         view = view[slots]
         lam, mix_box = draws.mix(
@@ -210,13 +211,10 @@ class _TrainFeed(Feed):
 _NOT_YET = torch.empty(0)
 
 
-def _check_batch(batch: int, world: int, micro_batch: int, mixes: bool) -> None:
-    if mixes and (batch % 2 or micro_batch % 2):
-        what = f"batch {batch}" if batch % 2 else f"micro-batch {micro_batch}"
+def _check_batch(recipe: Recipe, world_size: int, micro_batch: int) -> None:
+    recipe.refuse_odd(batch=recipe.batch, micro_batch=micro_batch)
+    if micro_batch < 1 or recipe.batch % (world_size * micro_batch):
         raise DeitfastError(
-            f"{what} is odd, but mixup and cutmix mix pairs. Make it even, or give --mixup 0 --cutmix 0"
-        )
-    if micro_batch < 1 or batch % (world * micro_batch):
-        raise DeitfastError(
-            f"batch {batch} is not a multiple of {world} processes x micro-batch {micro_batch}. Change --micro-batch"
+            f"batch {recipe.batch} is not a multiple of {world_size} processes x micro-batch {micro_batch}. "
+            "Change --micro-batch"
         )

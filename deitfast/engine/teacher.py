@@ -123,7 +123,7 @@ class Teacher:
         """
         loader = EvalLoader(
             val.spread(CHECKED_IMAGES), image_size=self.image_size, crop_ratio=crop_ratio, batch=batch,
-            rank=world.rank, world=world.size, device=self.device, workers=workers,
+            rank=world.rank, world_size=world.size, device=self.device, workers=workers,
         )  # fmt: skip
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for images, labels in loader:
@@ -203,7 +203,7 @@ def _find(recipe: Recipe, classes: int, device: torch.device, image_size: int) -
     if Path(teacher).suffix in (".pt", ".pt2"):
         return _from_file(Path(teacher), device, image_size)
     if canonical_name(name) in VARIANTS or name in OTHER_WEIGHTS:
-        return _ours(name, weights, classes, {"yes": True, "no": False, "auto": None}[recipe.fused])
+        return _ours(name, weights, classes, recipe.fuses)
     if name.startswith("efficientnet-lite"):
         network, wants = _efficientnet_lite(name)
     elif name in ("hf-hub", "hf_hub", "local-dir"):  # timm's prefixes
