@@ -30,8 +30,9 @@ import torch
 from PIL import Image
 
 from benchmarks.bench_loader import open_images
-from benchmarks.micro import device_missing
-from deitfast.data import Manifest, TrainLoader, cpu_ops, draws
+from benchmarks.measuring.command import ready
+from deitfast.data import Manifest, TrainLoader, draws
+from deitfast.data import cpu_ops as host_ops
 from deitfast.data.augmentation import FILL, Augmentation, plan
 from deitfast.data.augmentation_draws import OPS, AugmentationDraws, level
 from deitfast.errors import DeitfastError
@@ -99,7 +100,7 @@ def ways(device: str) -> dict[str, Way]:
         return way
 
     found: dict[str, Way] = {
-        "host": lambda images, drawn: cpu_ops.apply(images, drawn, FILL),
+        "host": lambda images, drawn: host_ops.apply(images, drawn, FILL),
         "eager": planned(lambda images, steps: image_ops_reference(images, steps, FILL)),
     }
     if device == "cuda":
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=40, help="images of the first table, views of the second (40)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(argv)
-    if device_missing("augment_parity", options.device):
+    if not ready("augment_parity", options.device):
         return 2
     try:
         if options.limit < 2:

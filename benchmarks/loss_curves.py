@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Budget, Recorder
-from benchmarks.micro import arguments, device_missing
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, Recorder
 from benchmarks.roofline import full_name
 from deitfast.recipe import Recipe
 from deitfast.training.train import train
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="default 300; with --quick 30")
     parser.add_argument("--batch", type=int, help="default 256; with --quick 64")
     options = parser.parse_args(argv)
-    if device_missing("loss_curves", options.device):
+    if not ready("loss_curves", options.device):
         return 2
     steps = options.steps or (30 if options.quick else 300)
     model = options.model or ("deit_digits_patch4_16" if options.quick else "deit_tiny")

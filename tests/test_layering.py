@@ -102,7 +102,7 @@ def test_imports_run_down_the_floors() -> None:
     up = [f"{a} -> {b}" for a, targets in graph().items() for b in targets if floor(b) > floor(a)]
     assert not up
     rooms = {p.name for p in (ROOT / "deitfast").iterdir() if (p / "__init__.py").is_file()}
-    assert rooms == set(FLOORS) - {"ground", "package"}
+    assert rooms - {"recipes"} == set(FLOORS) - {"ground", "package"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -126,7 +126,8 @@ def test_imports_respect_the_layers(path: Path) -> None:
         "DALI is imported in functions"
     )
     if name.startswith("recipes"):
-        assert {m for m in found if m.startswith("deitfast")} == {"deitfast"}, "recipes use the public names"
+        ours = {m for m in found if m.startswith("deitfast") and not m.startswith("deitfast.recipes.")}
+        assert ours <= {"deitfast"}, "recipes use the public names"
 
 
 @pytest.mark.parametrize("name", ["cli.main", "cli.data", "cli.model", "model.zoo", "training.launch", "recipe"])

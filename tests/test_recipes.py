@@ -23,7 +23,7 @@ from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "recipes").glob("*.py"))
+FILES = sorted((ROOT / "recipes").glob("[!_]*.py"))
 
 # The DeiT paper's table 9 and the defaults of the authors' main.py.
 DEIT = {

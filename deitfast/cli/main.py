@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from deitfast.cli.data import add_data
 from deitfast.cli.model import add_use
-from deitfast.errors import EXIT_USER_ERROR, DeitfastError, did_you_mean
+from deitfast.errors import EXIT_USER_ERROR, DeitfastError, did_you_mean, unknown_argument
 from deitfast.guard import guarded
 
 
@@ -37,7 +37,7 @@ def _dispatch(arguments: Sequence[str] | None) -> None:
         return
     if unknown and known.command not in ("train", "data"):  # these name wrong flags themselves
         flags = [s for action in commands.choices[known.command]._actions for s in action.option_strings]
-        raise DeitfastError(f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
+        raise unknown_argument(unknown[0], flags)
     known.run(known, unknown)
 
 

@@ -45,8 +45,8 @@ class TrainLoader:
     been chosen already.
 
     Raises DeitfastError for a batch that world_size and micro_batch do not divide, and for an odd one with mixup or
-    cutmix. While iterating, a single process raises TooManyBadFiles beyond the recipe's bad_limit; of several processes none
-    knows the sum, so the caller compares it and stops them together.
+    cutmix. While iterating, a single process raises TooManyBadFiles beyond the recipe's bad_limit; of several processes
+    none knows the sum, so the caller compares it and stops them together.
     """
 
     def __init__(

@@ -14,12 +14,14 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from deitfast.cuda_graph import capture, on_stream
 from deitfast.data.batch import Batch, prepare, prepare_patches, targets, to_device
 from deitfast.distributed import World
 from deitfast.engine.drop_path import DropPath
@@ -191,7 +193,7 @@ class FlatEngine:
         if self.captures and self._graph is None and self.steps_run >= UNCAPTURED_STEPS:
             self._capture(inputs, scalars)
         if self._graph is None or self._static is None:
-            with self._side_stream():
+            with on_stream(self._stream):
                 self.run(inputs, scalars)
         else:
             static, static_scalars = self._static
@@ -283,25 +285,9 @@ class FlatEngine:
         finally:
             self.flat.swap_ema()
 
-    @contextlib.contextmanager
-    def _side_stream(self) -> Iterator[None]:
-        """The capture's stream, after what is queued and before what will be; nothing where none is captured."""
-        if self._stream is None:
-            yield
-            return
-        before = torch.cuda.current_stream(self.world.device)
-        self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):
-            yield
-        before.wait_stream(self._stream)
-
     def _capture(self, inputs: list[Batch], scalars: Tensor) -> None:
         """Record the step into a graph; it does not run yet."""
         self._static = [one.clone() for one in inputs], scalars.clone()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has a memory pool of its own
-        graph = torch.cuda.CUDAGraph()
-        # Threads of the data loader call CUDA meanwhile: only this thread's calls belong to the capture.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self.run(*self._static)
-        self._graph = graph
+        self._graph, _ = capture(partial(self.run, *self._static), self._stream)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
 from deitfast.model.fused import HEAD_DIMS, BlockTensors, FusedBlock, block_tensors, fused_block_forward
 
@@ -345,6 +346,8 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
     Returns the report: what was replaced, what was left alone and why; `report.undo()` takes it back. Calling it again
     changes nothing. Warns where every block was left alone; raises DeitfastError where there is no block at all.
     """
+    if torch.cuda.is_available():
+        check_compiler()
     report = AccelerationReport(type(model).__name__)
     for name, module in list(model.named_modules()):
         cls = type(module)

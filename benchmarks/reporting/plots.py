@@ -66,7 +66,7 @@ def roofline(results: dict[str, Any]) -> Any:
     for i, way in enumerate(dict.fromkeys(row["key"]["way"] for row in rows)):
         chosen = [row for row in rows if row["key"]["way"] == way]
         intensity = [1e3 * row["tflops"] / row["gbps"] for row in chosen]
-        marker = "o" if way == "fused" else "x"
+        marker = "o" if way.startswith("fused") else "x"
         axes.scatter(intensity, [row["tflops"] for row in chosen], s=18, marker=marker, color=f"C{i % 10}", label=way)
     ridge = 1e3 * roof["tflops"] / roof["gbps"]
     left = min(1e3 * row["tflops"] / row["gbps"] for row in rows) / 2

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops import EPS, MODELS, Draw, Shape, Tensors
 from deitfast.kernels import gemm, layernorm
+from deitfast.kernels.catalogue import MODELS, Draw, Shape, Tensors
 from deitfast.kernels.common import CompileCase, Launch
 
 # By name, because the package gives the op the name of its module.
@@ -28,6 +28,7 @@ attention_module: Any = importlib.import_module("deitfast.kernels.attention")
 SHARED_MEMORY = 227 << 10
 """Bytes a block may have on sm_90 and sm_100; only spares the compiler what cannot fit, the compile check decides."""
 MULTIPROCESSORS = 132
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _attention_launches(kernel: str) -> Iterator[Candidate]:
 
 
 def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
-    shape = Shape(model, tokens, batch)
+    shape = Shape.of(model, tokens, batch)
     scale = (shape.width // shape.heads) ** -0.5
     backward = kernel.startswith("bwd")
 
@@ -126,11 +127,11 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
         return f'"{kernel}": {{(2, 64): _launch({call}, tma={bool(tiles["TMA"])})}},'
 
     def inputs(draw: Draw, shape: Shape) -> Tensors:
-        qkv = draw.activations(shape, 3 * shape.width)
+        qkv = draw.activations(*shape.leading, 3 * shape.width)
         if not backward:
             return {"qkv": qkv}
         out, lse = attention_module.attention_fwd_op(qkv, shape.heads, scale)
-        return {"qkv": qkv, "out": out, "lse": lse, "dout": draw.activations(shape, shape.width)}
+        return {"qkv": qkv, "out": out, "lse": lse, "dout": draw.activations(*shape.leading, shape.width)}
 
     def call(t: Tensors) -> tuple[Tensor, ...]:
         if not backward:
@@ -173,7 +174,7 @@ def _tiles() -> Iterator[Candidate]:
 
 def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) -> Site:
     """stage: linear, residual, gelu or gelu_grad; outputs, inputs: in widths of the model."""
-    shape = Shape(model, 197, batch)
+    shape = Shape.of(model, 197, batch)
     N, K = outputs * shape.width, inputs * shape.width
     epilogue = "linear" if stage == "residual" else stage
 
@@ -240,7 +241,7 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
 
 
 def _sum_site(model: str, batch: int) -> Site:
-    shape = Shape(model, 197, batch)
+    shape = Shape.of(model, 197, batch)
 
     @contextlib.contextmanager
     def apply(arch: int, candidate: Candidate) -> Iterator[None]:
@@ -272,7 +273,7 @@ def _sum_site(model: str, batch: int) -> Site:
         entry=lambda c: f"SUM_LAUNCH = {c.launch}; SUM_PROGRAMS = {c.programs}",
         inputs=lambda draw, s: {
             "dout": draw.normal(s.rows, s.width),
-            "gamma": draw.normal(s.width, mean=0.1, std=0.3),
+            "gamma": draw.gamma(s.width),
             "keep": draw.keep(s.batch),
         },
         call=call,
@@ -285,7 +286,7 @@ def _sum_site(model: str, batch: int) -> Site:
 
 
 def _layernorm_site(stage: str, model: str, batch: int) -> Site:
-    shape = Shape(model, 197, batch)
+    shape = Shape.of(model, 197, batch)
     block = layernorm.layernorm_launch(shape.width).tiles["BLOCK_D"]
     backward = stage == "bwd"
 

@@ -12,6 +12,7 @@ A row names what it measured in `key`; `benchmarks.compare` matches rows of two 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -24,13 +25,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.record import Device, Recorder, facts, gpu_state, load
+from benchmarks.reporting.record import Device, Recorder, facts, gpu_state, load
+from deitfast.cuda_graph import capture
+from deitfast.errors import first_line
 
 __all__ = [
-    "Budget", "Device", "Recorder", "Refused", "Roofs", "Timing", "facts", "gpu_state", "load", "measure",
-    "peak_bytes", "rates", "roofs", "rotating", "synchronize", "timed_row", "verify",
+    "Budget", "Device", "Ran", "Recorder", "Refused", "Roofs", "Timing", "facts", "gpu_state", "in_turns", "load",
+    "measure", "peak_bytes", "rates", "roofs", "rotating", "synchronize", "timed_row", "verify",
 ]  # fmt: skip
 T = TypeVar("T")
+RUNS = 2
+"""Measurements of everything, so that every row tells its own noise."""
 
 
 class Refused(Exception):
@@ -94,19 +99,6 @@ def rotating(make_inputs: Callable[[], T], device: Device, most: int = 64) -> li
     return sets + [make_inputs() for _ in range(min(count, most) - 1)]
 
 
-def _graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as a replay of a CUDA graph; raises RuntimeError where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what libraries set up once a stream may not happen during the capture
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        run()
-    return graph.replay
-
-
 def measure(
     call: Callable[..., object],
     *,
@@ -138,7 +130,7 @@ def measure(
             for lap in eager:
                 lap()
 
-        laps = [_graphed(lap_over_all)]
+        laps = [capture(lap_over_all)[0].replay]
     scratch = None
     if flush and on_cuda and sets is None:
         scratch = torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)
@@ -166,6 +158,54 @@ def measure(
         after.record()
     synchronize(device)
     return Timing.of([before.elapsed_time(after) / calls for before, after in events])
+
+
+@dataclass
+class Ran:
+    """How one way ran. launch: graph, or stream where the host launched every kernel; problem: why it did not run."""
+
+    timings: list[Timing]
+    launch: str = ""
+    problem: str | None = None
+
+
+def in_turns(
+    calls: Mapping[str, Callable[..., object]],
+    *,
+    device: Device,
+    sets: Sequence[Any] | None = None,
+    budget_ms: float = 200.0,
+    graph: bool = True,
+) -> dict[str, Ran]:
+    """Time every call as `measure` does, twice, with all others in between, so that the difference shows the noise.
+
+    graph: on CUDA time replays of a CUDA graph, as in a training step. A call that cannot be captured is timed as the
+    host launches it, and may be compared only with what was launched so, too.
+    """
+    found = {name: Ran([]) for name in calls}
+    for _, (name, call) in itertools.product(range(RUNS), calls.items()):
+        ran = found[name]
+        if ran.problem is not None:
+            continue
+        try:
+            timing, ran.launch = _timed(call, device, sets, budget_ms, graph and ran.launch != "stream")
+            ran.timings.append(timing)
+        except RuntimeError as problem:  # out of memory
+            ran.problem = first_line(problem)
+    return found
+
+
+def _timed(
+    call: Callable[..., object], device: Device, sets: Sequence[Any] | None, budget_ms: float, graph: bool
+) -> tuple[Timing, str]:
+    if graph and torch.device(device).type == "cuda":
+        try:
+            return measure(call, device=device, sets=sets, budget_ms=budget_ms, graph=True), "graph"
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # something in it may not be captured; what the host launches can be timed all the same
+            torch.cuda.synchronize()
+    return measure(call, device=device, sets=sets, budget_ms=budget_ms), "stream"
 
 
 def peak_bytes(call: Callable[[], object], device: Device) -> int | None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
-from benchmarks.peers_models import build, logits_of, reference_state, version
+from benchmarks.measuring.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
+from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
 from benchmarks.roofline import CLASSES
 from deitfast.data import Batch, Targets, prepare
 from deitfast.data.batch import targets

@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT
+from benchmarks.reporting.record import ROOT
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,30 @@ class Finished:
         return (f"killed by signal {-self.status}" if self.status < 0 else f"exit status {self.status}") + tail
 
 
-def run_limited(command: Sequence[str], seconds: float, tick: Callable[[], None] | None = None) -> Finished:
+def run_limited(command: Sequence[str], seconds: float, tick: Callable[[str], None] | None = None) -> Finished:
     """Run `command` from the repository's root and kill it, with the processes it started, after `seconds`.
 
-    tick: called about once a second while it runs.
+    tick: called about once a second while it runs, with what it has printed so far.
     """
     start = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        while True:
-            left = start + seconds - time.monotonic()
-            try:
-                out, err = process.communicate(timeout=max(min(left, 1.0), 0.01))
-                status: int | None = process.returncode
-                break
-            except subprocess.TimeoutExpired:
-                if left <= 0:
-                    status = None
-                    out, err = _kill(process)
-                    break
-                if tick:
-                    tick()
-    except BaseException:
-        _kill(process)
-        raise
-    return Finished(status, out, err, time.monotonic() - start)
-
-
-def _kill(process: subprocess.Popen[str]) -> tuple[str, str]:
-    os.killpg(process.pid, signal.SIGKILL)
-    return process.communicate()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        with open(out, "w") as to_out, open(err, "w") as to_err:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=to_out, stderr=to_err, start_new_session=True)
+        try:
+            status = None
+            while status is None and (left := start + seconds - time.monotonic()) > 0:
+                try:
+                    status = process.wait(min(left, 1.0))
+                except subprocess.TimeoutExpired:
+                    if tick:
+                        tick(out.read_text(errors="replace"))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        printed, complained = (path.read_text(errors="replace") for path in (out, err))
+    return Finished(status, printed, complained, time.monotonic() - start)
 
 
 def last_json(out: str) -> dict[str, Any] | None:

@@ -1,0 +1,1 @@
+"""One experiment a file. `deitfast.recipes` is a link to this folder."""
