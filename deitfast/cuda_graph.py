@@ -30,7 +30,8 @@ def capture(
     """`call` as a graph, and what it returned: tensors that each replay fills. Nothing of it has run yet.
 
     stream: one on which `call` has run before, because kernels compile and libraries set themselves up the first time,
-    which a capture does not survive; None runs it once on a new one of `device` (None: the current one). Raises RuntimeError where it cannot be captured.
+    which a capture does not survive; None runs it once on a new one of `device` (None: the current one). Raises
+    RuntimeError where it cannot be captured.
     """
     if stream is None:
         stream = torch.cuda.Stream(device)

@@ -69,7 +69,6 @@ def test_what_cannot_be_captured_is_compared_with_the_fused_op_launched_from_the
         "fused": None,
         "fused, from the host": None,
         "eager": 3.0,
-        "in steps": 2.0,
         "torch.compile": 2.0,
     }
 
