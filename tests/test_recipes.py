@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import os
 import runpy
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -112,15 +113,7 @@ EFFECTS = (
 
 
 def load(name: str) -> Recipe:
-    path = ROOT / "recipes" / f"{name}.py"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(path.parent))  # as python does for a script: recipes build on their neighbours
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module.RECIPE
+    return importlib.import_module(f"deitfast.recipes.{name}").RECIPE
 
 
 def test_every_file_is_in_the_table() -> None:
@@ -141,7 +134,6 @@ def test_the_papers_recipes_do_not_deviate_from_it(size: str) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_recipe_can_be_run_and_says_how(path: Path, monkeypatch, capsys) -> None:
     replace(load(path.stem), data="x").check()
-    monkeypatch.syspath_prepend(str(path.parent))
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
@@ -259,6 +251,19 @@ def test_a_recipe_runs_end_to_end_on_two_processes(name: str, tmp_path: Path) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "smoke test passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run"], ["-m", "deitfast", "train"]], ids=str)
+def test_a_recipe_of_ones_own_builds_on_a_shipped_one_wherever_it_lies(launcher: list[str], tmp_path: Path) -> None:
+    example = ast.get_docstring(ast.parse((ROOT / "recipes" / "__init__.py").read_text()))
+    assert example
+    (tmp_path / "mine.py").write_text(textwrap.dedent(example.split("wherever it lies:")[1]))
+    command = [sys.executable, *launcher, "mine.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "passes over the data [100]" in " ".join(done.stdout.split())
+    assert "[deit_tiny_patch16_224]" in " ".join(done.stdout.split())
 
 
 def test_fields_of_the_table_exist() -> None:

@@ -14,12 +14,13 @@ PLANTED = {
     "kernels.layernorm_mlp(x, x)": "Missing positional arguments",
     "kernels.linear_residual(x, x, x, residual=1)": 'Argument "residual" to "linear_residual" has incompatible type',
     "replace(deit_base.RECIPE, lrr=3)": 'Unexpected keyword argument "lrr"',
+    "replace(deit_tiny_distilled.RECIPE, lr='3')": 'Argument "lr" to "replace" of "Recipe" has incompatible type',
 }
 HEADER = """\
 from dataclasses import replace
 from torch import Tensor
 from deitfast import kernels
-from deitfast.recipes import deit_base
+from deitfast.recipes import deit_base, deit_tiny_distilled
 x = Tensor()
 """
 

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measuring.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
 from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
+from benchmarks.reporting.record import clocks
 from benchmarks.roofline import CLASSES
 from deitfast.data import Batch, Targets, prepare
 from deitfast.data.batch import targets
@@ -276,10 +277,12 @@ def work(job: Job, expected: Reference | None) -> dict[str, Any]:
             synchronize(job.device)
             torch.cuda.reset_peak_memory_stats()
         budget, warmup = (500.0, 1) if job.quick else (3000.0, 3)
-        runs = [
-            measure(step, device=job.device, budget_ms=budget, warmup=warmup, flush=False, most=100)
-            for _ in range(1 if job.quick else 2)
-        ]
+        # Ways run in processes of their own, minutes apart: the clocks say whether the GPU was the same to them.
+        with clocks() as facts["clocks"]:
+            runs = [
+                measure(step, device=job.device, budget_ms=budget, warmup=warmup, flush=False, most=100)
+                for _ in range(1 if job.quick else 2)
+            ]
         if on_cuda:
             facts["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             facts["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30

@@ -68,16 +68,19 @@ def _number(value: float | None, text: str = "{:,.1f}") -> str:
 def step_table(rows: Sequence[Row]) -> str:
     if not rows:
         return NOT_MEASURED
-    lines = ["| model | batch | way | images/s | ms | MFU sheet % | MFU roof % | GiB | first step s | 300 epochs h |"]
-    lines += ["|---|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| model | batch | way | images/s | ms | MFU sheet % | MFU roof % | GiB | first step s | 300 epochs h | MHz |"
+    ]
+    lines += ["|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
         key = row["key"]
         head = f"| {key['model']} | {key['batch']} | {key['way']}{' (taken over)' if row.get('reused') else ''} |"
         if reason := _reason(row):
-            lines.append(f"{head} {reason.replace('|', '/')} | | | | | | |")
+            lines.append(f"{head} {reason.replace('|', '/')} | | | | | | | |")
             continue
         names = ("images_per_second", "ms", "mfu_datasheet_percent", "mfu_roof_percent", "memory_gib", "first_step_s")
         cells = [_number(row.get(name)) for name in (*names, "hours_300_epochs")]
+        cells.append(_number(row.get("clocks", {}).get("sm_mhz"), "{:.0f}"))
         lines.append(f"{head} {' | '.join(cells)} |")
     return "\n".join(lines)
 

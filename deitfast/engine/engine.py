@@ -46,7 +46,7 @@ class Teacher(Protocol):
 
 
 class Engine(Protocol):
-    """What the loop knows of an engine. words: how it runs, for the log."""
+    """What the loop knows of an engine. description: how it runs, for the log."""
 
     description: str
 

@@ -8,11 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded
 from deitfast.recipe import Recipe, flag
+
+if TYPE_CHECKING:
+    from deitfast.training.train import Result
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +69,25 @@ def _without_downloads(chosen: Recipe, base: Recipe) -> Recipe:
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(told), end="\n" * bool(told))
     return chosen
+
+
+def train(recipe: Recipe) -> Result:
+    """Train `recipe` to its end and return its scores; what files in recipes/ do, from Python.
+
+    recipe: its `data` must be given; where its `out` is empty, the run folder is runs/<model>. Everything that the run
+        writes lies there, and the same call goes on from the newest checkpoint in it.
+    This process is the only one, or one of those that torchrun started. Progress is printed.
+
+    Raises DeitfastError for what its user can mend, and SystemExit(75) after a SIGTERM, with everything saved.
+    """
+    recipe = replace(recipe, out=recipe.out or f"runs/{recipe.model}")
+    recipe.check()
+    share_cores_politely()
+    from deitfast.training import train as training
+
+    result = training.smoke(recipe) if recipe.smoke else training.train(recipe)
+    assert result is not None, "only a run that is stopped early has no result"
+    return result
 
 
 def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence[str] | None = None) -> None:

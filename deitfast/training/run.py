@@ -65,7 +65,7 @@ class Run:
         """One line from whichever process has something to tell."""
         if self.folder:
             self.folder.say(text)
-        else:
+        if not self.folder or self.folder.quiet:
             print(text, file=sys.stderr, flush=True)
 
 
@@ -114,7 +114,7 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         decode=decode,
         model=model,
         engine=engine,
-        folder=world.agree(lambda: RunFolder(recipe.out) if world.is_main else None),
+        folder=world.agree(lambda: RunFolder(recipe.out, quiet=recipe.smoke) if world.is_main else None),
         notes=notes,
     )
     return run, data

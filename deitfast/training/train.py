@@ -27,12 +27,18 @@ from deitfast.use.evaluate import Scores, evaluate
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with. `ema` is None where no average is kept; images_per_second is of the training steps."""
+    """What a run ended with.
+
+    raw, ema: scores of the weights and of their average, which is None where none is kept. images_per_second: of the
+    training steps. engine: how the steps ran, in words. folder: where everything lies.
+    """
 
     step: int
     raw: Scores
     ema: Scores | None
     images_per_second: float
+    engine: str
+    folder: Path
 
 
 def train(
@@ -156,7 +162,9 @@ def evaluate_both(run: Run, images_per_second: float, limit: int | None) -> Resu
     if run.recipe.ema_decay:
         with run.engine.averaged():
             averaged = scores()
-    return Result(run.step, raw, averaged, images_per_second)
+    return Result(
+        run.step, raw, averaged, images_per_second, engine=run.engine.description, folder=Path(run.recipe.out)
+    )
 
 
 def record(run: Run, result: Result) -> None:
@@ -202,11 +210,11 @@ def conclude(run: Run, result: Result) -> None:
     )
 
 
-def smoke(recipe: Recipe) -> None:
+def smoke(recipe: Recipe) -> Result:
     """Prove an installation: three small steps of `recipe` with a save and a resume between, and an evaluation.
 
     Batch, epochs and evaluated images shrink, and on CPU, for fresh weights, the depth; the code that runs and all else
-    of the recipe do not. The run folder is temporary.
+    of the recipe do not. The run folder is temporary. What so short a run learns says nothing, and is not printed.
     """
     world = start(recipe.device)
     begun = time.monotonic()
@@ -214,22 +222,30 @@ def smoke(recipe: Recipe) -> None:
     batch = 4 * world.size
     small = replace(
         recipe, out=out, epochs=1, warmup_epochs=0.0, batch=batch, mix_group=min(recipe.mix_group, batch // world.size),
-        micro_batch=0, log_every=1, smoke=False,
+        micro_batch=0, log_every=1, smoke=True,
     )  # fmt: skip
     depth = 2 if world.device.type == "cpu" and not recipe.init else None
+    what = (
+        f"{recipe.model}{f' cut to {depth} blocks' if depth else ''} on {recipe.data}, {world.size} "
+        f"{world.device.type} process(es)"
+    )
     saved_at = 2 if world.device.type == "cpu" else UNCAPTURED_STEPS + 2  # on a GPU both parts replay the graph
     last = 2 * saved_at - 1
+    if world.is_main:
+        print(f"smoke test of {what}: {last} steps, a checkpoint, an evaluation", flush=True)
     try:
         train(small, stop_at=saved_at, depth=depth)
-        train(small, stop_at=last, eval_images=16, depth=depth)
+        result = train(small, stop_at=last, eval_images=16, depth=depth)
+        assert result is not None
         world.barrier()  # not in `finally`: after an error the others would wait there
         if world.is_main:
-            blocks = f" cut to {depth} blocks" if depth else ""
             print(
-                f"smoke test passed: {recipe.model}{blocks} on {recipe.data}, "
-                f"{world.size} {world.device.type} process(es): {last} steps ran, saved and resumed at step "
-                f"{saved_at}, evaluated; {duration(time.monotonic() - begun)}"
+                f"smoke test passed: {what}, {duration(time.monotonic() - begun)}\n"
+                f"  {result.step} steps ran with a finite loss: {result.engine}\n"
+                f"  the run was saved after step {saved_at} and resumed from its checkpoint\n"
+                f"  {result.raw.images} images were evaluated"
             )
+        return result
     finally:
         if world.is_main:
             shutil.rmtree(out, ignore_errors=True)
