@@ -218,7 +218,7 @@ def _find(recipe: Recipe, classes: int, device: torch.device, image_size: int) -
 def _ours(name: str, weights: str, classes: int, fused: bool | None) -> tuple[nn.Module, Input]:
     if weights and weights != "fresh":
         head = read_state_dict(weights).get("head.weight")
-        classes = classes if head is None else head.shape[0]
+        classes = classes if head is None or not head.ndim else head.shape[0]
         model = create_model(name, pretrained=weights, num_classes=classes, fused=fused)
     elif weights:
         model = create_model(name, num_classes=classes, fused=fused)
@@ -292,7 +292,7 @@ def _stated_input(path: Path, image_size: int) -> Input:
             raise DeitfastError(f"{path}: {unknown[0]!r} unknown. Use {', '.join(sorted(valid))}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}
         return replace(wants, **values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DeitfastError(f"{path} does not state a teacher's input: {first_line(error)}") from error
 
 

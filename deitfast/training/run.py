@@ -217,7 +217,7 @@ def resume(run: Run) -> None:
     """Bring `run` to the newest whole checkpoint of its folder, if there is one."""
     if run.folder:
         run.folder.check_recipe(run.recipe)
-    found = checkpoint.load_newest(Path(run.recipe.out) / "ckpt", run.say)
+    found = checkpoint.load_newest(Path(run.recipe.out) / "ckpt", run.say, stems=run.engine.tensors())
     if found is None:
         return
     if found.state["steps_per_epoch"] != run.order.steps_per_epoch and not run.recipe.allow_changes:
