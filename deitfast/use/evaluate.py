@@ -137,7 +137,7 @@ def real_labels(path: Path, manifest: Manifest) -> list[list[int]]:
     """
     try:
         table = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DeitfastError(f"{path} cannot be read as ReaL labels: {str(error).splitlines()[0]}") from error
     if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
         raise DeitfastError(f"{path} holds no list of lists of labels. Give real.json of reassessed-imagenet")
@@ -157,7 +157,7 @@ def _loader(
 ) -> EvalLoader:
     return EvalLoader(
         manifest, image_size=model.image_size, crop_ratio=crop_ratio, batch=batch,
-        rank=world.rank, world=world.size, device=world.device, workers=workers, decode=decode,
+        rank=world.rank, world_size=world.size, device=world.device, workers=workers, decode=decode,
     )  # fmt: skip
 
 
