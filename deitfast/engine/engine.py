@@ -109,9 +109,9 @@ class PlainEngine:
             reduce_now = self.world.size == 1 or micro == self.accumulation - 1
             with contextlib.nullcontext() if reduce_now else self.trained.no_sync():  # type: ignore[operator]
                 images, targets = prepare(batch, self.recipe)
+                teacher_logits = self.teacher(images) if self.teacher else None
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                     outputs = self.trained(images, self.drop_path.arrange(self.drop_path.draw(batch)))
-                teacher_logits = self.teacher(images) if self.teacher else None
                 loss = training_loss(outputs, targets, self.recipe, teacher_logits) / self.accumulation
                 loss.backward()
             self.loss_sum += loss.detach() / self.world.size
@@ -260,8 +260,8 @@ class FlatEngine:
         self.skipped_in_row.copy_(torch.where(finite, 0.0, self.skipped_in_row + 1))
         torch.maximum(self.skipped_most, self.skipped_in_row, out=self.skipped_most)
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor | tuple[Tensor, Tensor], Targets, Tensor]:
-        """The model's outputs for a micro-batch, their targets, and the patches (m, P, 3 * patch * patch) it saw."""
+    def forward(self, inputs: Inputs) -> tuple[Tensor | tuple[Tensor, Tensor], Targets, Tensor | None]:
+        """The model's outputs for a micro-batch, their targets, and the teacher's logits."""
         recipe = self.recipe
         patches_BPK = input_patches(
             inputs.images, inputs.erase, inputs.mix_box, inputs.lam, inputs.index, inputs.view, inputs.epoch,
@@ -269,17 +269,17 @@ class FlatEngine:
             dtype=self.dtype, mixes=recipe.mixes,
         )  # fmt: skip
         targets = mixed_targets(inputs.labels, inputs.lam, recipe.mixes, recipe.smoothing)
-        return self.compute(patches_BPK, self.drop_path.arrange(inputs.drop)), targets, patches_BPK
-
-    def loss(self, inputs: Inputs) -> Tensor:
-        """Mean loss of a micro-batch, fp32 scalar."""
-        outputs, targets, patches_BPK = self.forward(inputs)
         teacher_logits = None
-        if self.teacher:
+        if self.teacher:  # first: what it takes is free again when the student's activations come
             patch = self.model.patch_size
             side = self.model.image_size // patch
             images = rearrange(patches_BPK, "b (y x) (c p q) -> b c (y p) (x q)", y=side, c=3, p=patch)
             teacher_logits = self.teacher(images)
+        return self.compute(patches_BPK, self.drop_path.arrange(inputs.drop)), targets, teacher_logits
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """Mean loss of a micro-batch, fp32 scalar."""
+        outputs, targets, teacher_logits = self.forward(inputs)
         return training_loss(outputs, targets, self.recipe, teacher_logits)
 
     def pop_loss(self) -> tuple[Tensor, Tensor]:
