@@ -178,7 +178,7 @@ def _loader(
 ) -> EvalLoader:
     return EvalLoader(
         manifest, image_size=model.image_size, crop_ratio=crop_ratio, batch=batch,
-        rank=world.rank, world=world.size, device=world.device, workers=workers, decode=decode,
+        rank=world.rank, world_size=world.size, device=world.device, workers=workers, decode=decode,
     )  # fmt: skip
 
 
