@@ -72,8 +72,8 @@ class LayerScale(nn.Module):
         return x_BND * self.gamma
 
 
-class Kept(NamedTuple):
-    """Drop-path by subset: only these images run through a block's two branches, each scaled by batch / kept."""
+class Subset(NamedTuple):
+    """Drop-path by subset: only these images run through a block's two branches, each scaled by batch / K."""
 
     index_2K: Tensor  # int64, ascending: images of the batch that keep the attention branch, and the MLP branch
     scale: float
@@ -82,8 +82,8 @@ class Kept(NamedTuple):
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    drop: drop-path of one block. A tensor (2, B) scales the two residual branches of each image; `Kept` runs them for a
-    subset of the images only, and the others pass unchanged; None leaves the branches whole.
+    drop: drop-path of one block. A tensor (2, B) scales the two residual branches of each image; `Subset` runs them for
+    some of the images only, and the others pass unchanged; None leaves the branches whole.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, layer_scale: float | None) -> None:
@@ -95,16 +95,16 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, drop: Tensor | Subset | None = None) -> Tensor:
         x_BND = _add_branch(x_BND, lambda x: self.ls1(self.attn(self.norm1(x))), drop, 0)
         return _add_branch(x_BND, lambda x: self.ls2(self.mlp(self.norm2(x))), drop, 1)
 
 
-def _add_branch(x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Kept | None, which: int) -> Tensor:
+def _add_branch(x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Subset | None, which: int) -> Tensor:
     """x + branch(x) under drop-path; `which`: 0 for the attention branch, 1 for the MLP branch."""
     if drop is None:
         return x_BND + branch(x_BND)
-    if isinstance(drop, Kept):
+    if isinstance(drop, Subset):
         index_K = drop.index_2K[which]
         return x_BND.index_add(0, index_K, branch(x_BND[index_K]).to(x_BND.dtype), alpha=drop.scale)
     out_BND = branch(x_BND)
@@ -179,12 +179,12 @@ class DeiT(nn.Module):
         if self.distilled:
             yield "head_dist", self.head_dist
 
-    def draw_keep(self, batch: int, device: torch.device) -> Tensor | None:
+    def draw_path_scales(self, batch: int, device: torch.device) -> Tensor | None:
         """Drop-path scales (depth, 2, batch) in fp32 from torch's generator, or None where nothing is ever dropped."""
         if not any(self.drop_path_rates):
             return None
         uniform = torch.rand(len(self.blocks), 2, batch, device=device)
-        return keep_scales(uniform, self.drop_path_rates)
+        return path_scales(uniform, self.drop_path_rates)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), normalised, or their patches, to the tokens (B, N, D) that enter the first block.
@@ -216,16 +216,16 @@ class DeiT(nn.Module):
         missing = self.num_prefix_tokens - self.num_prefix_positions
         return F.pad(self.pos_embed, (0, 0, missing, 0)) if missing else self.pos_embed
 
-    def forward_features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None) -> Tensor:
         """Images (B, 3, S, S), normalised, or their patches (see `embed`) to normalised tokens (B, N, D).
 
-        drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is kept, or a `Kept`
-        (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
+        drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is not, or a
+        `Subset` (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
         """
         if not self.training:
             drop = None
         elif drop is None:
-            drop = self.draw_keep(images.shape[0], images.device)
+            drop = self.draw_path_scales(images.shape[0], images.device)
         x_BND = self.embed(images)
         for i, block in enumerate(self.blocks):
             one = None if drop is None else drop[i]
@@ -241,7 +241,7 @@ class DeiT(nn.Module):
         return tuple(x_BND[:, i] for i in range(self.num_prefix_tokens))
 
     def forward(
-        self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None
+        self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, classes); for a distilled model in training both heads' logits. See `forward_features`."""
         x_BND = self.forward_features(images, drop)
@@ -252,7 +252,7 @@ class DeiT(nn.Module):
         return (logits, logits_dist) if self.training else (logits + logits_dist) / 2
 
 
-def keep_scales(uniform: Tensor, drop_path_rates: list[float]) -> Tensor:
+def path_scales(uniform: Tensor, drop_path_rates: list[float]) -> Tensor:
     """Uniform draws (depth, 2, B) in [0, 1) to drop-path scales: 0 with the block's probability p, else 1 / (1 - p)."""
     p = torch.tensor(drop_path_rates, dtype=uniform.dtype, device=uniform.device)[:, None, None]
     return (uniform >= p) / (1 - p)
