@@ -30,10 +30,11 @@ import torch
 from PIL import Image
 
 from benchmarks.bench_loader import open_images
-from benchmarks.micro import device_missing
-from deitfast.data import Manifest, TrainLoader, draws, host_ops
-from deitfast.data.policy import FILL, Policy, plan
-from deitfast.data.policy_draws import OPS, PolicyDraws, level
+from benchmarks.measuring.command import ready
+from deitfast.data import Manifest, TrainLoader, draws
+from deitfast.data import cpu_ops as host_ops
+from deitfast.data.augmentation import FILL, Augmentation, plan
+from deitfast.data.augmentation_draws import OPS, AugmentationDraws, level
 from deitfast.errors import DeitfastError
 from deitfast.kernels.image_ops import image_ops, image_ops_reference
 from deitfast.recipe import Recipe
@@ -43,7 +44,7 @@ from tests.reference import import_timm
 SIZES = ((224, 224), (161, 243))
 """Height and width of the images of the first table."""
 
-Way = Callable[[np.ndarray, PolicyDraws], np.ndarray]
+Way = Callable[[np.ndarray, AugmentationDraws], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def ways(device: str) -> dict[str, Way]:
     """What the first table compares, by name."""
 
     def planned(run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], on: str = "cpu") -> Way:
-        def way(images: np.ndarray, drawn: PolicyDraws) -> np.ndarray:
+        def way(images: np.ndarray, drawn: AugmentationDraws) -> np.ndarray:
             steps = torch.from_numpy(plan(drawn, images.shape[2], images.shape[1]))
             return run(torch.from_numpy(images).to(on), steps.to(on)).cpu().numpy()
 
@@ -123,7 +124,7 @@ def test_images(manifest: Manifest, count: int) -> list[np.ndarray]:
     return [np.stack(batch) for batch in batches if batch]
 
 
-def spread(op: int, count: int) -> PolicyDraws:
+def spread(op: int, count: int) -> AugmentationDraws:
     """One slot of `op` at magnitudes from 0 to 10, alternating in sign and in scale."""
     i, magnitude = np.arange(count), np.linspace(0, 10, count)
     sign = np.where(i // 2 % 2, -1.0, 1.0)
@@ -131,7 +132,7 @@ def spread(op: int, count: int) -> PolicyDraws:
     amount = np.where(i % 2, amounts[1], amounts[0])
     if OPS[op] == "blur":
         amount = 0.1 + 0.19 * magnitude
-    return PolicyDraws(np.full((count, 1), op), amount[:, None])
+    return AugmentationDraws(np.full((count, 1), op), amount[:, None])
 
 
 def compare_operations(manifest: Manifest, count: int, device: str) -> bool:
@@ -151,7 +152,9 @@ def compare_operations(manifest: Manifest, count: int, device: str) -> bool:
     return fine
 
 
-def timm_transform(size: int, notation: str | None, box: Sequence[int], mirrored: bool, drawn: PolicyDraws) -> Any:
+def timm_transform(
+    size: int, notation: str | None, box: Sequence[int], mirrored: bool, drawn: AugmentationDraws
+) -> Any:
     """timm's training transform up to uint8, with the crop, the flip and RandAugment's operations of one view."""
     import_timm()
     from timm.data import create_transform
@@ -190,7 +193,7 @@ def compare_loader(manifest: Manifest, count: int, device: str) -> bool:
     index, view, epoch = whole.index.cpu().numpy(), whole.view.cpu().numpy(), whole.epoch
     boxes = draws.random_resized_crop(manifest.width[index], manifest.height[index], index, epoch, view, recipe.seed)
     mirrored = draws.flip(index, epoch, view, recipe.seed)
-    drawn = Policy(recipe, size, torch.device("cpu")).draw(index, epoch, view)
+    drawn = Augmentation(recipe, size, torch.device("cpu")).draw(index, epoch, view)
     none = replace(drawn, ops=np.zeros_like(drawn.ops))
 
     rows = {"crop, resize, flip": RESIZED, "RandAugment of the same pixels": EXACT, "all": WHOLE}
@@ -218,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=40, help="images of the first table, views of the second (40)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args(argv)
-    if device_missing("augment_parity", options.device):
+    if not ready("augment_parity", options.device):
         return 2
     try:
         if options.limit < 2:

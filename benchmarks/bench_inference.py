@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Budget, Recorder, Refused, Timing, measure, synchronize, timed_row
-from benchmarks.micro import arguments, device_missing
-from benchmarks.peers_models import build, logits_of, reference_state, version
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, Recorder, Refused, Timing, measure, synchronize, timed_row
+from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
 from benchmarks.roofline import forward_macs, full_name
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError
-from deitfast.inference import Predictor
-from deitfast.zoo import find_variant
+from deitfast.model.zoo import find_variant
+from deitfast.use.inference import Predictor
 
 MODELS = ("deit_base", "deit_small", "deit_tiny")
 BATCHES = (1, 8, 64, 256)
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=int, help="default: 1 8 64 256; with --quick 1 and 2")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all; with --quick ours, timm and huggingface")
     options = parser.parse_args(argv)
-    if device_missing("bench_inference", options.device):
+    if not ready("bench_inference", options.device):
         return 2
     try:
         models = [full_name(name) for name in options.models or (["deit_tiny"] if options.quick else MODELS)]

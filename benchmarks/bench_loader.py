@@ -37,10 +37,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Budget, Recorder, Timing, synchronize, timed_row
-from benchmarks.micro import arguments, device_missing
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, Recorder, Timing, synchronize, timed_row
 from deitfast.data import Manifest, TrainLoader, open_dataset
-from deitfast.data.augment import prepare_patches
+from deitfast.data.batch import prepare_patches
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 
@@ -68,7 +68,7 @@ def decode_only(manifest: Manifest, setting: Setting) -> Iterator[int]:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
-    from deitfast.data.graph import decode
+    from deitfast.data.dali import decode
 
     device = torch.device(setting.device)
     order = itertools.cycle(range(len(manifest)))
@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, default=None, help="pixels (default 224; with --quick 64)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     options = parser.parse_args(argv)
-    if device_missing("bench_loader", options.device):
+    if not ready("bench_loader", options.device):
         return 2
     batch = options.batch or (24 if options.quick else 96)
     try:

@@ -5,7 +5,7 @@ python -m benchmarks.bench_optimizer [--device cpu --quick] [--out FILE] [--minu
 Every way clips the gradient's norm, updates fp32 weights, moves their average and, on a GPU, writes a bf16 copy of the
 weights, from the same gradients (bf16 in the flat way on a GPU, fp32 everywhere else). First, three updates of every
 way are compared with float64; one that is wrong gets no number. On a GPU replays of a CUDA graph are timed; a way that
-cannot be captured is timed as the host launches it.
+cannot be captured is timed as the host launches it, beside the flat update launched so.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Budget, Recorder, Refused, Roofs, Timing, measure, roofs, timed_row, verify
-from benchmarks.micro import PEER_FACTOR, RUNS, arguments, device_missing
-from deitfast.flat import FlatState
-from deitfast.model import create_model
-from deitfast.optim import Ema, parameter_groups
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, Recorder, Refused, Roofs, in_turns, roofs, timed_row, verify
+from benchmarks.micro import PEER_FACTOR
+from deitfast.engine.flat import FlatState
+from deitfast.engine.optim import Ema, parameter_groups
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 
 MODELS = {"B": "deit_base_patch16_224", "S": "deit_small_patch16_224", "Ti": "deit_tiny_patch16_224"}
@@ -36,6 +37,7 @@ WAYS = {
     "lamb": ("flat", "timm foreach"),
     "sgd": ("flat", "torch fused", "torch foreach"),
 }
+FROM_HOST = "flat, from the host"
 CHECKED = (1.0, -0.5, 2.0)
 """Factors of the gradient in the updates that are compared: exact in bf16, and unlike enough to show every term."""
 
@@ -175,36 +177,33 @@ def time_model(
         except (Refused, RuntimeError) as problem:
             report(recorder, {"key": {**key, "way": way_name}, "refused": str(problem).splitlines()[0]})
     del exact, eager
-    runs: dict[str, list[Timing]] = {way_name: [] for way_name in present}
-    launch: dict[str, str] = {}
-    for _, (way_name, way) in itertools.product(range(RUNS), present.items()):
-        timing, launch[way_name] = timed(partial(way.update, 0), device, budget_ms, graph)
-        runs[way_name].append(timing)
-    for way_name, timings in runs.items():
-        row = timed_row({**key, "way": way_name}, timings, 0.0, nbytes, roof) | {"launch": launch[way_name]}
-        if way_name != "flat" and "flat" in runs:
-            row["fused_speedup"] = row["ms"] / next(
-                r["ms"] for r in recorder.rows if r["key"] == {**key, "way": "flat"}
-            )
+    updates = {way_name: partial(way.update, 0) for way_name, way in present.items()}
+    found = in_turns(updates, device=device, budget_ms=budget_ms, graph=graph)
+    if "flat" in found and found["flat"].launch == "graph" and any(ran.launch == "stream" for ran in found.values()):
+        # What cannot be captured, for a norm that the host reads, say, is compared with ours launched the same way.
+        ours = in_turns({FROM_HOST: updates["flat"]}, device=device, budget_ms=budget_ms, graph=False)
+        found = {"flat": found.pop("flat")} | ours | found
+    flat_ms = {}
+    for way_name, ran in found.items():
+        row_key = {**key, "way": way_name}
+        if ran.problem is not None:
+            report(recorder, {"key": row_key, "failed": ran.problem})
+            continue
+        row = timed_row(row_key, ran.timings, 0.0, nbytes, roof) | {"launch": ran.launch}
+        if way_name in ("flat", FROM_HOST):
+            flat_ms[ran.launch] = row["ms"]
+        elif ran.launch in flat_ms:
+            row["fused_speedup"] = row["ms"] / flat_ms[ran.launch]
         report(recorder, row)
-
-
-def timed(update: Callable[[], object], device: str, budget_ms: float, graph: bool) -> tuple[Timing, str]:
-    if graph and device == "cuda":
-        try:
-            return measure(update, device=device, sets=None, budget_ms=budget_ms, graph=True), "graph"
-        except RuntimeError:  # its norm is read on the host, say
-            torch.cuda.synchronize()
-    return measure(update, device=device, budget_ms=budget_ms), "stream"
 
 
 def report(recorder: Recorder, row: dict[str, Any]) -> None:
     """Record a row and print it in one line."""
     recorder.add(row)
     key = row["key"]
-    label = f"{key['op']:6} {key['model']:6} {key['way']:14}"
-    if "refused" in row:
-        print(f"{label} refused: {row['refused']}", flush=True)
+    label = f"{key['op']:6} {key['model']:6} {key['way']:19}"
+    if reason := next((kind for kind in ("refused", "failed") if kind in row), None):
+        print(f"{label} {reason}: {row[reason]}", flush=True)
         return
     speedup = f" flat {row['fused_speedup']:.2f}x" if "fused_speedup" in row else ""
     print(f"{label} {row['ms']:9.4f} ms {row['gbps']:7.1f} GB/s {row['roof_percent']:5.1f} % of the copy roof{speedup}")
@@ -217,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS), help="optimisers; default: all")
     parser.add_argument("--no-graph", action="store_true", help="time what the host launches, not a CUDA graph")
     options = parser.parse_args(argv)
-    if device_missing("bench_optimizer", options.device):
+    if not ready("bench_optimizer", options.device):
         return 2
     budget = Budget(options.minutes)
     with Recorder(options.out, "optimizer", options.device, options.quick) as recorder:

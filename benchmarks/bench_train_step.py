@@ -28,12 +28,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Budget, Recorder, Refused, Roofs, load
-from benchmarks.micro import arguments, device_missing
-from benchmarks.peers_models import version
-from benchmarks.processes import last_json, run_limited
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, Recorder, Refused, Roofs, load
+from benchmarks.measuring.peers_models import version
+from benchmarks.measuring.processes import last_json, run_limited
+from benchmarks.measuring.train_steps import Job, Reference, measured_roofs, reference, roof_from, work
 from benchmarks.roofline import full_name, gpu_of, hours_for_imagenet, mfu
-from benchmarks.train_steps import Job, Reference, measured_roofs, reference, roof_from, work
 from deitfast.errors import DeitfastError
 
 MODELS = ("deit_base", "deit_small", "deit_tiny", "deit_base_384")
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.worker:
         return worker(options.worker)
-    if device_missing("bench_train_step", options.device):
+    if not ready("bench_train_step", options.device):
         return 2
     models = options.models or (["deit_tiny"] if options.quick else list(MODELS))
     try:

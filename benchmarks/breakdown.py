@@ -24,10 +24,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench_train_step import BATCHES, OURS, job_of, ways
-from benchmarks.harness import Recorder, Timing, measure, roofs, synchronize, timed_row
-from benchmarks.micro import arguments, device_missing
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Recorder, Timing, measure, roofs, synchronize, timed_row
+from benchmarks.measuring.train_steps import TrainStep, make_train_step
 from benchmarks.roofline import BUDGET, BUDGET_MODEL, full_name, part_floors
-from benchmarks.train_steps import TrainStep, make_train_step
 from deitfast.errors import DeitfastError
 
 PARTS = {
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="default 512, 128 at 384 px, 4 with --quick")
     parser.add_argument("--way", default=OURS, help="as in bench_train_step (default ours)")
     options = parser.parse_args(argv)
-    if device_missing("breakdown", options.device):
+    if not ready("breakdown", options.device):
         return 2
     model = options.model or ("deit_tiny" if options.quick else "deit_base")
     batch = options.batch or (4 if options.quick else BATCHES.get(model, 128))

@@ -34,14 +34,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_train_step import job_of, machine, ratios, reusable, run_worker
-from benchmarks.harness import Budget, load
-from benchmarks.micro import arguments, device_missing
-from benchmarks.page import write_page
-from benchmarks.processes import run_limited
-from benchmarks.record import facts, gpu_state
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, load
+from benchmarks.measuring.processes import run_limited
+from benchmarks.reporting.page import write_page
+from benchmarks.reporting.record import facts, gpu_state
 
 QUICK_TESTS = ["tests/kernels/test_layernorm_qkv.py", "tests/kernels/test_mlp.py", "-x", "-m", "not slow and not gpu"]
-OPS = ("attention", "mlp_gelu", "layernorm_qkv", "block_ops")
+OPS = {
+    "attention": ("attention",),
+    "mlp_gelu": ("mlp_gelu",),
+    "layernorm_qkv": ("layernorm_qkv", "layernorm"),
+    "block_ops": ("block", "layernorm_mlp", "linear_residual"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ PARTS = (
     Part("roof", 0.5),
     Part("step", 6.0, ("benchmarks.bench_train_step",)),
     Part("breakdown", 1.0, ("benchmarks.breakdown",)),
-    *(Part(op, 0.5, (f"benchmarks.bench_{op}",), ("--no-compile",)) for op in OPS),
-    *(Part(op, 0.3, (f"benchmarks.bench_{op}",)) for op in ("input", "optimizer")),
+    *(Part(name, 0.5, ("benchmarks.micro", *ops), ("--no-compile",)) for name, ops in OPS.items()),
+    Part("input", 0.3, ("benchmarks.micro", "input_patches", "patch_embed")),
+    Part("optimizer", 0.3, ("benchmarks.bench_optimizer",)),
     Part("curves", 1.5, ("benchmarks.loss_curves",)),
     Part("inference", 1.0, ("benchmarks.bench_inference",)),
     Part("loader", 1.0, ("benchmarks.bench_loader",)),
@@ -127,7 +133,7 @@ def run_part(part: Part, results: Results, options: argparse.Namespace, seconds:
                 row for row in kept if row["key"] not in measured
             ]
 
-        def tick() -> None:
+        def tick(_: str) -> None:
             if found := rows():
                 results.put(part.name, found, status="running", seconds=time.monotonic() - start)
 
@@ -192,7 +198,7 @@ def finish(results: Results, folder: Path) -> None:
     results.data["finished"] = {"date": facts(results.data["device"])["date"], "gpu_state": gpu_state()}
     results.write()
     try:
-        from benchmarks.plots import draw_all
+        from benchmarks.reporting.plots import draw_all
 
         plots = draw_all(results.data, folder)
     except ImportError as problem:
@@ -211,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.out is None:
         parser.error("--out DIR is needed")
-    if device_missing("gpu_suite", options.device):
+    if not ready("gpu_suite", options.device):
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running part too
     budget = Budget(options.minutes)

@@ -3,9 +3,9 @@
     python -m benchmarks.loss_curves --data DIR [--model deit_tiny] [--steps 300] [--batch 256] [--out FILE]
     python -m benchmarks.loss_curves --device cpu --quick
 
-The ways are training as it runs (`deitfast.train`, the same images in the same order): the engine with fused blocks in
-bf16, eager PyTorch in the plain loop in bf16 and in fp32, and the last with another seed. Curves are averaged over
-windows of steps. The engine is fine where its largest distance from eager fp32 is at most that of the two seeds.
+The ways are training as it runs (`deitfast.training.train`, the same images in the same order): the engine with fused
+blocks in bf16, eager PyTorch in the plain loop in bf16 and in fp32, and the last with another seed. Curves are averaged
+over windows of steps. The engine is fine where its largest distance from eager fp32 is at most that of the two seeds.
 
 Exit status 1 where it is not, 2 without the device.
 """
@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Budget, Recorder
-from benchmarks.micro import arguments, device_missing
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, Recorder
 from benchmarks.roofline import full_name
 from deitfast.recipe import Recipe
-from deitfast.train import train
+from deitfast.training.train import train
 
 EXACT, OTHER_SEED, OURS = "eager fp32", "eager fp32, another seed", "ours"
 _WINDOWS = 15
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="default 300; with --quick 30")
     parser.add_argument("--batch", type=int, help="default 256; with --quick 64")
     options = parser.parse_args(argv)
-    if device_missing("loss_curves", options.device):
+    if not ready("loss_curves", options.device):
         return 2
     steps = options.steps or (30 if options.quick else 300)
     model = options.model or ("deit_digits_patch4_16" if options.quick else "deit_tiny")

@@ -1,4 +1,4 @@
-"""The loop that the micro benchmarks share: check an op, time it beside its baselines, print a table, write rows.
+"""Every op beside its baselines: check it, time it, print a table, write rows.
 
 Every way of computing an op is called with the same tensors. The fused op is first compared with float64 at the very
 shape that is timed, output and every gradient; where that fails, no way gets a number at that shape. Baselines are
@@ -6,7 +6,13 @@ compared too, with a wider margin: one that disagrees is listed as failed.
 
 Every time is taken twice, with all other ways in between, so that the difference shows the noise. On a GPU what is
 timed are replays of a CUDA graph (`launch`: "graph"), as in a training step; a way that cannot be captured is timed
-as the host launches it ("stream").
+as the host launches it ("stream"), and then the fused op is too, so that like is compared with like.
+
+    python -m benchmarks.micro [OP ...] [--device cpu --quick] [--out FILE] [--minutes 8]
+
+Attention's baselines are eager, torch.compile, every SDPA backend and flash-attn: they take the same packed tensor and
+give the same layout, so that they pay for the views and copies that a block around them pays for. LayerNorm has Liger's
+beside it, the input op the package's own eager steps.
 """
 
 from __future__ import annotations
@@ -18,30 +24,31 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import (
     Budget,
+    Ran,
     Recorder,
     Roofs,
-    Timing,
-    measure,
+    in_turns,
     peak_bytes,
     roofs,
     rotating,
     timed_row,
     verify,
 )
-from benchmarks.ops import MODELS, OPS, Draw, Op, Shape, Tensors
-from benchmarks.peers_ops import COMPILED, FUSED, Absent, Way, ways
-from deitfast.errors import first_line
+from benchmarks.measuring.ops import COMPILED, FUSED, OPS, WORK, Absent, Way, ways
+from deitfast.errors import did_you_mean, first_line
+from deitfast.kernels.catalogue import MODELS, Draw, Op, Shape, Tensors
 
 FORWARD, BOTH = "forward", "forward+backward"
-RUNS = 2
+FROM_HOST = f"{FUSED}, from the host"
+OURS = (FUSED, FROM_HOST)
 PEER_FACTOR = 10.0
 """How much farther than eager a baseline may be from float64: enough to tell another rounding from another function."""
 
@@ -77,23 +84,26 @@ class Case:
         """The output, as `out`, and the gradient of every input that has one."""
         out = self.forward(way, inputs)
         names = [name for name, tensor in inputs.tensors.items() if tensor.requires_grad]
-        grads = torch.autograd.grad(out, [inputs.tensors[name] for name in names], inputs.dout) if names else ()
+        leaves = [inputs.tensors[name] for name in names]
+        grads = torch.autograd.grad(out, leaves, inputs.dout.to(out.dtype)) if names else ()
         return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
 
     def exact(self, inputs: Inputs, chunk: int = 32) -> dict[str, Tensor]:
-        """The same in float64 by the reference, `chunk` samples at a time to save memory."""
+        """In float64 by the reference; where samples stand for themselves, `chunk` at a time, to save memory."""
+        alone = self.op.per_sample
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, self.shape.batch, chunk):
+        for start in range(0, self.shape.batch, chunk if alone else self.shape.batch):
             part = {
-                name: _exact(tensor.detach()[start : start + chunk] if name in self.op.per_sample else tensor.detach())
+                name: _exact(tensor.detach()[start : start + chunk] if name in alone else tensor.detach())
                 for name, tensor in inputs.tensors.items()
             }
             for name, tensor in part.items():
                 tensor.requires_grad_(name not in self.op.constants)
-            results = self.both(self.op.reference, Inputs(part, inputs.dout[start : start + chunk].double()))
+            dout = inputs.dout[start : start + chunk] if alone else inputs.dout
+            results = self.both(self.op.reference, Inputs(part, dout.double()))
             for name, value in results.items():
                 parts.setdefault(name, []).append(value)
-        per_sample = {"out"} | {f"d{name}" for name in self.op.per_sample}
+        per_sample = {"out", *(f"d{name}" for name in alone)} if alone else set()
         return {
             name: torch.cat(values) if name in per_sample else torch.stack(values).sum(0)
             for name, values in parts.items()
@@ -129,7 +139,7 @@ def time_case(
         if row and row not in recorder.rows:  # once is enough, not at every shape
             _report(recorder, row)
     present = {name: way for name, way in chosen.items() if not isinstance(way, Absent)}
-    fused = present.get(FUSED, case.op.fused)
+    fused = present.get(FUSED, case.op.function)
     inputs = case.inputs()
     exact, eager = case.exact(inputs), case.both(case.op.reference, inputs)
     try:
@@ -165,43 +175,38 @@ def _time_direction(
     budget_ms: float,
     graph: bool,
 ) -> None:
-    runs: dict[str, list[Timing]] = {name: [] for name in present}
-    launch: dict[str, str] = {}
-    for _, (name, way) in itertools.product(range(RUNS), present.items()):
-        if launch.get(name) == "failed":
+    key = {**key, "pass": direction}
+    found = _run(case, direction, present, sets, budget_ms, graph)
+    launches = {ran.launch for ran in found.values()}
+    ours_from_host = found[FUSED].launch == "stream" if FUSED in found else _ours(recorder.rows, key, "stream")
+    if "stream" in launches and not ours_from_host:
+        # What could not be captured is compared with the fused op launched the same way.
+        ours = {FROM_HOST: present.get(FUSED, case.op.function)}
+        found |= _run(case, direction, ours, sets, budget_ms, graph=False)
+        present = present | ours
+    flops, nbytes = WORK[case.op.name](case.shape).total(direction == BOTH, case.dtype.itemsize)
+    for name, ran in sorted(found.items(), key=lambda item: item[0] not in OURS):
+        if ran.problem is not None:
+            _report(recorder, {"key": {**key, "way": name}, "failed": ran.problem})
             continue
-        try:
-            timing, launch[name] = _measure(case.step(way, direction), sets, case.device, budget_ms, graph)
-            runs[name].append(timing)
-        except RuntimeError as problem:  # out of memory
-            launch[name] = "failed"
-            row_key = {**key, "way": name, "pass": direction}
-            _report(recorder, {"key": row_key, "failed": first_line(problem)})
-    flops, nbytes = case.op.work(case.shape).total(direction == BOTH, case.dtype.itemsize)
-    for name, timings in runs.items():
-        if launch[name] == "failed":
-            continue
-        row = timed_row({**key, "way": name, "pass": direction}, timings, flops, nbytes, roof)
-        row |= {"launch": launch[name], "peak_bytes": None}
+        row = timed_row({**key, "way": name}, ran.timings, flops, nbytes, roof) | {"launch": ran.launch}
         row["peak_bytes"] = peak_bytes(partial(case.step(present[name], direction), sets[0]), case.device)
-        if name != FUSED and (ours := _find(recorder, {**key, "way": FUSED, "pass": direction})):
-            row["fused_speedup"] = row["ms"] / ours["ms"]
+        if name not in OURS and (ours_ms := _ours(recorder.rows, key, ran.launch)):
+            row["fused_speedup"] = row["ms"] / ours_ms
         _report(recorder, row)
 
 
-def _measure(
-    step: Callable[[Inputs], object], sets: Sequence[Inputs], device: str, budget_ms: float, graph: bool
-) -> tuple[Timing, str]:
-    if graph and device == "cuda":
-        try:
-            return measure(step, device=device, sets=sets, budget_ms=budget_ms, graph=True), "graph"
-        except RuntimeError:  # something in it may not be captured; what the host launches can be timed all the same
-            torch.cuda.synchronize()
-    return measure(step, device=device, sets=sets, budget_ms=budget_ms), "stream"
+def _run(
+    case: Case, direction: str, ways: dict[str, Way], sets: Sequence[Inputs], budget_ms: float, graph: bool
+) -> dict[str, Ran]:
+    calls = {name: case.step(way, direction) for name, way in ways.items()}
+    return in_turns(calls, device=case.device, sets=sets, budget_ms=budget_ms, graph=graph)
 
 
-def _find(recorder: Recorder, key: dict[str, Any]) -> dict[str, Any] | None:
-    return next((row for row in recorder.rows if row["key"] == key and "ms" in row), None)
+def _ours(rows: Sequence[dict[str, Any]], key: dict[str, Any], launch: str) -> float | None:
+    """Milliseconds of the fused op at `key`, launched as `launch` says."""
+    keys = [{**key, "way": name} for name in OURS]
+    return next((row["ms"] for row in rows if row["key"] in keys and row.get("launch") == launch), None)
 
 
 # On screen -----------------------------------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ def _report(recorder: Recorder, row: dict[str, Any]) -> None:
     """Record a row and print it in one line."""
     recorder.add(row)
     key = row["key"]
-    shape = Shape(key["model"], key["tokens"], key["batch"]) if "model" in key else "any shape"
+    shape = Shape.of(key["model"], key["tokens"], key["batch"]) if "model" in key else "any shape"
     label = f"{key['op']:15} {shape!s:12}"
     way = f"{key.get('way', ''):15} {key.get('pass', ''):16}"
     reason = next((kind for kind in ("refused", "failed", "absent", "skipped") if kind in row), None)
@@ -231,17 +236,17 @@ def _numbers(row: dict[str, Any]) -> str:
 def table(op: str, rows: Iterable[dict[str, Any]]) -> str:
     """One line a shape and direction: the fused op's numbers, then how many times as long each baseline takes."""
     rows = [row for row in rows if row["key"]["op"] == op and "ms" in row]
-    baselines = list(dict.fromkeys(row["key"]["way"] for row in rows if row["key"]["way"] != FUSED))
+    baselines = list(dict.fromkeys(row["key"]["way"] for row in rows if row["key"]["way"] not in OURS))
     head = f"{'shape':12} {'pass':16} {'fused ms':>9} {'TFLOP/s':>8} {'GB/s':>7} {'roof %':>6} {'MiB':>6}"
     lines = [f"== {op}", head + "".join(f" {name:>14}" for name in baselines)]
     for ours in (row for row in rows if row["key"]["way"] == FUSED):
         key = ours["key"]
         peers = {row["key"]["way"]: row for row in rows if row["key"] == {**key, "way": row["key"]["way"]}}
         memory = "-" if ours["peak_bytes"] is None else f"{ours['peak_bytes'] / 2**20:.0f}"
-        line = f"{Shape(key['model'], key['tokens'], key['batch'])!s:12} {key['pass']:16} {ours['ms']:9.4f}"
+        line = f"{Shape.of(key['model'], key['tokens'], key['batch'])!s:12} {key['pass']:16} {ours['ms']:9.4f}"
         line += f" {ours['tflops']:8.2f} {ours['gbps']:7.1f} {ours['roof_percent']:6.1f} {memory:>6}"
         for name in baselines:
-            value = f"{peers[name]['ms'] / ours['ms']:.2f}x" if name in peers else "-"
+            value = f"{peers[name]['fused_speedup']:.2f}x" if "fused_speedup" in peers.get(name, {}) else "-"
             line += f" {value:>14}"
         lines.append(line)
     return "\n".join(lines)
@@ -253,46 +258,31 @@ def table(op: str, rows: Iterable[dict[str, Any]]) -> str:
 def shapes(quick: bool) -> list[Shape]:
     """DeiT's shapes, the most telling first; few and tiny with `quick`."""
     if quick:
-        return [Shape("Ti", 5, 3)]
+        return [Shape.of("Ti", 5, 3)]
     ordered = [(197, 256), (577, 32), (198, 256), (197, 64), (577, 128), (197, 512)]
-    return [Shape(model, tokens, batch) for tokens, batch in ordered for model in ("B", "S", "Ti")]
+    return [Shape.of(model, tokens, batch) for tokens, batch in ordered for model in ("B", "S", "Ti")]
 
 
-def arguments(parser: argparse.ArgumentParser, minutes: float = 8.0) -> None:
-    """The options that all benchmarks of this folder have."""
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: proves that everything runs, not how fast")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="results as JSON, rewritten after every row")
-    parser.add_argument("--minutes", type=float, default=minutes, help=f"wall time (default {minutes:g})")
+def main(argv: Sequence[str] | None = None, ops: dict[str, Op] | None = None) -> int:
+    """Exit status 1 where an op is refused, 2 without the device.
 
-
-def device_missing(program: str, device: str) -> bool:
-    """Whether the device is not there; says so."""
-    if device == "cuda" and not torch.cuda.is_available():
-        print(f"{program}: no CUDA device; --device cpu --quick rehearses on CPU", file=sys.stderr)
-        return True
-    return False
-
-
-def main(names: Sequence[str], theme: str, argv: Sequence[str] | None = None, ops: dict[str, Op] | None = None) -> int:
-    """Run the micro benchmark of the ops `names`. Exit status 1 where an op is refused, 2 without the device.
-
-    ops: definitions in place of `benchmarks.ops.OPS`.
+    ops: definitions in place of `benchmarks.measuring.ops.OPS`.
     """
-    program = f"bench_{theme}"
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=f"Time {', '.join(names)}.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.micro", description=__doc__.split("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"default: all of {', '.join(OPS)}")
     arguments(parser)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), help="default: all")
     parser.add_argument("--tokens", nargs="+", type=int, help="default: 197 198 577")
     parser.add_argument("--batches", nargs="+", type=int, help="default: 32 to 512")
-    parser.add_argument("--only", nargs="+", choices=list(names), default=list(names), help="ops; default: all")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes longest")
     parser.add_argument("--no-graph", action="store_true", help="time what the host launches, not a CUDA graph")
     options = parser.parse_args(argv)
-    if device_missing(program, options.device):
+    names = options.ops or list(OPS)
+    if unknown := [name for name in names if name not in OPS]:
+        print(f"micro: op {unknown[0]!r} unknown.{did_you_mean(unknown[0], OPS)}", file=sys.stderr)
         return 2
-    budget = Budget(options.minutes)
-    definitions = OPS if ops is None else ops
+    if not ready("micro", options.device):
+        return 2
     selected = [
         shape
         for shape in shapes(options.quick)
@@ -302,33 +292,42 @@ def main(names: Sequence[str], theme: str, argv: Sequence[str] | None = None, op
     ]
     if not selected:
         every = ", ".join(map(str, shapes(options.quick)))
-        print(f"{program}: no shape is left of {every}; change --models, --tokens or --batches", file=sys.stderr)
+        print(f"micro: no shape is left of {every}; change --models, --tokens or --batches", file=sys.stderr)
         return 2
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    with Recorder(options.out, theme, options.device, options.quick) as recorder:
-        roof = roofs(options.device, options.quick)
-        recorder.note("roofs", asdict(roof))
-        print(f"roof: {roof.tflops:.1f} TFLOP/s, {roof.gbps:.0f} GB/s")
-        slowest = {False: 0.0, True: 0.0}
-        # torch.compile comes in a round of its own, last: it takes longer than all else and must not crowd it out.
-        rounds = (False, True) if not options.no_compile else (False,)
-        for compiled, shape, name in itertools.product(rounds, selected, options.only):
-            case = Case(definitions[name], shape, options.device, dtype)
-            if not budget.fits(slowest[compiled] or 1.0):
-                key = {"op": name, **shape.key(), "dtype": str(dtype).removeprefix("torch.")}
-                _report(recorder, {"key": key | ({"way": COMPILED} if compiled else {}), "skipped": "no time left"})
-                continue
-            chosen = {way: call for way, call in ways(case.op, options.device).items() if compiled == (way == COMPILED)}
-            if compiled:
-                torch.compiler.reset()
-            start = time.monotonic()
-            try:
-                time_case(case, chosen, recorder, roof, 10.0 if options.quick else 50.0, not options.no_graph)
-            except torch.OutOfMemoryError as problem:
-                _report(recorder, {"key": {"op": name, **shape.key()}, "failed": first_line(problem)})
-            slowest[compiled] = max(slowest[compiled], time.monotonic() - start)
-        for name in options.only:
+    with Recorder(options.out, "micro", options.device, options.quick) as recorder:
+        time_all([(OPS if ops is None else ops)[name] for name in names], selected, recorder, options)
+        for name in names:
             print(table(name, recorder.rows))
         for row in recorder.refused:
             print(f"REFUSED {row['key']['op']}: {row['refused']}", file=sys.stderr)
         return 1 if recorder.refused else 0
+
+
+def time_all(ops: Sequence[Op], selected: Sequence[Shape], recorder: Recorder, options: argparse.Namespace) -> None:
+    """Every op at every shape within the minutes; what there is no time for is a row that says so."""
+    budget, dtype = Budget(options.minutes), torch.bfloat16 if options.device == "cuda" else torch.float32
+    roof = roofs(options.device, options.quick)
+    recorder.note("roofs", asdict(roof))
+    print(f"roof: {roof.tflops:.1f} TFLOP/s, {roof.gbps:.0f} GB/s")
+    slowest = {False: 0.0, True: 0.0}
+    # torch.compile comes in a round of its own, last: it takes longer than all else and must not crowd it out.
+    rounds = (False, True) if not options.no_compile else (False,)
+    for compiled, shape, op in itertools.product(rounds, selected, ops):
+        case = Case(op, shape, options.device, dtype)
+        if not budget.fits(slowest[compiled] or 1.0):
+            key = {"op": op.name, **shape.key(), "dtype": str(dtype).removeprefix("torch.")}
+            _report(recorder, {"key": key | ({"way": COMPILED} if compiled else {}), "skipped": "no time left"})
+            continue
+        chosen = {way: call for way, call in ways(op, options.device).items() if compiled == (way == COMPILED)}
+        if compiled:
+            torch.compiler.reset()
+        start = time.monotonic()
+        try:
+            time_case(case, chosen, recorder, roof, 10.0 if options.quick else 50.0, not options.no_graph)
+        except torch.OutOfMemoryError as problem:
+            _report(recorder, {"key": {"op": op.name, **shape.key()}, "failed": first_line(problem)})
+        slowest[compiled] = max(slowest[compiled], time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import goal_table
-from benchmarks.harness import load
-from benchmarks.page import rows_of, step_table
-from benchmarks.record import ROOT
+from benchmarks.measuring.harness import load
+from benchmarks.reporting.page import goal_table, rows_of, step_table
+from benchmarks.reporting.record import ROOT
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 RESULTS = ROOT / "benchmarks" / "results"

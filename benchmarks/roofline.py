@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 from deitfast.errors import DeitfastError, did_you_mean
-from deitfast.zoo import VARIANTS, Variant, find_variant
+from deitfast.model.zoo import VARIANTS, Variant, find_variant
 
 IMAGENET_EPOCHS, IMAGENET_IMAGES, CLASSES = 300, 1_281_167, 1000
 
@@ -208,7 +208,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
     the CPU's own attention. Arguments are the op's, tensors as shapes."""
     import torch
 
-    import deitfast.fused  # noqa: F401 (defines the ops)
+    import deitfast.model.fused  # noqa: F401 (defines the ops)
 
     ours, aten = torch.ops.deitfast, torch.ops.aten
 
@@ -252,7 +252,8 @@ def counted_flops(model: str, *, fused: bool, backward: bool = False) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from deitfast.model import DeiT, create_model
+    from deitfast.model.deit import DeiT
+    from deitfast.model.factory import create_model
 
     # The truncated normal looks at its draws, which the meta device has none of.
     with torch.device("meta"), mock.patch.object(DeiT, "init_weights"):

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from benchmarks.harness import Budget, Recorder, synchronize
-from benchmarks.micro import Case, arguments, device_missing
-from benchmarks.ops import OPS, Shape
-from benchmarks.record import ROOT
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, Recorder, synchronize
+from benchmarks.measuring.ops import OPS
+from benchmarks.measuring.processes import run_limited
+from benchmarks.micro import Case
+from deitfast.kernels.catalogue import Shape
 
 TOOLS = ("memcheck", "racecheck")
 ERROR_STATUS = 9
@@ -29,23 +28,9 @@ ERROR_STATUS = 9
 
 def small_case(name: str, device: str, dtype: torch.dtype, quick: bool) -> None:
     """One op forward and backward: the smallest DeiT, with a token count that fills no block."""
-    case = Case(OPS[name], Shape("Ti", 5 if quick else 197, 2), device, dtype)
-    case.both(case.op.fused, case.inputs())
+    case = Case(OPS[name], Shape.of("Ti", 5 if quick else 197, 2), device, dtype)
+    case.both(case.op.function, case.inputs())
     synchronize(device)
-
-
-def watch(command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Exit status (None where the time ran out), seconds and last lines of a command."""
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as expired:
-        partial = expired.stdout or b""  # bytes even with text=True, on some Python versions
-        status, output = None, partial if isinstance(partial, str) else partial.decode(errors="replace")
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "tail": output.splitlines()[-25:]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(OPS), default=list(OPS), help="ops; default: all")
     parser.add_argument("--small-case", choices=list(OPS), help="only run this op once; what the sanitizer watches")
     options = parser.parse_args(argv)
-    if device_missing("sanitize", options.device):
+    if not ready("sanitize", options.device):
         return 2
     on_gpu = options.device == "cuda"
     if options.small_case:
@@ -74,25 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                     recorder.add({"key": key, "skipped": "no time left"})
                     print(f"{check:12} {name:16} skipped: no time left")
                     continue
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.sanitize",
-                    "--small-case",
-                    name,
-                    "--device",
-                    options.device,
-                ]
+                command = [sys.executable, "-m", "benchmarks.sanitize", "--small-case", name]
+                command += ["--device", options.device]
                 command += ["--quick"] * options.quick
                 if on_gpu:
                     command = [str(tool), "--tool", check, "--error-exitcode", str(ERROR_STATUS), *command]
-                result = watch(command, budget.left)
-                verdict = {0: "clean", None: "cut off: no time left"}.get(result["status"], "FAILED")
-                print(f"{check:12} {name:16} {verdict} ({result['seconds']} s)", flush=True)
+                finished = run_limited(command, budget.left)
+                verdict = {0: "clean", None: "cut off: no time left"}.get(finished.status, "FAILED")
+                print(f"{check:12} {name:16} {verdict} ({finished.seconds:.1f} s)", flush=True)
+                tail = (finished.out + finished.err).splitlines()[-25:]
                 if verdict == "FAILED":
                     failed.append(name)
-                    print("\n".join(result["tail"]))
-                recorder.add({"key": key, "verdict": verdict, **result})
+                    print("\n".join(tail))
+                recorder.add({"key": key, "verdict": verdict, "seconds": finished.seconds, "tail": tail})
     return 1 if failed else 0
 
 

@@ -35,10 +35,10 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks import compile_report
-from benchmarks.harness import Budget, Recorder, Timing, measure, rotating, timed_row, verify
-from benchmarks.micro import arguments, device_missing
-from benchmarks.ops import MODELS, Draw, Tensors
-from benchmarks.tune_sites import Candidate, Site, sites
+from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.harness import Budget, Recorder, Timing, measure, rotating, timed_row, verify
+from benchmarks.workshop.tune_sites import Candidate, Site, sites
+from deitfast.kernels.catalogue import MODELS, Draw, Tensors
 from deitfast.kernels.common import INTERPRETED, architecture
 
 FINALISTS = 3
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if INTERPRETED:
         print("tune: TRITON_INTERPRET=1 is set, so nothing can be compiled; unset it", file=sys.stderr)
         return 2
-    if options.compile_only is None and device_missing("tune", options.device):
+    if options.compile_only is None and not ready("tune", options.device):
         return 2
     on_gpu = options.compile_only is None and options.device == "cuda"
     arch = architecture(torch.empty(0, device="cuda")) if on_gpu else options.arch or 90

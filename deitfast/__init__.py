@@ -5,27 +5,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deitfast.acceleration import AccelerationReport, accelerate
     from deitfast.errors import DeitfastError
-    from deitfast.model import DeiT, create_model
-    from deitfast.predict import Classifier, get_model, inference_model
+    from deitfast.model.acceleration import AccelerationReport, accelerate
+    from deitfast.model.deit import DeiT
+    from deitfast.model.factory import create_model
+    from deitfast.model.zoo import list_models
     from deitfast.recipe import Recipe
-    from deitfast.zoo import list_models
+    from deitfast.training.launch import run
+    from deitfast.use.predict import Classifier, get_model, inference_model
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that `deitfast --help` and `deitfast models` never wait for torch.
 _HOMES = {
-    "AccelerationReport": "deitfast.acceleration",
-    "accelerate": "deitfast.acceleration",
+    "AccelerationReport": "deitfast.model.acceleration",
+    "accelerate": "deitfast.model.acceleration",
     "DeitfastError": "deitfast.errors",
-    "DeiT": "deitfast.model",
-    "create_model": "deitfast.model",
-    "Classifier": "deitfast.predict",
-    "get_model": "deitfast.predict",
-    "inference_model": "deitfast.predict",
-    "list_models": "deitfast.zoo",
+    "DeiT": "deitfast.model.deit",
+    "create_model": "deitfast.model.factory",
+    "Classifier": "deitfast.use.predict",
+    "get_model": "deitfast.use.predict",
+    "inference_model": "deitfast.use.predict",
+    "list_models": "deitfast.model.zoo",
     "Recipe": "deitfast.recipe",
+    "run": "deitfast.training.launch",
 }
 __all__ = [
     "AccelerationReport",
@@ -38,6 +41,7 @@ __all__ = [
     "get_model",
     "inference_model",
     "list_models",
+    "run",
 ]
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class World:
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one process that writes files and speaks."""
         return self.rank == 0
 
@@ -96,6 +97,7 @@ def start(device: str = "auto") -> World:
                 f"process {local_rank} has no GPU: this machine has {torch.cuda.device_count()}. "
                 "Start fewer processes, or give --device cpu"
             )
+        check_compiler()
         where = torch.device("cuda", local_rank)
         torch.cuda.set_device(where)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
@@ -30,3 +31,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
     nearest = max(choices, key=likeness, default="")
     return f" Did you mean {nearest}?" if nearest and likeness(nearest) >= _NEAR else ""
+
+
+def say(line: str) -> None:
+    """One line to stderr."""
+    print(f"deitfast: {line}", file=sys.stderr, flush=True)

@@ -6,18 +6,12 @@ main.py of facebookresearch/deit). Where a default cannot be the paper's value, 
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from deitfast.errors import DeitfastError, did_you_mean
-from deitfast.guard import guarded
+from deitfast.errors import DeitfastError
 
 PAPER_TRAIN_IMAGES = 1_281_167
 _RAND_AUGMENT = re.compile(r"none|three|rand-m\d+(\.\d+)?(-mstd\d+(\.\d+)?)?(-inc1)?")
@@ -145,7 +139,7 @@ class Recipe:
             for name in names.split():
                 value = getattr(self, name)
                 if not low <= value <= high:
-                    raise DeitfastError(f"{_flag(name)} is {value}, must be in [{low:g}, {high:g}]")
+                    raise DeitfastError(f"{flag(name)} is {value}, must be in [{low:g}, {high:g}]")
         choices = {
             "precision": ("auto", "bf16", "fp32"),
             "fused": ("auto", "yes", "no"),
@@ -160,7 +154,7 @@ class Recipe:
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
-                raise DeitfastError(f"{_flag(name)} is {getattr(self, name)!r}, must be one of {', '.join(valid)}")
+                raise DeitfastError(f"{flag(name)} is {getattr(self, name)!r}, must be one of {', '.join(valid)}")
         if not _RAND_AUGMENT.fullmatch(self.rand_augment):
             raise DeitfastError(
                 f"--rand-augment is {self.rand_augment!r}, must be none, three, or timm's notation such as "
@@ -174,7 +168,7 @@ class Recipe:
         if self.mixes and (self.batch % 2 or self.micro_batch % 2 or self.mix_group % 2):
             odd = next(n for n in ("batch", "micro_batch", "mix_group") if getattr(self, n) % 2)
             raise DeitfastError(
-                f"{_flag(odd)} is {getattr(self, odd)}, odd, but mixup and cutmix mix pairs. "
+                f"{flag(odd)} is {getattr(self, odd)}, odd, but mixup and cutmix mix pairs. "
                 "Make it even, or give --mixup 0 --cutmix 0"
             )
         if self.warmup_epochs > self.epochs:
@@ -216,91 +210,11 @@ class Recipe:
     def changes(self, other: dict[str, Any]) -> list[str]:
         """Where a recorded recipe (a dict of its fields) differs in what determines the result."""
         return [
-            f"{_flag(f.name)} is {getattr(self, f.name)!r}, was {other.get(f.name)!r}"
+            f"{flag(f.name)} is {getattr(self, f.name)!r}, was {other.get(f.name)!r}"
             for f in fields(self)
             if not f.metadata.get("machine") and getattr(self, f.name) != other.get(f.name, f.default)
         ]
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises DeitfastError, in one line, with the nearest flag's name."""
-
-    def error(self, message: str) -> NoReturn:
-        raise DeitfastError(message)
-
-
-def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", description: str = "") -> Recipe:
-    """`base` with the fields given as flags replaced, checked.
-
-    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Unknown and mistyped ones raise
-    DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
-    """
-    parser = _Parser(
-        prog=prog or None, description=description, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    for f in fields(Recipe):
-        value = getattr(base, f.name)
-        text = f"{f.metadata['help']} [{value if value != '' else 'none'}]".replace("%", "%%")
-        if isinstance(value, bool):
-            parser.add_argument(_flag(f.name), action=argparse.BooleanOptionalAction, default=value, help=text)
-        else:
-            parser.add_argument(_flag(f.name), type=type(f.default), default=value, help=text, metavar="")
-    known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        name = unknown[0].split("=", 1)[0]
-        hint = did_you_mean(name, (_flag(f.name) for f in fields(Recipe))) or " --help lists the flags."
-        kind = "flag" if name.startswith("-") else "argument"
-        raise DeitfastError(f"unknown {kind} {name}.{hint}")
-    return replace(base, **vars(known))
-
-
-def share_cores_politely() -> None:
-    """Let PyTorch's idle CPU threads sleep instead of spin; to be called before torch is imported.
-
-    Spinning threads take the cores from DALI's decoders and from any other process: on two cores beside one other busy
-    process the digits recipe ran at 450 images/s with sleeping threads and at 55 to 210 with spinning ones.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _without_downloads(chosen: Recipe, base: Recipe) -> Recipe:
-    """For a smoke test: what the recipe's file names, and the command line does not, and is not on this machine yet."""
-    told = []
-    if chosen.init and chosen.init == base.init and not Path(chosen.init).exists():
-        told.append(f"no weights at {chosen.init} yet: the smoke test starts from fresh ones")
-        chosen = replace(chosen, init="", reset_head=False)
-    if chosen.teacher and chosen.teacher == base.teacher:
-        told.append(f"an untrained teacher stands in for {chosen.teacher}; --teacher tries another")
-        chosen = replace(chosen, teacher="deit_tiny_patch16_224:fresh")
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(told), end="\n" * bool(told))
-    return chosen
-
-
-def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence[str] | None = None) -> None:
-    """What a file in recipes/ calls: apply the command line to its recipe and train.
-
-    name: the default run folder's name. description: the file's docstring, printed by --help.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-
-    def main() -> None:
-        chosen = parse_flags(recipe, arguments, description=description)
-        chosen = replace(chosen, out=chosen.out or f"runs/{name}")
-        if chosen.smoke:
-            chosen = _without_downloads(chosen, recipe)
-        chosen.check()
-        share_cores_politely()
-        from deitfast.train import smoke, train
-
-        if chosen.smoke:
-            smoke(chosen)
-        else:
-            train(chosen, stated=recipe)
-
-    guarded(main)

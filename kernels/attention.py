@@ -51,6 +51,7 @@ from deitfast.kernels.common import (
     autocast,
     check_dtypes,
     check_last_contiguous,
+    op,
     runs_triton,
 )
 
@@ -299,28 +300,16 @@ def _eager_bwd(
 # Ops -----------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("deitfast::attention_fwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("attention_fwd")
 def attention_fwd_op(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """qkv (B, N, 3D) -> out (B, N, D), lse (B, H, N) fp32."""
     return attention_fwd(qkv, num_heads, scale)
 
 
-@attention_fwd_op.register_fake
-def _(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    batch, tokens, width = qkv.shape
-    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
-    return qkv.new_empty(batch, tokens, width // 3), lse
-
-
-@torch.library.custom_op("deitfast::attention_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("attention_bwd")
 def attention_bwd_op(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
     """The gradient of qkv (B, N, 3D)."""
     return attention_bwd(dout, qkv, out, lse, num_heads, scale)[0]
-
-
-@attention_bwd_op.register_fake
-def _(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> Tensor:
-    return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, int, float], output: tuple[Tensor, Tensor]) -> None:

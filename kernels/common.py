@@ -1,14 +1,15 @@
-"""What every op shares: where it runs, what it accepts, how a launch is chosen and listed for the compile report."""
+"""What every op shares: how it is declared, where it runs, what it accepts, how a launch is chosen and listed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """True where Triton runs kernels in its interpreter; decided, as Triton does, when the kernels are imported."""
@@ -16,9 +17,43 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result", covariant=True)
+
+
+class Op(Protocol[Arguments, Result]):
+    """A torch.library op, which is called as the function that it was made of."""
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result: ...
+
+    def register_autograd(
+        self, backward: Callable[..., Any], /, *, setup_context: Callable[[Any, Any, Any], None]
+    ) -> None: ...
+
+
+def op(name: str) -> Callable[[Callable[Arguments, Result]], Op[Arguments, Result]]:
+    """Decorator: the function as the op `deitfast::name`, on CPU and CUDA, which mutates none of its inputs.
+
+    The function is its own fake implementation: on tensors without data it takes its eager branch, which computes
+    shapes, strides and dtypes as on data. A branch that reads values must ask `has_data` first.
+    """
+
+    def declare(function: Callable[Arguments, Result]) -> Op[Arguments, Result]:
+        made = torch.library.custom_op(f"deitfast::{name}", function, mutates_args=(), device_types=("cpu", "cuda"))
+        made.register_fake(function)
+        return cast(Op[Arguments, Result], made)
+
+    return declare
+
+
+def has_data(x: Tensor) -> bool:
+    """Whether x has values, not only a shape: false under torch.compile, torch.export and on the meta device."""
+    return not (isinstance(x, FakeTensor) or x.is_meta)
+
+
 def runs_triton(x: Tensor) -> bool:
     """Whether an op on `x` launches its Triton kernels (CUDA, or the interpreter) or takes the eager implementation."""
-    return x.is_cuda or INTERPRETED
+    return (x.is_cuda or INTERPRETED) and has_data(x)
 
 
 def architecture(x: Tensor) -> int:

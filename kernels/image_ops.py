@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deitfast.kernels.blur import BLUR, blur_reference, box_kernel
-from deitfast.kernels.common import CompileCase, Launch, check_last_contiguous, check_shape, runs_triton
+from deitfast.kernels.common import CompileCase, Launch, check_last_contiguous, check_shape, has_data, op, runs_triton
 from deitfast.kernels.photometric import (
     AUTOCONTRAST,
     BRIGHTNESS,
@@ -149,12 +149,12 @@ def image_ops_kernel(
                 tl.store(destination + offset, value.to(tl.uint8), mask=inside)
 
 
-@torch.library.custom_op("deitfast::image_ops", mutates_args=(), device_types=("cpu", "cuda"))
+@op("image_ops")
 def _image_ops(images: Tensor, plan: Tensor, fill: list[int], blurs: bool) -> Tensor:
-    if not runs_triton(images):
-        return image_ops_reference(images, plan, (fill[0], fill[1], fill[2]))
-    slots, (m, H, W, _) = len(plan), images.shape
     out = torch.empty_like(images)
+    if not runs_triton(images):
+        return image_ops_reference(images, plan, (fill[0], fill[1], fill[2])) if has_data(images) else out
+    slots, (m, H, W, _) = len(plan), images.shape
     if not images.numel():
         return out
     # Slots write to `out` and `other` in turn, the last to `out`; the blur goes through the one that is free.
@@ -198,11 +198,6 @@ def _options(launch: Launch) -> dict[str, int]:
     """Launch keywords; a fused multiply-add would round once where PIL rounds twice."""
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
     return {**launch.tiles, **options}
-
-
-@_image_ops.register_fake
-def _(images: Tensor, plan: Tensor, fill: list[int], blurs: bool) -> Tensor:
-    return torch.empty_like(images)
 
 
 def image_ops(images: Tensor, plan: Tensor, fill: tuple[int, int, int], blurs: bool = False) -> Tensor:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deitfast.kernels.common import DTYPES, INTERPRETED, CompileCase, Launch, check_shape, runs_triton
+from deitfast.kernels.common import DTYPES, INTERPRETED, CompileCase, Launch, check_shape, has_data, op, runs_triton
 
 NOISE = 4
 """Stream of the erasing noise in the fourth counter word."""
@@ -286,15 +286,17 @@ def input_patches_kernel(
 # The op --------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("deitfast::input_patches", mutates_args=(), device_types=("cpu", "cuda"))
+@op("input_patches")
 def _input_patches(
     images: Tensor, erase: Tensor, mix_box: Tensor, lam: Tensor, index: Tensor, view: Tensor, epoch: Tensor,
     seed: int, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, mixes: bool,
 ) -> Tensor:  # fmt: skip
     m, H, W, _ = images.shape
-    out = torch.empty(_shape(images, patch_size), dtype=dtype, device=images.device)
+    patches, values = (H // patch_size) * (W // patch_size), 3 * patch_size * patch_size
+    out = torch.empty((m, patches, values), dtype=dtype, device=images.device)
     if not runs_triton(images):
-        _input_cpu(images, erase, mix_box, lam, index, view, epoch, out, seed, patch_size, mean, std, mixes)
+        if has_data(images):
+            _input_cpu(images, erase, mix_box, lam, index, view, epoch, out, seed, patch_size, mean, std, mixes)
         return out
     # Triton's interpreter pays for every operation, whatever the size of its tensors: there a program takes it all.
     block = triton.next_power_of_2(H * W) if INTERPRETED else LAUNCH.tiles["BLOCK"]
@@ -326,19 +328,6 @@ def _input_patches(
             num_stages=LAUNCH.num_stages,
         )
     return out
-
-
-def _shape(images: Tensor, patch_size: int) -> tuple[int, int, int]:
-    m, H, W, _ = images.shape
-    return m, (H // patch_size) * (W // patch_size), 3 * patch_size * patch_size
-
-
-@_input_patches.register_fake
-def _(
-    images: Tensor, erase: Tensor, mix_box: Tensor, lam: Tensor, index: Tensor, view: Tensor, epoch: Tensor,
-    seed: int, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, mixes: bool,
-) -> Tensor:  # fmt: skip
-    return images.new_empty(_shape(images, patch_size), dtype=dtype)
 
 
 def input_patches(

@@ -56,11 +56,6 @@ def kept_rows(x: Tensor, kept: Tensor | None, scale: float) -> KeptRows | None:
     return None if kept is None else KeptRows(kept, scale, x.shape[1:-1].numel())
 
 
-def branch_shape(x: Tensor, kept: Tensor | None) -> tuple[int, ...]:
-    """The shape of x (B, ..., D) with the samples of `kept` alone."""
-    return tuple(x.shape) if kept is None else (kept.shape[0], *x.shape[1:])
-
-
 def check_kept(op: str, x: Tensor, keep: Tensor | None, kept: Tensor | None, kept_scale: float) -> None:
     """Raise unless kept (K,), or None, can index the samples of x (B, ..., D). Its values are on the device, unread."""
     if kept is None:

@@ -31,16 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.kernels.attention import attention_bwd, attention_fwd, attention_reference, check_heads
-from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, rows
+from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, op, rows
 from deitfast.kernels.gemm import check_linear, linear_fwd, linear_residual_fwd
-from deitfast.kernels.kept_rows import add_kept, branch_shape, check_kept, kept_rows
+from deitfast.kernels.kept_rows import add_kept, check_kept, kept_rows
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
-from deitfast.kernels.linear_residual import (
-    check_residual,
-    empty_linear_gradients,
-    linear_residual_bwd,
-    linear_residual_reference,
-)
+from deitfast.kernels.linear_residual import check_residual, linear_residual_bwd, linear_residual_reference
 from deitfast.kernels.row_sums import row_sums
 
 
@@ -71,7 +66,7 @@ def layernorm_attention_reference(
     return linear_residual_reference(attended(x), proj_weight, proj_bias, x, gamma, keep)
 
 
-@torch.library.custom_op("deitfast::layernorm_attention", mutates_args=(), device_types=("cpu", "cuda"))
+@op("layernorm_attention")
 def _layernorm_attention(
     x: Tensor,
     ln_weight: Tensor,
@@ -91,39 +86,14 @@ def _layernorm_attention(
     taken, (tokens, width) = kept_rows(x, kept, kept_scale), x.shape[-2:]
     out = None if taken is None else torch.empty((x.shape[:-1].numel(), width), dtype=x.dtype, device=x.device)
     normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, qkv_weight.dtype, taken, out)
-    sequences = math.prod(branch_shape(x, kept)[:-2])
+    sequences = math.prod(x.shape[:-2] if kept is None else (kept.shape[0], *x.shape[1:-2]))
     qkv = linear_fwd(normed, qkv_weight, qkv_bias).view(sequences, tokens, 3 * width)
     attended, lse = attention_fwd(qkv, num_heads, scale)
     out = linear_residual_fwd(rows(attended), proj_weight, proj_bias, rows(x), gamma, keep, taken, out)
     return out.view(x.shape), normed, mean, rstd, qkv, attended, lse
 
 
-@_layernorm_attention.register_fake
-def _(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: Tensor | None,
-    num_heads: int,
-    eps: float,
-    scale: float,
-    kept_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sequences, (tokens, width) = math.prod(branch_shape(x, kept)[:-2]), x.shape[-2:]
-    mean, rstd = (x.new_empty(sequences * tokens, dtype=torch.float32) for _ in range(2))
-    normed = qkv_weight.new_empty(sequences * tokens, width)
-    qkv, attended = (qkv_weight.new_empty(sequences, tokens, columns) for columns in (3 * width, width))
-    lse = x.new_empty(sequences, num_heads, tokens, dtype=torch.float32)
-    return x.new_empty(x.shape), normed, mean, rstd, qkv, attended, lse
-
-
-@torch.library.custom_op("deitfast::layernorm_attention_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("layernorm_attention_bwd")
 def _layernorm_attention_bwd(
     dout: Tensor,
     x: Tensor,
@@ -153,42 +123,13 @@ def _layernorm_attention_bwd(
     dattended = (proj.dlinear @ proj_weight).view(attended.shape)
     dqkv, dq_sums = attention_bwd(dattended, qkv, attended, lse, num_heads, scale, wants_sums=wanted_qkv)
     dqkv = rows(dqkv)
-    dqkv_weight, dqkv_bias, _ = empty_linear_gradients(qkv_weight, None, False)
+    dqkv_weight, dqkv_bias = (qkv_weight.new_empty(0) for _ in range(2))
     if wanted_qkv and dq_sums is not None and proj.sums is not None:
         dqkv_weight, dqkv_bias = dqkv.t() @ normed, qkv_weight.new_zeros(qkv_weight.shape[0])
         row_sums(dq_sums, qkv_weight.dtype, out=dqkv_bias.narrow(0, 0, x.shape[-1]))
         row_sums(proj_weight, qkv_weight.dtype, proj.sums, out=dqkv_bias.narrow(0, 2 * x.shape[-1], x.shape[-1]))
     dx, dln_weight, dln_bias = layernorm_bwd(dqkv @ qkv_weight, rows(x), ln_weight, mean, rstd, dout, taken)
     return dx.view(x.shape), dln_weight, dln_bias, dqkv_weight, dqkv_bias, proj.dweight, proj.dbias, proj.dgamma
-
-
-@_layernorm_attention_bwd.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    ln_weight: Tensor,
-    qkv_weight: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: Tensor | None,
-    normed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    qkv: Tensor,
-    attended: Tensor,
-    lse: Tensor,
-    num_heads: int,
-    scale: float,
-    kept_scale: float,
-    wanted_qkv: bool,
-    wanted_proj: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dln_weight, dln_bias = (ln_weight.new_empty(ln_weight.shape) for _ in range(2))
-    dqkv_weight, dqkv_bias, _ = empty_linear_gradients(qkv_weight, None, wanted_qkv)
-    proj = empty_linear_gradients(proj_weight, gamma, wanted_proj)
-    return x.new_empty(x.shape), dln_weight, dln_bias, dqkv_weight, dqkv_bias, *proj
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -204,7 +145,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if dout is None:
         return (None,) * len(needs)
     wanted_qkv, wanted_proj = any(needs[3:5]), any(needs[5:8])
-    gradients = _layernorm_attention_bwd(dout, *ctx.saved_tensors, *ctx.options, wanted_qkv, wanted_proj)
+    gradients = _layernorm_attention_bwd(dout, *[*ctx.saved_tensors, *ctx.options, wanted_qkv, wanted_proj])
     return needed_gradients(ctx, *gradients, *(None,) * 6)
 
 

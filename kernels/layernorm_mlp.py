@@ -16,23 +16,17 @@ the output is not needed.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import autocast, needed_gradients, needs_grad, rows
+from deitfast.kernels.common import autocast, needed_gradients, needs_grad, op, rows
 from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_gelu_fwd, linear_residual_fwd
-from deitfast.kernels.kept_rows import add_kept, branch_shape, check_kept, kept_rows
+from deitfast.kernels.kept_rows import add_kept, check_kept, kept_rows
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
-from deitfast.kernels.linear_residual import (
-    check_residual,
-    empty_linear_gradients,
-    linear_residual_bwd,
-    linear_residual_reference,
-)
+from deitfast.kernels.linear_residual import check_residual, linear_residual_bwd, linear_residual_reference
 from deitfast.kernels.mlp_gelu import check_mlp, mlp_gelu_reference
 
 
@@ -63,7 +57,7 @@ def layernorm_mlp_reference(
     return linear_residual_reference(gelu, fc2_weight, fc2_bias, x, gamma, keep)
 
 
-@torch.library.custom_op("deitfast::layernorm_mlp", mutates_args=(), device_types=("cpu", "cuda"))
+@op("layernorm_mlp")
 def _layernorm_mlp(
     x: Tensor,
     ln_weight: Tensor,
@@ -91,31 +85,7 @@ def _layernorm_mlp(
     return out.view(*x.shape[:-1], fc2_weight.shape[0]), normed, mean, rstd, gelu, derivative
 
 
-@_layernorm_mlp.register_fake
-def _(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: Tensor | None,
-    eps: float,
-    residual: bool,
-    kept_scale: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    M, hidden = math.prod(branch_shape(x, kept)[:-1]), fc1_weight.shape[0]
-    out = (x if residual else fc1_weight).new_empty(*x.shape[:-1], fc2_weight.shape[0])
-    mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
-    derivative = fc1_weight.new_empty((M, hidden) if save else 0)
-    return out, fc1_weight.new_empty(M, x.shape[-1]), mean, rstd, fc1_weight.new_empty(M, hidden), derivative
-
-
-@torch.library.custom_op("deitfast::layernorm_mlp_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("layernorm_mlp_bwd")
 def _layernorm_mlp_bwd(
     dout: Tensor,
     x: Tensor,
@@ -146,34 +116,6 @@ def _layernorm_mlp_bwd(
     return dx.view(x.shape), dln_weight, dln_bias, dfc1_weight, dfc1_bias, fc2.dweight, fc2.dbias, fc2.dgamma
 
 
-@_layernorm_mlp_bwd.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    ln_weight: Tensor,
-    fc1_weight: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: Tensor | None,
-    normed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gelu: Tensor,
-    derivative: Tensor,
-    residual: bool,
-    kept_scale: float,
-    wanted1: bool,
-    wanted2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dln_weight, dln_bias = (ln_weight.new_empty(ln_weight.shape) for _ in range(2))
-    dfc1_weight = fc1_weight.new_empty(fc1_weight.shape if wanted1 else 0)
-    dfc1_bias = fc1_weight.new_empty(fc1_weight.shape[0])
-    dx, fc2 = x.new_empty(x.shape), empty_linear_gradients(fc2_weight, gamma, wanted2)
-    return dx, dln_weight, dln_bias, dfc1_weight, dfc1_bias, *fc2
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ln_weight, _, fc1_weight, _, fc2_weight, fc2_bias, gamma, keep, kept, _, *ctx.options, _ = inputs
     ctx.save_for_backward(x, ln_weight, fc1_weight, fc2_weight, fc2_bias, gamma, keep, kept, *output[1:])
@@ -186,7 +128,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if dout is None:
         return (None,) * len(needs)
     wanted1, wanted2 = needs[3], any(needs[5:8])
-    gradients = _layernorm_mlp_bwd(dout, *ctx.saved_tensors, *ctx.options, wanted1, wanted2)
+    gradients = _layernorm_mlp_bwd(dout, *[*ctx.saved_tensors, *ctx.options, wanted1, wanted2])
     return needed_gradients(ctx, *gradients, *(None,) * 6)
 
 

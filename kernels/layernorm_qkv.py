@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import autocast, needed_gradients, rows
+from deitfast.kernels.common import autocast, needed_gradients, op, rows
 from deitfast.kernels.gemm import check_linear, linear_fwd
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
-from deitfast.kernels.linear_residual import empty_linear_gradients, linear_residual_bwd
+from deitfast.kernels.linear_residual import linear_residual_bwd
 
 
 def layernorm_qkv_reference(
@@ -33,7 +32,7 @@ def layernorm_qkv_reference(
     return F.linear(F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps), weight, bias)
 
 
-@torch.library.custom_op("deitfast::layernorm_qkv", mutates_args=(), device_types=("cpu", "cuda"))
+@op("layernorm_qkv")
 def _layernorm_qkv(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,16 +41,7 @@ def _layernorm_qkv(
     return out.view(*x.shape[:-1], weight.shape[0]), normed, mean, rstd
 
 
-@_layernorm_qkv.register_fake
-def _(
-    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    M = x.shape[:-1].numel()
-    mean, rstd = (x.new_empty(M, dtype=torch.float32) for _ in range(2))
-    return weight.new_empty(*x.shape[:-1], weight.shape[0]), weight.new_empty(M, x.shape[-1]), mean, rstd
-
-
-@torch.library.custom_op("deitfast::layernorm_qkv_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("layernorm_qkv_bwd")
 def _layernorm_qkv_bwd(
     dout: Tensor,
     x: Tensor,
@@ -68,21 +58,6 @@ def _layernorm_qkv_bwd(
     return dx.view(x.shape), dln_weight, dln_bias, found.dweight, found.dbias
 
 
-@_layernorm_qkv_bwd.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    ln_weight: Tensor,
-    weight: Tensor,
-    normed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dln_weight, dln_bias = (ln_weight.new_empty(ln_weight.shape) for _ in range(2))
-    return x.new_empty(x.shape), dln_weight, dln_bias, *empty_linear_gradients(weight, None, wanted)[:2]
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, ln_weight, _, weight, _, _ = inputs
     _, normed, mean, rstd = output
@@ -95,7 +70,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if dout is None:
         return (None,) * 6
     wanted = any(ctx.needs_input_grad[3:5])
-    return needed_gradients(ctx, *_layernorm_qkv_bwd(dout, *ctx.saved_tensors, wanted), None)
+    return needed_gradients(ctx, *_layernorm_qkv_bwd(dout, *[*ctx.saved_tensors, wanted]), None)
 
 
 _layernorm_qkv.register_autograd(_backward, setup_context=_setup_context)

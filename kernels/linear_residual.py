@@ -33,6 +33,7 @@ from deitfast.kernels.common import (
     check_same_or_fp32,
     check_shape,
     needed_gradients,
+    op,
     rows,
 )
 from deitfast.kernels.gemm import check_linear, linear_residual_fwd, scale_and_sum
@@ -101,21 +102,14 @@ def linear_residual_bwd(
     return LinearGradients(dlinear, scaled_sums, dweight, dbias, dgamma.to(gamma.dtype))
 
 
-@torch.library.custom_op("deitfast::linear_residual", mutates_args=(), device_types=("cpu", "cuda"))
+@op("linear_residual")
 def _linear_residual(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None, keep: Tensor | None
 ) -> Tensor:
     return linear_residual_fwd(rows(x), weight, bias, rows(residual), gamma, keep).view(residual.shape)
 
 
-@_linear_residual.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None, keep: Tensor | None
-) -> Tensor:
-    return residual.new_empty(residual.shape)
-
-
-@torch.library.custom_op("deitfast::linear_residual_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("linear_residual_bwd")
 def _linear_residual_bwd(
     dout: Tensor,
     x: Tensor,
@@ -130,25 +124,6 @@ def _linear_residual_bwd(
     return (found.dlinear @ weight).view(x.shape), found.dweight, found.dbias, found.dgamma
 
 
-@_linear_residual_bwd.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *empty_linear_gradients(weight, gamma, wanted)
-
-
-def empty_linear_gradients(weight: Tensor, gamma: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dweight, dbias and dgamma as `linear_residual_bwd` gives them, unwritten."""
-    dgamma = weight.new_empty(0) if gamma is None or not wanted else gamma.new_empty(gamma.shape)
-    return weight.new_empty(weight.shape if wanted else 0), weight.new_empty(weight.shape[0] if wanted else 0), dgamma
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, _, gamma, keep = inputs
     ctx.save_for_backward(x, weight, bias, gamma, keep)
@@ -157,7 +132,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     _, needs_weight, needs_bias, _, needs_gamma, _ = ctx.needs_input_grad
     wanted = needs_weight or needs_bias or needs_gamma
-    dx, dweight, dbias, dgamma = _linear_residual_bwd(dout, *ctx.saved_tensors, wanted)
+    dx, dweight, dbias, dgamma = _linear_residual_bwd(dout, *[*ctx.saved_tensors, wanted])
     return needed_gradients(ctx, dx, dweight, dbias, dout, dgamma, None)
 
 

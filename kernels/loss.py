@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import check_dtypes, check_last_contiguous, check_shape, runs_triton
+from deitfast.kernels.common import check_dtypes, check_last_contiguous, check_shape, op, runs_triton
 from deitfast.kernels.loss_kernels import (
     launch_rows,
     mixed_bce_bwd_kernel,
@@ -50,7 +50,7 @@ def mixed_bce_reference(logits: Tensor, labels: Tensor, partner_labels: Tensor, 
 # Cross-entropy -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("deitfast::mixed_cross_entropy", mutates_args=(), device_types=("cpu", "cuda"))
+@op("mixed_cross_entropy")
 def _mixed_cross_entropy(
     logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,14 +77,7 @@ def _mixed_cross_entropy(
     return losses.mean(), row_max, log_sum
 
 
-@_mixed_cross_entropy.register_fake
-def _(
-    logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return lam.new_empty(()), torch.empty_like(lam), torch.empty_like(lam)
-
-
-@torch.library.custom_op("deitfast::mixed_cross_entropy_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("mixed_cross_entropy_bwd")
 def _mixed_cross_entropy_bwd(
     dloss: Tensor,
     logits: Tensor,
@@ -117,20 +110,6 @@ def _mixed_cross_entropy_bwd(
     return dlogits
 
 
-@_mixed_cross_entropy_bwd.register_fake
-def _(
-    dloss: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    partner_labels: Tensor,
-    lam: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    smoothing: float,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 def _setup_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.smoothing = inputs
     ctx.save_for_backward(*tensors, *output[1:])
@@ -138,7 +117,7 @@ def _setup_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _cross_entropy_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return _mixed_cross_entropy_bwd(dloss, *ctx.saved_tensors, ctx.smoothing), None, None, None, None
+    return _mixed_cross_entropy_bwd(dloss, *[*ctx.saved_tensors, ctx.smoothing]), None, None, None, None
 
 
 _mixed_cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_setup_cross_entropy)
@@ -153,7 +132,7 @@ def _dense_binary_targets(logits: Tensor, labels: Tensor, partner_labels: Tensor
     return mixture.scatter_add_(1, partner_labels[:, None], 1 - lam[:, None]).gt_(0)
 
 
-@torch.library.custom_op("deitfast::mixed_bce", mutates_args=(), device_types=("cpu", "cuda"))
+@op("mixed_bce")
 def _mixed_bce(logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
     if not runs_triton(logits):
         target = _dense_binary_targets(logits, labels, partner_labels, lam)
@@ -163,12 +142,7 @@ def _mixed_bce(logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tens
     return losses.mean()
 
 
-@_mixed_bce.register_fake
-def _(logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
-    return lam.new_empty(())
-
-
-@torch.library.custom_op("deitfast::mixed_bce_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("mixed_bce_bwd")
 def _mixed_bce_bwd(dloss: Tensor, logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
     if not runs_triton(logits):
         target = _dense_binary_targets(logits, labels, partner_labels, lam)
@@ -184,11 +158,6 @@ def _mixed_bce_bwd(dloss: Tensor, logits: Tensor, labels: Tensor, partner_labels
         dlogits=dlogits,
     )
     return dlogits
-
-
-@_mixed_bce_bwd.register_fake
-def _(dloss: Tensor, logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape)
 
 
 def _setup_bce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

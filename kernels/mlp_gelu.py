@@ -17,13 +17,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import autocast, check_dtypes, check_last_contiguous, needed_gradients, needs_grad, rows
+from deitfast.kernels.common import (
+    autocast,
+    check_dtypes,
+    check_last_contiguous,
+    needed_gradients,
+    needs_grad,
+    op,
+    rows,
+)
 from deitfast.kernels.gemm import check_linear, linear_fwd, linear_gelu_bwd, linear_gelu_fwd
-from deitfast.kernels.linear_residual import empty_linear_gradients, linear_residual_bwd
+from deitfast.kernels.linear_residual import linear_residual_bwd
 
 
 def mlp_gelu_reference(
@@ -33,7 +40,7 @@ def mlp_gelu_reference(
     return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
-@torch.library.custom_op("deitfast::mlp_gelu", mutates_args=(), device_types=("cpu", "cuda"))
+@op("mlp_gelu")
 def _mlp_gelu(
     x: Tensor,
     fc1_weight: Tensor,
@@ -47,20 +54,7 @@ def _mlp_gelu(
     return out, gelu, derivative
 
 
-@_mlp_gelu.register_fake
-def _(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = (x.shape[:-1].numel(), fc1_weight.shape[0])
-    return x.new_empty(*x.shape[:-1], fc2_weight.shape[0]), x.new_empty(hidden), x.new_empty(hidden if save else 0)
-
-
-@torch.library.custom_op("deitfast::mlp_gelu_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("mlp_gelu_bwd")
 def _mlp_gelu_bwd(
     dout: Tensor,
     x: Tensor,
@@ -79,22 +73,6 @@ def _mlp_gelu_bwd(
     return dx, dfc1_weight, dfc1_bias, fc2.dweight, fc2.dbias
 
 
-@_mlp_gelu_bwd.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc2_weight: Tensor,
-    gelu: Tensor,
-    derivative: Tensor,
-    wanted1: bool,
-    wanted2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dfc1_weight = fc1_weight.new_empty(fc1_weight.shape if wanted1 else 0)
-    dfc1_bias = fc1_weight.new_empty(fc1_weight.shape[0])
-    return x.new_empty(x.shape), dfc1_weight, dfc1_bias, *empty_linear_gradients(fc2_weight, None, wanted2)[:2]
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, fc1_weight, _, fc2_weight, _, _ = inputs
     _, gelu, derivative = output
@@ -107,7 +85,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if dout is None:
         return (None,) * 6
     wanted1, wanted2 = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:5])
-    return needed_gradients(ctx, *_mlp_gelu_bwd(dout, *ctx.saved_tensors, wanted1, wanted2), None)
+    return needed_gradients(ctx, *_mlp_gelu_bwd(dout, *[*ctx.saved_tensors, wanted1, wanted2]), None)
 
 
 _mlp_gelu.register_autograd(_backward, setup_context=_setup_context)

@@ -38,6 +38,7 @@ from deitfast.kernels.common import (
     check_last_contiguous,
     check_same_or_fp32,
     check_shape,
+    op,
     runs_triton,
 )
 from deitfast.kernels.gemm_kernels import column_slices
@@ -254,17 +255,12 @@ def _sum_and_copy(dout: Tensor, T: int, dtype: torch.dtype) -> tuple[Tensor, Ten
 # The op --------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("deitfast::patch_embed", mutates_args=(), device_types=("cpu", "cuda"))
+@op("patch_embed")
 def _patch_embed(patches: Tensor, weight: Tensor, bias: Tensor, prefix_tokens: Tensor, pos_embed: Tensor) -> Tensor:
     return patch_embed_fwd(patches, weight, bias, prefix_tokens, pos_embed)
 
 
-@_patch_embed.register_fake
-def _(patches: Tensor, weight: Tensor, bias: Tensor, prefix_tokens: Tensor, pos_embed: Tensor) -> Tensor:
-    return pos_embed.new_empty(patches.shape[0], *pos_embed.shape)
-
-
-@torch.library.custom_op("deitfast::patch_embed_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+@op("patch_embed_bwd")
 def _patch_embed_bwd(
     dout: Tensor, patches: Tensor, prefix_count: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -273,17 +269,6 @@ def _patch_embed_bwd(
     dbias = sums[prefix_count:].sum(0).to(patches.dtype)
     dprefix = sums[:prefix_count].to(dtype, copy=True)
     return dweight, dbias, dprefix, sums.to(dtype)
-
-
-@_patch_embed_bwd.register_fake
-def _(dout: Tensor, patches: Tensor, prefix_count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N, D = dout.shape[1:]
-    return (
-        patches.new_empty(D, patches.shape[-1]),
-        patches.new_empty(D),
-        patches.new_empty((prefix_count, D), dtype=dtype),
-        patches.new_empty((N, D), dtype=dtype),
-    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,7 +12,7 @@ does not say: it is the default of its optimiser, apex's FusedLAMB.
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """
 
-from deitfast.recipe import Recipe, run
+from deitfast import Recipe, run
 
 RECIPE = Recipe(
     model="deit3_base_patch16_224",

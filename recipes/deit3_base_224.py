@@ -7,7 +7,7 @@ Drop-path stays on, unlike in the first DeiT's fine-tuning. Time on 1 and on 8 H
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """
 
-from deitfast.recipe import Recipe, run
+from deitfast import Recipe, run
 
 RECIPE = Recipe(
     model="deit3_base_patch16_224",

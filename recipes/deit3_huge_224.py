@@ -10,9 +10,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from deit3_base_224 import RECIPE as FINE_TUNE
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.deit3_base_224 import RECIPE as FINE_TUNE
 
 RECIPE = replace(
     FINE_TUNE,

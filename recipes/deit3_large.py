@@ -11,9 +11,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from deit3_base import RECIPE as DEIT3_BASE
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.deit3_base import RECIPE as DEIT3_BASE
 
 RECIPE = replace(DEIT3_BASE, model="deit3_large_patch16_224", image_size=192, drop_path=0.45, mix_group=64)
 

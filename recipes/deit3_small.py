@@ -9,9 +9,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from deit3_base import RECIPE as DEIT3_BASE
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.deit3_base import RECIPE as DEIT3_BASE
 
 RECIPE = replace(DEIT3_BASE, model="deit3_small_patch16_224", image_size=224, lr=4e-3, drop_path=0.05)
 

@@ -9,7 +9,7 @@ Any setting below is a flag; `--help` lists them. The global batch is 1024 on an
 from it and from --micro-batch. `--data digits --smoke` proves the installation in about a minute.
 """
 
-from deitfast.recipe import Recipe, run
+from deitfast import Recipe, run
 
 RECIPE = Recipe(
     model="deit_base_patch16_224",

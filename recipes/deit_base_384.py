@@ -12,9 +12,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from deit_base import RECIPE as DEIT_BASE
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.deit_base import RECIPE as DEIT_BASE
 
 RECIPE = replace(
     DEIT_BASE,

@@ -12,9 +12,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from deit_base_384 import RECIPE as FINE_TUNE_384
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.deit_base_384 import RECIPE as FINE_TUNE_384
 
 RECIPE = replace(
     FINE_TUNE_384,

@@ -6,7 +6,7 @@ Trains on the packaged 1,437 UCI digits and tests on the 360 held out. What `mak
 paper, whose schedule and augmentation are for a data set a thousand times larger.
 """
 
-from deitfast.recipe import Recipe, run
+from deitfast import Recipe, run
 
 RECIPE = Recipe(
     model="deit_digits_patch4_16",

@@ -9,9 +9,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from deit_small_distilled import RECIPE as SMALL_DISTILLED
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.deit_small_distilled import RECIPE as SMALL_DISTILLED
 
 RECIPE = replace(SMALL_DISTILLED, epochs=1000)
 

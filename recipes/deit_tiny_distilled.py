@@ -11,9 +11,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from deit_base_distilled import RECIPE as DISTILLED
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.deit_base_distilled import RECIPE as DISTILLED
 
 RECIPE = replace(DISTILLED, model="deit_tiny_distilled_patch16_224")
 

@@ -9,9 +9,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from deit_tiny_distilled import RECIPE as TINY_DISTILLED
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.deit_tiny_distilled import RECIPE as TINY_DISTILLED
 
 RECIPE = replace(TINY_DISTILLED, epochs=1000)
 

@@ -8,9 +8,8 @@ Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the i
 
 from dataclasses import replace
 
-from mmpretrain_deit_base import RECIPE as MMPRETRAIN_BASE
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.mmpretrain_deit_base import RECIPE as MMPRETRAIN_BASE
 
 RECIPE = replace(
     MMPRETRAIN_BASE,

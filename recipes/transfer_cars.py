@@ -10,9 +10,8 @@ Time on 1 and on 8 H100: not yet measured. Not yet run.
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """
 
-from transfer_cifar10 import RECIPE
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.transfer_cifar10 import RECIPE
 
 if __name__ == "__main__":
     run(RECIPE, name="transfer_cars", description=__doc__)

@@ -12,7 +12,7 @@ no erasing, no drop-path, all else as on ImageNet. The learning rate is final: i
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """
 
-from deitfast.recipe import Recipe, run
+from deitfast import Recipe, run
 
 RECIPE = Recipe(
     model="deit_base_patch16_224",

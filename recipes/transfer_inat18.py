@@ -12,7 +12,7 @@ scales it once more with the batch, as their code does, trains with another.
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """
 
-from deitfast.recipe import Recipe, run
+from deitfast import Recipe, run
 
 RECIPE = Recipe(
     model="deit_base_patch16_224",

@@ -9,9 +9,8 @@ Time on 1 and on 8 H100: not yet measured. Not yet run.
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """
 
-from transfer_inat18 import RECIPE
-
-from deitfast.recipe import run
+from deitfast import run
+from deitfast.recipes.transfer_inat18 import RECIPE
 
 if __name__ == "__main__":
     run(RECIPE, name="transfer_inat19", description=__doc__)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from deitfast.data.policy_draws import OPS, PolicyDraws
+from deitfast.data.augmentation_draws import OPS, AugmentationDraws
 from tests.reference import import_timm, import_torchvision
 
 FILL = (124, 116, 104)  # timm's img_mean of ImageNet, in 0..255
@@ -64,7 +64,7 @@ def apply_one(x: np.ndarray, name: str, amount: float) -> np.ndarray:
     return np.asarray(operation(name, Image.fromarray(x), float(amount)))
 
 
-def apply(images: np.ndarray, draws: PolicyDraws) -> np.ndarray:
+def apply(images: np.ndarray, draws: AugmentationDraws) -> np.ndarray:
     """What a policy should make of images, uint8 (m, H, W, 3)."""
     out = images.copy()
     for i, (ops, amounts) in enumerate(zip(draws.ops.tolist(), draws.amounts.tolist(), strict=True)):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from deitfast.acceleration import AcceleratedBlock, accelerate
 from deitfast.errors import DeitfastError
+from deitfast.model.acceleration import AcceleratedBlock, accelerate
 from tests.reference import import_timm, import_torchvision
 from tests.vit_peers import (
     SMALL,
@@ -361,8 +361,8 @@ def test_a_model_without_blocks_is_an_error():
 def test_a_deitfast_model_is_accelerated_and_no_library_imported():
     program = """
 import sys
-from deitfast.acceleration import accelerate
-from deitfast.model import DeiT
+from deitfast.model.acceleration import accelerate
+from deitfast.model.deit import DeiT
 model = DeiT(width=64, depth=2, num_heads=1, image_size=16, patch_size=8, num_classes=3)
 report = accelerate(model, verbose=False)
 assert report.replaced == ["blocks.0", "blocks.1"], report

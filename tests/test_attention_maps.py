@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deitfast.attention_maps import attention_maps, colours, draw_attention, rollout
-from deitfast.cli import main
+from deitfast.cli.main import main
 from deitfast.errors import DeitfastError
-from deitfast.fused import fuse
-from deitfast.model import create_model
+from deitfast.model.factory import create_model
+from deitfast.model.fused import fuse
+from deitfast.use.attention_maps import attention_maps, colours, draw_attention, rollout
 from tests.test_weights import images, small
 
 

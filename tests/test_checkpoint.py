@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deitfast.checkpoint import Checkpoint, damage, load_newest, save, save_weights
 from deitfast.errors import DeitfastError
+from deitfast.model.weights import save_weights
+from deitfast.training.checkpoint import Checkpoint, damage, load_newest, save
 
 
 def state(step: int) -> Checkpoint:

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deitfast import download
-from deitfast.download import fetch
 from deitfast.errors import DeitfastError
-from deitfast.model import create_model
-from deitfast.paths import cache_folder
-from deitfast.weights import published_weights
-from deitfast.zoo import VARIANTS
+from deitfast.files import cache_folder
+from deitfast.model.deit import download
+from deitfast.model.download import fetch
+from deitfast.model.factory import create_model
+from deitfast.model.weights import published_weights
+from deitfast.model.zoo import VARIANTS
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from deitfast.drop_path import DropPath
+from deitfast.engine.drop_path import DropPath
 from deitfast.errors import DeitfastError
-from deitfast.model import DeiT, Kept, create_model
+from deitfast.model.deit import DeiT, Kept
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 
 GROUP = 32

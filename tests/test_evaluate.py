@@ -13,12 +13,13 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
-from deitfast.cli import main
+from deitfast.cli.main import main
 from deitfast.data import EvalLoader, Manifest, normalise, open_dataset
 from deitfast.distributed import World
 from deitfast.errors import DeitfastError
-from deitfast.evaluate import Details, Scores, evaluate, evaluate_in_detail, real_labels
-from deitfast.model import DeiT, create_model
+from deitfast.model.deit import DeiT
+from deitfast.model.factory import create_model
+from deitfast.use.evaluate import Details, Scores, evaluate, evaluate_in_detail, real_labels
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 OPTIONS = {"crop_ratio": 0.875, "batch": 32, "workers": 1, "bf16": False}

@@ -15,14 +15,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from deitfast.cli import main
+from deitfast.cli.main import main
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError
-from deitfast.export import export, exported_program
-from deitfast.fused import fuse
-from deitfast.images import centre_crop
-from deitfast.model import create_model
-from deitfast.weights import LoadedModel, load_model
+from deitfast.model.factory import LoadedModel, create_model, load_model
+from deitfast.model.fused import fuse
+from deitfast.use.export import export, exported_program
+from deitfast.use.images import centre_crop
 from tests.reference import import_torchvision
 from tests.test_weights import VARIETIES, assert_close, images, same, small
 
@@ -37,8 +36,8 @@ def loaded(**options: Any) -> LoadedModel:
 @pytest.mark.parametrize("format", ["timm", "safetensors", "mmpretrain"])
 @pytest.mark.parametrize("variety", VARIETIES)
 def test_state_dicts_round_trip_exactly(format: str, variety: str, tmp_path: Path) -> None:
-    from deitfast.convert import to_ours
-    from deitfast.weights import read_weights
+    from deitfast.model.convert import to_ours
+    from deitfast.model.weights import read_weights
 
     model = loaded(**VARIETIES[variety])
     path = export(model, format, tmp_path / "new" / "x")
@@ -81,7 +80,7 @@ def test_transformers_loads_ours_strictly(variety: str, head_dist: bool, kind: s
     assert theirs.config.id2label == dict(enumerate(CLASSES))
     assert theirs.config.layer_norm_eps == 1e-6
     back = small(**VARIETIES[variety])
-    from deitfast.weights import load_weights
+    from deitfast.model.weights import load_weights
 
     load_weights(back, folder)
     assert same(back.state_dict(), model.model.state_dict())

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deitfast import checkpoint
-from deitfast.checkpoint import Checkpoint
+from deitfast.engine.flat import FlatState
+from deitfast.engine.optim import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 from deitfast.errors import DeitfastError
-from deitfast.flat import FlatState
-from deitfast.fused import FusedBlock, fuse
 from deitfast.kernels.common import INTERPRETED
 from deitfast.kernels.optimizer import BLOCK
-from deitfast.model import DeiT
-from deitfast.optim import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
+from deitfast.model.deit import DeiT
+from deitfast.model.fused import FusedBlock, fuse
 from deitfast.recipe import Recipe
+from deitfast.training import checkpoint
+from deitfast.training.checkpoint import Checkpoint
 
 RECIPE = Recipe(data="digits", lr=3e-3, weight_decay=0.05, clip_norm=0.5, ema_decay=0.99)
 STEPS = 4 if INTERPRETED else 20
@@ -189,12 +189,12 @@ def test_compute_copy_shares_the_flat_memory_and_keeps_the_structure() -> None:
 
 
 def test_compute_copy_of_a_fused_deit_keeps_its_class_and_result() -> None:
-    model = fuse(deit(), everywhere=False).eval()
+    model = fuse(deit(), on_cpu=False).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = copy.deepcopy(model).to(HALF)(images.to(HALF)) if not INTERPRETED else None
     flat = FlatState(model, RECIPE, HALF)
     compute = flat.compute_model()
-    assert all(type(block) is FusedBlock and not block.everywhere for block in compute.blocks)
+    assert all(type(block) is FusedBlock and not block.on_cpu for block in compute.blocks)
     assert [name for name, _ in compute.named_parameters()] == [name for name, _ in model.named_parameters()]
     if expected is not None:
         assert torch.equal(compute(images.to(HALF)), expected)

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deitfast.fused import FusedBlock, fuse, saved_bytes_per_token
 from deitfast.kernels.common import INTERPRETED
-from deitfast.model import Block, DeiT, Kept
+from deitfast.model.deit import Block, DeiT, Kept
+from deitfast.model.fused import FusedBlock, fuse, saved_bytes_per_token
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import images, outputs_and_gradients, perturb
 
@@ -86,7 +86,7 @@ def test_saved_bytes_per_token_are_what_autograd_saves(width, heads, mlp_ratio, 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs kernels on CPU tensors")
 def test_fused_on_gpu_only_leaves_cpu_in_eager_pytorch():
     eager = small_deit()
-    fused = fuse(copy.deepcopy(eager), everywhere=False)
+    fused = fuse(copy.deepcopy(eager), on_cpu=False)
     assert torch.equal(fused(images(eager)), eager(images(eager)))
     assert isinstance(fused.blocks[0], Block)
 

@@ -7,7 +7,7 @@ import torch
 
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError
-from deitfast.inference import LARGEST_GRAPH, Predictor, graph_size, pick_device
+from deitfast.use.inference import LARGEST_GRAPH, Predictor, graph_size, pick_device
 from tests.test_weights import small
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deitfast.data import Targets
+from deitfast.engine.losses import distillation_loss, soft_cross_entropy, training_loss
 from deitfast.kernels.loss import mixed_bce_reference
-from deitfast.losses import distillation_loss, soft_cross_entropy, training_loss
 from deitfast.recipe import Recipe
 
 IMAGES, CLASSES = 6, 9

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 import deitfast
 from deitfast.errors import DeitfastError
-from deitfast.model import create_model, keep_scales, resize_pos_embed
-from deitfast.weights import load_weights
+from deitfast.model.deit import keep_scales, resize_pos_embed
+from deitfast.model.factory import create_model
+from deitfast.model.weights import load_weights
 
 TIMM_NAMES = [name for name in deitfast.list_models() if "_384" not in name or name.startswith("deit_base")]
 TIMM_NAMES = [name for name in TIMM_NAMES if "digits" not in name and ("deit3" not in name or "small" in name)]
@@ -212,7 +213,7 @@ def test_wrong_names_and_sizes_are_refused() -> None:
 
 
 def test_fused_is_one_explicit_choice() -> None:
-    from deitfast.fused import FusedBlock
+    from deitfast.model.fused import FusedBlock
 
     images = torch.randn(2, 3, 16, 16)
     torch.manual_seed(0)

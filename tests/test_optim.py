@@ -8,9 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deitfast.errors import DeitfastError
-from deitfast.model import create_model
-from deitfast.optim import (
+from deitfast.engine.optim import (
     Ema,
     learning_rate,
     load_optimizer_tensors,
@@ -18,6 +16,8 @@ from deitfast.optim import (
     optimizer_tensors,
     parameter_groups,
 )
+from deitfast.errors import DeitfastError
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 
 STEPS = 1251

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deitfast import images as images_module
-from deitfast.cli import main
+from deitfast.cli.main import main
 from deitfast.data import EvalLoader, normalise, open_dataset
 from deitfast.errors import DeitfastError
-from deitfast.images import batches, centre_crop, find_images, open_image
-from deitfast.model import create_model
-from deitfast.predict import annotate, get_model, inference_model
+from deitfast.model.factory import create_model
+from deitfast.use import images as images_module
+from deitfast.use.images import batches, centre_crop, find_images, open_image
+from deitfast.use.predict import annotate, get_model, inference_model
 
 NAME = "deit_digits_patch4_16"
 

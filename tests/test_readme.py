@@ -6,7 +6,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("deitfast", "deitfast/data", "kernels", "benchmarks", "recipes")
+ROOMS = sorted(
+    f"deitfast/{p.parent.name}" for p in (ROOT / "deitfast").glob("*/__init__.py") if not p.parent.is_symlink()
+)
+MEASURED = sorted(f"benchmarks/{p.parent.name}" for p in (ROOT / "benchmarks").glob("*/__init__.py"))
+FOLDERS = ("deitfast", *ROOMS, "kernels", "benchmarks", *MEASURED, "recipes")
 
 
 def test_the_tree_names_every_module_once_with_a_phrase() -> None:

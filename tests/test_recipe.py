@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 import pytest
 
 from deitfast.errors import DeitfastError
-from deitfast.recipe import Recipe, parse_flags
+from deitfast.recipe import Recipe
+from deitfast.training.launch import parse_flags
 
 
 def test_every_field_is_a_flag_and_at_most_sixty() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import os
 import runpy
 import subprocess
@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from deitfast.data import Plan, draws
-from deitfast.data.policy import Policy
-from deitfast.model import create_model
-from deitfast.optim import learning_rate, parameter_groups
+from deitfast.data.augmentation import Augmentation
+from deitfast.engine.optim import learning_rate, parameter_groups
+from deitfast.model.factory import create_model
+from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
-from deitfast.zoo import find_variant
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "recipes").glob("*.py"))
+FILES = sorted((ROOT / "recipes").glob("[!_]*.py"))
 
 # The DeiT paper's table 9 and the defaults of the authors' main.py.
 DEIT = {
@@ -112,15 +112,7 @@ EFFECTS = (
 
 
 def load(name: str) -> Recipe:
-    path = ROOT / "recipes" / f"{name}.py"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(path.parent))  # as python does for a script: recipes build on their neighbours
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module.RECIPE
+    return importlib.import_module(f"deitfast.recipes.{name}").RECIPE
 
 
 def test_every_file_is_in_the_table() -> None:
@@ -141,7 +133,6 @@ def test_the_papers_recipes_do_not_deviate_from_it(size: str) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_recipe_can_be_run_and_says_how(path: Path, monkeypatch, capsys) -> None:
     replace(load(path.stem), data="x").check()
-    monkeypatch.syspath_prepend(str(path.parent))
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
@@ -238,7 +229,7 @@ def test_mixing_erasing_flips_and_copies_happen_as_often_as_stated(name: str) ->
     images, copies, _ = plan.slots(0)
     assert len(np.unique(images)) == pytest.approx(recipe.batch / facts["repeats"], rel=0.02)
     assert set(copies) == set(range(facts["repeats"]))
-    policy = Policy(recipe, 224, torch.device("cpu"))
+    policy = Augmentation(recipe, 224, torch.device("cpu"))
     ops = policy.draw(index, 0, view).ops
     applied = (ops > 0).sum(1)
     if facts["rand_augment"] == "three":

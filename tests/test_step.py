@@ -14,10 +14,11 @@ import torch.multiprocessing
 
 from deitfast.data import Batch
 from deitfast.distributed import World
-from deitfast.drop_path import DropPath
-from deitfast.model import DeiT, create_model
+from deitfast.engine.drop_path import DropPath
+from deitfast.engine.engine import UNCAPTURED_STEPS, Engine, FlatEngine, PlainEngine, make_engine
+from deitfast.model.deit import DeiT
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
-from deitfast.step import UNCAPTURED_STEPS, FlatStep, PlainStep, Step, make_step
 
 # Every mechanism that a step has is on. With its usual epsilon Adam turns a gradient that is zero but for rounding (a
 # key's bias, say) into a step of the size of the learning rate, and two ways to add up the same numbers drift apart.
@@ -65,12 +66,12 @@ def batches(recipe: Recipe, micro_batch: int, world: World, steps: int) -> Itera
 
 def run(
     recipe: Recipe, steps: int, accumulation: int = 2, world: World | None = None, lr: float = LR
-) -> tuple[list[float], Step]:
+) -> tuple[list[float], Engine]:
     """Losses of every step (summed over the processes) and the engine after it."""
     world = world or world_of()
     micro_batch = recipe.batch // world.size // accumulation
     model = make_model(recipe).to(world.device)
-    engine = make_step(
+    engine = make_engine(
         model, recipe, world, DropPath(model, recipe, micro_batch),
         accumulation=accumulation, bf16=recipe.precision == "bf16",
     )  # fmt: skip
@@ -78,11 +79,11 @@ def run(
     source = batches(recipe, micro_batch, world, steps)
     for step in range(steps):
         engine(source, step, lr)
-        losses.append(world.sum(engine.take_loss()[0]).item())
+        losses.append(world.sum(engine.pop_loss()[0]).item())
     return losses, engine
 
 
-def assert_same_state(one: Step, two: Step, rtol: float, atol: float) -> None:
+def assert_same_state(one: Engine, two: Engine, rtol: float, atol: float) -> None:
     first, second = one.tensors(), two.tensors()
     assert first.keys() == second.keys()
     for stem, tensors in first.items():
@@ -96,8 +97,8 @@ def test_twenty_steps_equal_the_plain_loop(adam_eps: float, lr: float) -> None:
     recipe = replace(RECIPE, adam_eps=adam_eps)
     plain_losses, plain = run(replace(recipe, engine="plain"), 20, lr=lr)
     flat_losses, flat = run(replace(recipe, engine="flat"), 20, lr=lr)
-    assert isinstance(plain, PlainStep)
-    assert isinstance(flat, FlatStep)
+    assert isinstance(plain, PlainEngine)
+    assert isinstance(flat, FlatEngine)
     assert flat_losses == pytest.approx(plain_losses, rel=1e-6)
     first, second = plain.tensors(), flat.tensors()
     for stem in ("model", "ema"):
@@ -110,7 +111,7 @@ def test_a_checkpoint_of_one_engine_continues_in_the_other() -> None:
         _, source = run(replace(RECIPE, engine=first), 3)
         state = {stem: {k: t.clone() for k, t in tensors.items()} for stem, tensors in source.tensors().items()}
         model, recipe = make_model(RECIPE), replace(RECIPE, engine=second)
-        target = make_step(model, recipe, world_of(), DropPath(model, recipe, 32), accumulation=2, bf16=False)
+        target = make_engine(model, recipe, world_of(), DropPath(model, recipe, 32), accumulation=2, bf16=False)
         target.load(state)
         again = target.tensors()
         assert {stem: tensors.keys() for stem, tensors in again.items()} == {s: t.keys() for s, t in state.items()}
@@ -151,11 +152,11 @@ def _rank(rank: int, out: str) -> None:
 def _one_gradient(recipe: Recipe, world: World) -> dict[str, torch.Tensor]:
     """The reduced gradient of the first step, by name."""
     model = make_model(recipe)
-    engine = make_step(model, recipe, world, DropPath(model, recipe, 16), accumulation=2, bf16=False)
-    if isinstance(engine, FlatStep):
+    engine = make_engine(model, recipe, world, DropPath(model, recipe, 16), accumulation=2, bf16=False)
+    if isinstance(engine, FlatEngine):
         engine.flat.update = lambda _: None  # type: ignore[method-assign]
     else:
-        assert isinstance(engine, PlainStep)
+        assert isinstance(engine, PlainEngine)
         engine.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
         engine.optimizer.zero_grad = lambda: None  # type: ignore[method-assign, assignment]
         engine.recipe = replace(recipe, clip_norm=0.0)
@@ -177,7 +178,7 @@ def test_bf16_follows_fp32() -> None:
     exact, _ = run(replace(RECIPE, engine="flat"), 5)
     rounded, engine = run(replace(RECIPE, engine="flat", precision="bf16"), 5)
     assert rounded == pytest.approx(exact, rel=2e-2)
-    assert isinstance(engine, FlatStep)
+    assert isinstance(engine, FlatEngine)
     assert {p.dtype for p in engine.compute.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
 
@@ -192,20 +193,20 @@ def test_subset_drop_path_trains() -> None:
 def test_a_step_that_is_not_finite_is_skipped_counted_and_ten_in_a_row_are_hopeless() -> None:
     recipe = replace(RECIPE, engine="flat")
     _, engine = run(recipe, 2)
-    assert isinstance(engine, FlatStep)
+    assert isinstance(engine, FlatEngine)
     before = {stem: {k: t.clone() for k, t in tensors.items()} for stem, tensors in engine.tensors().items()}
     original = engine.loss
     engine.loss = lambda inputs: original(inputs) * float("nan")  # type: ignore[method-assign]
     source = batches(recipe, 32, world_of(), 12)
     for step in range(2, 11):
         engine(source, step, LR)
-    loss, skipped = engine.take_loss()
+    loss, skipped = engine.pop_loss()
     assert (loss.item(), skipped.item()) == (0.0, 9)
-    assert not engine.hopeless()
+    assert not engine.should_stop()
     after = engine.tensors()
     assert all(torch.equal(after[s][k], t) for s, tensors in before.items() for k, t in tensors.items())
     engine(source, 11, LR)
-    assert engine.hopeless()
+    assert engine.should_stop()
 
 
 @pytest.mark.gpu

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, imagenet_classes, normalise, open_dataset
 from deitfast.distributed import World
+from deitfast.engine.teacher import Input, Teacher, class_columns, load_teacher, weights_digest
 from deitfast.errors import DeitfastError
-from deitfast.model import create_model
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
-from deitfast.teacher import Input, Teacher, class_columns, load_teacher, weights_digest
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, CPU)

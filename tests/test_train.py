@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
-from deitfast.train import train
+from deitfast.training.train import train
 
 ROOT = Path(__file__).parent.parent
 # Every mechanism that could break exactness is on: drop-path, mixup, cutmix, erasing, EMA, accumulation, repeats.
@@ -296,7 +296,7 @@ def test_a_recipe_without_data_names_both_ways_in_one_line(tmp_path: Path) -> No
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_holds_it(tmp_path: Path, monkeypatch) -> None:
-    from deitfast import report
+    from deitfast.training import run_folder as report
 
     monkeypatch.setattr(report, "_LOCK_PATIENCE_S", 0.1)
     first = report.RunFolder(tmp_path)

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deitfast.convert import layout_of, to_huggingface, to_mmpretrain, to_ours
 from deitfast.errors import DeitfastError
-from deitfast.model import DeiT, create_model
-from deitfast.weights import load_model, load_weights, read_weights
+from deitfast.model.convert import layout_of, to_huggingface, to_mmpretrain, to_ours
+from deitfast.model.deit import DeiT
+from deitfast.model.factory import create_model, load_model
+from deitfast.model.weights import load_weights, read_weights
 from tests.reference import import_torchvision
 from tests.vit_peers import perturb
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deitfast.acceleration import accelerate
+from deitfast.model.acceleration import accelerate
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.reference import import_timm, import_torchvision
 

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deitfast.data.graph import decode_to_gpu, resize
+from deitfast.data.dali import Feed, Runner, decode_to_gpu, gathered, resize
 from deitfast.data.manifest import Manifest
-from deitfast.data.pipeline import Feed, Runner, gathered
 from deitfast.data.quarantine import Quarantine
 from deitfast.errors import DeitfastError
 

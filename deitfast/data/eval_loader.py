@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from deitfast.data import graph
+from deitfast.data import dali
+from deitfast.data.batch import to_device
+from deitfast.data.cpu_ops import Workers, decoded, resized_centre
+from deitfast.data.dali import Feed, Runner, gathered, thread_count
 from deitfast.data.manifest import Manifest
-from deitfast.data.manifest import say as say_to_stderr
-from deitfast.data.pipeline import Feed, Runner, gathered, thread_count, to_device
 from deitfast.data.quarantine import Quarantine
-from deitfast.data.views import Workers, decoded, resized_centre
 from deitfast.errors import DeitfastError
+from deitfast.errors import say as say_to_stderr
 
 
 class EvalLoader:
@@ -105,12 +106,12 @@ class EvalLoader:
         )
 
     def _graph_cpu(self, encoded: Any) -> list[Any]:
-        return [graph.decode(encoded, "cpu")]
+        return [dali.decode(encoded, "cpu")]
 
     def _graph_gpu(self, encoded: Any, size: Any, start: Any) -> list[Any]:
         return [
-            graph.crop(
-                graph.resize(graph.decode_to_gpu(encoded, self._decoder), size),
+            dali.crop(
+                dali.resize(dali.decode_to_gpu(encoded, self._decoder), size),
                 start,
                 [self.image_size, self.image_size],
             )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deitfast.data.manifest import Entries
+from deitfast.data.scan import Entries
 from deitfast.data.tfrecord import Record, read_records
 from deitfast.errors import DeitfastError, did_you_mean
 

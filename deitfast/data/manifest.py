@@ -1,9 +1,12 @@
-"""A manifest: what a split holds, found out once by decoding every image.
+"""A manifest: what a split holds, and where it is kept between runs.
 
-A damaged image costs nothing in a scan and hours in the middle of a run, so every file is decoded in full before
-the first step, and what does not decode is named and left out. The manifest also gives every image's size, from which
-crops are drawn on the host, and the checksum of its bytes: a read that gives other bytes than the scan saw fails, so
-nothing that changed afterwards, not even one flipped bit, reaches a decoder.
+It gives every image's size, from which crops are drawn on the host, and the checksum of its bytes: a read that gives
+other bytes than the scan saw fails, so nothing that changed afterwards, not even one flipped bit, reaches a decoder.
+
+On disk a manifest is one .npz without pickled objects. In the cache it is keyed by the folder and by the names, sizes
+and times of its files, so a changed folder gets a new one. Beside prepared shards it goes by the shards' names and
+sizes only, because copying changes the times; every read compares checksums anyway. A file that is damaged or that
+claims what it does not hold counts as absent, and the images are scanned again.
 """
 
 from __future__ import annotations
@@ -12,18 +15,18 @@ import contextlib
 import hashlib
 import io
 import os
-import sys
 import threading
-import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from deitfast.errors import DeitfastError
+from deitfast.errors import DeitfastError, say
+from deitfast.files import cache_folder, write_atomically
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 MAX_PIXELS = 50_000_000
@@ -31,21 +34,7 @@ MAX_BYTES = 1 << 29  # an uncompressed image of so many pixels needs less
 PER_IMAGE = (
     "file_id", "member", "offset", "length", "label", "width", "height", "checksum", "format", "convert",
 )  # fmt: skip
-_PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # those whose pixels DALI gives as PIL does
 _OPEN_SHARDS = 128
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Images to scan. files: paths relative to the root; member: name inside a shard, or "" for a plain file."""
-
-    files: Sequence[str]
-    file_id: np.ndarray  # int64 (n,), into files
-    member: Sequence[str]  # (n,)
-    offset: np.ndarray  # int64 (n,), bytes
-    length: np.ndarray  # int64 (n,), bytes; -1: the whole file
-    label: np.ndarray  # int64 (n,)
-    bad: Sequence[tuple[str, str]] = ()  # (name, reason) of what was seen to be damaged already
 
 
 @dataclass(frozen=True)
@@ -198,114 +187,142 @@ def checksum(data: bytes | np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a scan learns of one image. format: into FORMATS."""
-
-    width: int
-    height: int
-    checksum: int
-    format: int
-    convert: bool
-
-
-def inspect_image(data: bytes, whole: bool = True) -> Facts:
-    """The facts of an encoded image; ValueError with the reason if it does not decode.
-
-    whole: decode all of it, not only its header.
-    """
-    from PIL import Image
-
-    if not data:
-        raise ValueError("empty file")
-    too_many = f"more than {MAX_PIXELS // 10**6} million pixels"
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width} x {height} pixels: {too_many}")
-            deep = image.format == "PNG" and data[24] == 16  # the header's bit depth, which PIL's mode may hide
-            kind = image.format if image.format in FORMATS else "JPEG"  # MPO is JPEG with further images behind
-            convert = image.mode not in _PLAIN_MODES or deep
-            facts = Facts(width, height, checksum(data), FORMATS.index(kind), convert)
-            if whole:
-                image.load()
-    except ValueError:
-        raise
-    except Image.DecompressionBombError:  # Pillow's own limit is higher, but met first
-        raise ValueError(too_many) from None
-    except Image.UnidentifiedImageError:
-        raise ValueError("not a JPEG, PNG, BMP or WebP image") from None
-    except Exception as error:  # Pillow's decoders raise many kinds; each of them means the file is not usable
-        raise ValueError(str(error) or type(error).__name__) from error
-    return facts
-
-
-def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = False) -> Manifest:
-    """Decode every entry, in threads; those that fail go to `bad`. Progress goes to stderr once it takes a while."""
-    n = len(entries.label)
-
-    def look(i: int) -> tuple[int, Facts] | str:
-        path = root / entries.files[entries.file_id[i]]
-        offset, length = int(entries.offset[i]), int(entries.length[i])
-        try:
-            with open(path, "rb") as f:
-                size = os.fstat(f.fileno()).st_size
-                length = size if length < 0 else length
-                if offset + length > size:  # before memory is taken for what is not there
-                    return f"truncated: {max(size - offset, 0)} of {length} bytes"
-                if length > MAX_BYTES:
-                    return f"{length} bytes: more than {MAX_BYTES}"
-                f.seek(offset)
-                data = f.read(length)
-            return len(data), inspect_image(data)
-        except OSError as error:
-            return error.strerror or str(error)
-        except ValueError as error:
-            return str(error)
-
-    length, table, good = np.zeros(n, np.int64), np.zeros((n, 4), np.int64), np.zeros(n, bool)
-    checksums = np.zeros(n, np.uint64)
-    bad: list[tuple[str, str]] = list(entries.bad)
-    started = reported = time.monotonic()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for start in range(0, n, 4096):  # a bounded number of tasks at a time
-            for i, found in enumerate(pool.map(look, range(start, min(start + 4096, n))), start):
-                if isinstance(found, str):
-                    name = name_of(entries.files[entries.file_id[i]], entries.member[i])
-                    bad.append((name, " ".join(found.split())))
-                else:
-                    good[i], length[i], facts = True, found[0], found[1]
-                    table[i] = facts.width, facts.height, facts.format, facts.convert
-                    checksums[i] = facts.checksum
-                now = time.monotonic()
-                if not quiet and now - reported > 5:
-                    reported = now
-                    rate = (i + 1) / (now - started)
-                    say(f"checking {root}: {i + 1:,} of {n:,} images, {rate:.0f}/s, {(n - i) / rate:.0f} s to go")
-    return Manifest(
-        root=str(root),
-        files=strings(entries.files),
-        file_id=np.asarray(entries.file_id, np.int64)[good],
-        member=strings(entries.member)[good],
-        offset=np.asarray(entries.offset, np.int64)[good],
-        length=length[good],
-        label=np.asarray(entries.label, np.int64)[good],
-        width=table[good, 0],
-        height=table[good, 1],
-        checksum=checksums[good],
-        format=table[good, 2].astype(np.uint8),
-        convert=table[good, 3].astype(bool),
-        classes=tuple(classes),
-        bad=tuple(bad),
-    )
-
-
 def strings(values: Sequence[str]) -> np.ndarray:
     """File names as a numpy array of bytes."""
     return np.array([os.fsencode(v) for v in values], dtype=np.bytes_) if len(values) else np.zeros(0, "S1")
 
 
-def say(line: str) -> None:
-    """One line to stderr."""
-    print(f"deitfast: {line}", file=sys.stderr, flush=True)
+# On disk -------------------------------------------------------------------------------------------------------------
+
+_VERSION = 2
+_KINDS = {"files": "S", "member": "S", "checksum": "u", "format": "u", "convert": "b"}  # all others: int64
+
+
+def digest(root: Path, paths: Sequence[str], classes: Sequence[str] = ()) -> str:
+    """Key of a cached manifest: changes with the root, any path, size or time below it, and the class list.
+
+    paths: relative to root. Only the files are looked at, not read.
+    """
+    h = hashlib.blake2b(digest_size=16)
+    h.update(repr((_VERSION, str(root), tuple(classes))).encode())
+    for path in paths:
+        try:
+            stat = os.stat(root / path)
+            h.update(os.fsencode(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+        except OSError:  # such as a link to nothing; the scan will name it
+            h.update(os.fsencode(f"{path}\0missing\n"))
+    return h.hexdigest()
+
+
+def load(key: str) -> Manifest | None:
+    """The cached manifest, or None where there is none or it cannot be used."""
+    return read_manifest(cache_folder("manifests") / f"{key}.npz")
+
+
+def store(key: str, manifest: Manifest) -> None:
+    """Put the manifest and the list of damaged files into the cache. Failure is told, not fatal."""
+    folder = cache_folder("manifests")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if manifest.bad:
+            lines = "".join(f"{name}\t{reason}\n" for name, reason in manifest.bad)
+            write_atomically(bad_list(key), lambda path: path.write_bytes(os.fsencode(lines)))
+        write_manifest(folder / f"{key}.npz", manifest)
+    except OSError as error:
+        say(f"cannot keep the manifest in {folder}: {error}. The next start scans again")
+
+
+def bad_list(key: str) -> Path:
+    """Where the names of a manifest's damaged files are written, one a line."""
+    return cache_folder("manifests") / f"{key}.bad.txt"
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest to `path`, renamed into place. Raises OSError."""
+    arrays = {f.name: getattr(manifest, f.name) for f in fields(manifest) if f.type == "np.ndarray"}
+    arrays |= {
+        "version": np.array([_VERSION]),
+        "root": strings([manifest.root]),
+        "classes": strings(manifest.classes),
+        "bad_name": strings([name for name, _ in manifest.bad]),
+        "bad_reason": strings([reason for _, reason in manifest.bad]),
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+
+
+def read_manifest(path: Path, root: Path | None = None) -> Manifest | None:
+    """The manifest in a file, or None where there is none or it is not usable. root: the folder it lies in now."""
+    try:
+        arrays = _arrays(path.read_bytes())
+        if arrays.pop("version").tolist() != [_VERSION]:
+            return None
+        texts = {name: [os.fsdecode(x) for x in arrays.pop(name)] for name in ("classes", "bad_name", "bad_reason")}
+        manifest = Manifest(
+            root=str(root) if root else os.fsdecode(arrays["root"][0]),
+            classes=tuple(texts["classes"]),
+            bad=tuple(zip(texts["bad_name"], texts["bad_reason"], strict=True)),
+            **{name: arrays[name] for name in ("files", *PER_IMAGE)},  # type: ignore[arg-type]
+        )
+        return manifest if _sound(manifest) else None
+    except Exception:  # zip and npy readers raise many kinds on damage; each means that the file cannot be used
+        return None
+
+
+def prepared(path: Path, root: Path, files: Sequence[str]) -> Manifest | None:
+    """The manifest that lies beside prepared shards, if it speaks of just these files in full; else None."""
+    manifest = read_manifest(path, root)
+    if manifest is None or sorted(os.fsdecode(f) for f in manifest.files) != sorted(files):
+        return None
+    last = np.zeros(len(manifest.files), np.int64)
+    np.maximum.at(last, manifest.file_id, manifest.offset + manifest.length)
+    sizes = [os.stat(root / os.fsdecode(f)).st_size for f in manifest.files]
+    return manifest if (last <= np.array(sizes)).all() else None
+
+
+def relabelled(manifest: Manifest, classes: Sequence[str], label_of: dict[str, int]) -> Manifest:
+    """The manifest with its classes renumbered by name."""
+    new = np.array([label_of[name] for name in manifest.classes], np.int64)
+    return replace(manifest, label=new[manifest.label], classes=tuple(classes))
+
+
+def _arrays(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, refusing any that claims more than the file holds."""
+    arrays: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
+                raise ValueError("compressed")
+            member = io.BytesIO(archive.read(info))  # checks the zip's CRC
+            if np.lib.format.read_magic(member) != (1, 0):
+                raise ValueError("npy version")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            start = member.tell()
+            if dtype.hasobject or len(shape) != 1 or shape[0] * dtype.itemsize != info.file_size - start:
+                raise ValueError("shape")
+            arrays[info.filename.removesuffix(".npy")] = np.frombuffer(member.getbuffer(), dtype, offset=start).copy()
+    return arrays
+
+
+def _sound(m: Manifest) -> bool:
+    """Whether every entry is of its kind and within its range."""
+    arrays: dict[str, Any] = {name: getattr(m, name) for name in ("files", *PER_IMAGE)}
+    right_kind = all(
+        array.dtype.kind == _KINDS.get(name, "i") and (name in _KINDS or array.dtype.itemsize == 8)
+        for name, array in arrays.items()
+    )
+    if not right_kind or any(len(arrays[name]) != len(m) for name in PER_IMAGE):
+        return False
+    if not len(m):
+        return True
+    lows = min(int(getattr(m, name).min()) for name in ("file_id", "offset", "length", "label"))
+    sides = min(int(m.width.min()), int(m.height.min()))
+    return (
+        lows >= 0
+        and sides >= 1
+        and int(m.file_id.max()) < len(m.files)
+        and int(m.label.max()) < len(m.classes)
+        and int(m.format.max()) < len(FORMATS)
+        and bool((m.width <= MAX_PIXELS // m.height).all())
+    )

@@ -17,7 +17,7 @@ import numpy as np
 from deitfast.data.manifest import Manifest, checksum
 from deitfast.data.philox import REPLACEMENT, counter, philox4x32
 from deitfast.errors import DeitfastError
-from deitfast.paths import cache_folder
+from deitfast.files import cache_folder
 
 _NAMED = 10  # told by name; the rest is in the list
 _LONGEST_CHAIN = 100

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deitfast.data.indexing import Source, entries_of, is_image, label_numbers, names_files
-from deitfast.data.manifest import Manifest, scan
-from deitfast.data.manifest_file import bad_list, digest, load, prepared, relabelled, report_bad, store
+from deitfast.data.manifest import Manifest, bad_list, digest, load, prepared, relabelled, store
+from deitfast.data.scan import report_bad, scan
 from deitfast.data.tfrecord import is_tfrecord
 from deitfast.errors import DeitfastError, did_you_mean
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import augment_parity
-from deitfast.data import host_ops
+from deitfast.data import cpu_ops
 
 pytest.importorskip("nvidia.dali")
 
@@ -20,7 +20,7 @@ def test_it_passes_on_images(capsys):
 
 
 def test_a_wrong_operation_fails_it(monkeypatch, capsys):
-    monkeypatch.setitem(host_ops._OPERATIONS, "invert", lambda x, _: 254 - np.minimum(x, 254))
+    monkeypatch.setitem(cpu_ops._OPERATIONS, "invert", lambda x, _: 254 - np.minimum(x, 254))
     monkeypatch.setattr(augment_parity, "SIZES", ((8, 9),))
     monkeypatch.setattr(augment_parity, "compare_loader", lambda *_: True)
     assert augment_parity.main(["--data", "digits", "--limit", "2"]) == 1

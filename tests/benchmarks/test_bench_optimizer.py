@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench_optimizer
-from benchmarks.harness import load
+from benchmarks.measuring.harness import load
 
 QUICK = ["--device", "cpu", "--quick"]
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from benchmarks import compare
-from benchmarks.harness import Recorder, Timing, timed_row
+from benchmarks.measuring.harness import Recorder, Timing, timed_row
 
 
 def write(path, medians, extra=()):

@@ -6,14 +6,25 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import Budget, Recorder, Refused, Roofs, Timing, load, measure, rates, roofs, timed_row, verify
-from benchmarks.record import ROOT
+from benchmarks.measuring import harness
+from benchmarks.measuring.harness import (
+    Budget,
+    Recorder,
+    Refused,
+    Roofs,
+    Timing,
+    load,
+    measure,
+    rates,
+    roofs,
+    timed_row,
+    verify,
+)
+from benchmarks.reporting.record import ROOT
 
 KEYS = {"date", "command", "commit", "sources", "device", "gpu", "driver", "python", "torch", "triton"}
 
@@ -21,12 +32,23 @@ KEYS = {"date", "command", "commit", "sources", "device", "gpu", "driver", "pyth
 # Time ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_planted_slow_down_is_measured():
-    fast = measure(lambda: time.sleep(0.002), device="cpu", budget_ms=20)
-    slow = measure(lambda: time.sleep(0.012), device="cpu", budget_ms=60)
-    assert fast.median_ms >= 2
-    assert slow.median_ms >= 12
-    assert slow.median_ms > 2 * fast.median_ms
+class Clock:
+    """Stands in for the machine's clock: only what is timed moves it on, whatever else the machine does."""
+
+    def __init__(self, monkeypatch):
+        self.seconds = 0.0
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.seconds)
+
+    def sleep(self, seconds):
+        self.seconds += seconds
+
+
+def test_a_planted_slow_down_is_measured(monkeypatch):
+    clock = Clock(monkeypatch)
+    fast = measure(lambda: clock.sleep(0.002), device="cpu", budget_ms=20)
+    slow = measure(lambda: clock.sleep(0.012), device="cpu", budget_ms=60)
+    assert fast.median_ms == pytest.approx(2)
+    assert slow.median_ms == pytest.approx(12)
 
 
 def test_the_sets_take_turns():
@@ -37,15 +59,14 @@ def test_the_sets_take_turns():
     assert timing.samples == 3
 
 
-def test_warm_up_is_not_timed():
-    calls = []
+def test_warm_up_is_not_timed(monkeypatch):
+    clock, calls = Clock(monkeypatch), []
 
     def call():
         calls.append(None)
-        if len(calls) <= 2:
-            time.sleep(0.05)
+        clock.sleep(0.05 if len(calls) <= 2 else 0.001)
 
-    assert measure(call, device="cpu", budget_ms=1, warmup=2).p80_ms < 50
+    assert measure(call, device="cpu", budget_ms=1, warmup=2).p80_ms == pytest.approx(1)
 
 
 def test_percentiles_are_those_of_the_samples():
@@ -65,7 +86,7 @@ def test_rotating_needs_one_set_on_cpu_and_more_than_the_cache_elsewhere(monkeyp
 
 
 def test_a_budget_runs_out():
-    assert Budget(1).fits(59)
+    assert Budget(1).fits(30)
     assert not Budget(1).fits(61)
     assert not Budget(0).fits(0.1)
 
@@ -75,6 +96,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch):
         self.now, self.waits, self.events, self.captures, self.lap = 0.0, 0, 0, 0, None
+        self.capturing = False
         fake = self
 
         class Event:
@@ -95,10 +117,14 @@ class FakeCuda:
             def wait_stream(self, other):
                 pass
 
-        class Capture(contextlib.nullcontext):
-            def __init__(self, graph, stream):
-                super().__init__()
-                fake.captures += 1
+        @contextlib.contextmanager
+        def capture(graph, stream):
+            fake.captures += 1
+            fake.capturing = True
+            try:
+                yield
+            finally:
+                fake.capturing = False
 
         def wait(device=None):
             fake.waits += 1
@@ -109,7 +135,8 @@ class FakeCuda:
             "Stream": Stream,
             "current_stream": Stream,
             "stream": lambda stream: contextlib.nullcontext(),
-            "graph": Capture,
+            "set_stream": lambda stream: None,
+            "graph": capture,
             "synchronize": wait,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -137,6 +164,32 @@ def test_a_graph_is_a_lap_over_all_sets(monkeypatch):
     timing = measure(call, device="cuda", sets=[2.0, 4.0, 6.0], budget_ms=1e6, most=10, graph=True)
     assert timing.median_ms == 4, "a lap of 12 ms over three sets"
     assert cuda.captures == 1
+
+
+def test_what_cannot_be_captured_is_timed_from_the_host_and_says_so(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+
+    def reads_on_the_host(inputs):
+        if cuda.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        cuda.now += 8.0
+
+    def fine(inputs):
+        cuda.now += 1.0
+
+    def too_large(inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    cuda.lap = lambda: fine(0)
+    calls = {"fine": fine, "reads": reads_on_the_host, "too large": too_large}
+    found = harness.in_turns(calls, device="cuda", sets=[0], budget_ms=1e6)
+    assert {name: (ran.launch, ran.problem) for name, ran in found.items()} == {
+        "fine": ("graph", None),
+        "reads": ("stream", None),
+        "too large": ("", "CUDA out of memory"),
+    }
+    assert [timing.median_ms for timing in found["reads"].timings] == [8.0, 8.0]
+    assert cuda.captures == 3, "twice for the one that can be captured, once for the one that cannot"
 
 
 # The roof ------------------------------------------------------------------------------------------------------------
@@ -241,7 +294,7 @@ def test_the_recorder_says_where_and_when(tmp_path):
 
 CUT_OFF = """
 import os, sys, time
-from benchmarks.record import Recorder
+from benchmarks.reporting.record import Recorder
 recorder = Recorder(sys.argv[1], "cut", "cpu")
 for i in range(10**6):
     recorder.add({"key": {"i": i}, "ms": 1.0})

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import roofline
 from deitfast.errors import DeitfastError
-from deitfast.zoo import VARIANTS, find_variant
+from deitfast.model.zoo import VARIANTS, find_variant
 
 PUBLISHED = {"deit_tiny": 1.26, "deit_small": 4.61, "deit_base": 17.58, "deit_base_384": 55.54}
 """10^9 multiply-adds of a forward pass: timm's tables for ViT-Ti, S, B at 224 px and B at 384."""

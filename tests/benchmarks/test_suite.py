@@ -9,11 +9,10 @@ import json
 import pytest
 
 from benchmarks import gpu_suite, readme
-from benchmarks.goals import NOT_MEASURED, goals
 from benchmarks.gpu_suite import Part, Results
-from benchmarks.page import write_page
-from benchmarks.plots import draw_all
-from benchmarks.record import ROOT
+from benchmarks.reporting.page import NOT_MEASURED, goals, write_page
+from benchmarks.reporting.plots import draw_all
+from benchmarks.reporting.record import ROOT
 
 MODEL = "deit_digits_patch4_16"
 
@@ -36,7 +35,8 @@ def step_row(model: str, way: str, speed: float, memory: float = 10.0, first: fl
 
 def op_row(way: str, ms: float) -> dict:
     key = {"op": "attention", "model": "B", "tokens": 197, "batch": 64, "way": way, "pass": "forward"}
-    return {"key": key, "ms": ms, "tflops": 100 / ms, "gbps": 1000 / ms, "roof_percent": 50.0, "part": "attention"}
+    row = {"key": key, "ms": ms, "tflops": 100 / ms, "gbps": 1000 / ms, "roof_percent": 50.0, "part": "attention"}
+    return row if way == "fused" else row | {"fused_speedup": ms}  # the fused op below takes 1 ms
 
 
 def part_row(name: str, us: float, over: bool) -> dict:
@@ -191,7 +191,7 @@ def test_the_quick_suite_ends_with_one_page(tmp_path, monkeypatch, capsys):
         Part("roof", 1.0),
         Part("step", 6.0, ("benchmarks.bench_train_step",), ("--models", MODEL, "--ways", "ours", "timm")),
         Part("breakdown", 1.0, ("benchmarks.breakdown",), small),
-        Part("attention", 1.0, ("benchmarks.bench_attention",), ("--no-compile",)),
+        Part("attention", 1.0, ("benchmarks.micro", "attention"), ("--no-compile",)),
         Part("loader", 1.0, ("benchmarks.bench_loader",), ("--ways", "decode", "augmented, decode once")),
     )
     monkeypatch.setattr(gpu_suite, "PARTS", parts)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, Targets, augment, normalise
-from deitfast.data.loaders import Batch
+from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, Targets, normalise
+from deitfast.data import batch as augment
+from deitfast.data.batch import Batch
 from deitfast.kernels.common import INTERPRETED
 
 M, SIZE = 16, 24

@@ -311,7 +311,7 @@ def test_what_only_dali_cannot_decode_is_decoded_by_pil_and_no_batch_is_lost(mak
 
 @pytest.mark.slow
 def test_a_run_over_bad_files_ends_with_its_scores_and_their_names(make_folder, tmp_path, monkeypatch, capsys):
-    import deitfast.train
+    import deitfast.training.train
 
     root = make_folder(train=10, val=3)
     whole = (root / "train" / "ape" / "000.jpg").read_bytes()
@@ -326,9 +326,9 @@ def test_a_run_over_bad_files_ends_with_its_scores_and_their_names(make_folder, 
             vanish(root / "train" / "ape" / "003.jpg")
             truncate(root / "train" / "bat" / "004.jpg")
 
-    monkeypatch.setattr(deitfast.train, "TrainLoader", Harmed)
+    monkeypatch.setattr(deitfast.training.train, "TrainLoader", Harmed)
     run_folder = tmp_path / "run"
-    result = deitfast.train.train(
+    result = deitfast.training.train.train(
         recipe(
             model="deit_tiny_patch16_224", data=str(root), image_size=32, micro_batch=6, repeats=1, epochs=2,
             warmup_epochs=1.0, device="cpu", eval_every=2, out=str(run_folder), rand_augment="rand-m9-mstd0.5-inc1",

@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from deitfast.cli_data import add_data
+from deitfast.cli.data import add_data
 from deitfast.data import TrainLoader, open_dataset
 from deitfast.data import sources as sources_module
-from deitfast.data.contact_sheet import _sheet, contact_sheet
-from deitfast.data.policy import Policy
-from deitfast.data.prepare_shards import Settings, prepare_shards
+from deitfast.data.augmentation import Augmentation
+from deitfast.data.prepare import Settings, prepare_shards
+from deitfast.data.show import _sheet, contact_sheet
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 from tests.data.conftest import picture
@@ -87,7 +87,7 @@ def test_prepared_shards_hold_the_same_samples_and_need_no_scan(make_folder, tmp
 
 
 def test_prepare_goes_on_where_it_stopped_and_redoes_nothing(make_folder, tmp_path, monkeypatch):
-    from deitfast.data import prepare_shards as module
+    from deitfast.data import prepare as module
 
     data = open_dataset(str(make_folder()))
     out, settings = tmp_path / "out", Settings(per_shard=4)
@@ -223,14 +223,14 @@ def test_the_sheet_holds_what_the_loader_yields_and_says_what_was_done(make_fold
     manifest = open_dataset(str(make_folder())).train
     recipe = Recipe(data="x", batch=12, mix_group=12, workers=1)
     seen: list = []
-    monkeypatch.setattr("deitfast.data.contact_sheet._sheet", lambda *given: seen.append(given) or _sheet(*given))
+    monkeypatch.setattr("deitfast.data.show._sheet", lambda *given: seen.append(given) or _sheet(*given))
     sheet = contact_sheet(manifest, recipe, 40, epoch=3, count=10)
     (views, captions) = seen[0]
     with TrainLoader(manifest, recipe, 40, 12, start_step=3, stop_step=4) as loader:
         (batch,) = loader
     assert batch.epoch == 3
     assert np.array_equal(views, batch.images[:10].numpy())
-    policy = Policy(recipe, 40, torch.device("cpu"))
+    policy = Augmentation(recipe, 40, torch.device("cpu"))
     operations = policy.captions(policy.draw(batch.index.numpy(), 3, batch.view.numpy()))
     for s, lines in enumerate(captions):
         i = int(batch.index[s])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deitfast.data import host_ops
-from deitfast.data.policy_draws import OP, OPS
+from deitfast.data import cpu_ops
+from deitfast.data.augmentation_draws import OP, OPS
 from tests import augment_reference
 from tests.kernels.test_image_ops import amounts, pictures
 
@@ -20,7 +20,7 @@ def test_every_operation_is_pils(name, size):
     for image in pictures(*size):
         for amount in amounts(OP[name], 12).tolist():
             given = image.copy()
-            out = host_ops.apply_one(given, OP[name], amount, augment_reference.FILL)
+            out = cpu_ops.apply_one(given, OP[name], amount, augment_reference.FILL)
             assert np.array_equal(out, augment_reference.apply_one(image, name, amount)), amount
             assert np.array_equal(given, image), "the input was written to"
 
@@ -31,5 +31,5 @@ def test_photographs(shared_data: Path):
         image = np.asarray(Image.open(file).convert("RGB").resize((160, 160)))
         for name in OPS[1:]:
             amount = float(amounts(OP[name], 12)[i])
-            out = host_ops.apply_one(image, OP[name], amount, augment_reference.FILL)
+            out = cpu_ops.apply_one(image, OP[name], amount, augment_reference.FILL)
             assert np.array_equal(out, augment_reference.apply_one(image, name, amount)), (name, amount)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from deitfast.data import EvalLoader, Manifest, Plan, TrainLoader, decoder, draws, graph, open_dataset, prepare
+from deitfast.data import EvalLoader, Manifest, Plan, TrainLoader, dali, decoder, draws, open_dataset, prepare
+from deitfast.data.augmentation import Augmentation
+from deitfast.data.batch import Batch
 from deitfast.data.eval_loader import eval_geometry
-from deitfast.data.loaders import Batch
-from deitfast.data.policy import Policy
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 from tests.data.conftest import picture
@@ -90,14 +90,14 @@ def test_resume_in_mid_epoch_and_across_epochs(digits):
 def test_the_policy_works_on_the_cropped_and_flipped_views(digits):
     plain = run(digits, recipe(), micro=32, stop_step=1)
     settings = recipe(rand_augment=PAPER)
-    policy = Policy(settings, SIZE, torch.device("cpu"))
+    policy = Augmentation(settings, SIZE, torch.device("cpu"))
     for key, sample in run(digits, settings, micro=32, stop_step=1).items():
         drawn = policy.draw(sample["index"][None], sample["epoch"], sample["view"][None])
         assert np.array_equal(sample["images"], policy.apply(torch.from_numpy(plain[key]["images"])[None], drawn)[0])
 
 
 def test_an_exception_in_a_thread_reaches_the_consumer(digits, monkeypatch):
-    monkeypatch.setattr(Policy, "apply", lambda *_: 1 // 0)
+    monkeypatch.setattr(Augmentation, "apply", lambda *_: 1 // 0)
     with TrainLoader(digits, recipe(rand_augment=PAPER), SIZE, 32) as loader, pytest.raises(ZeroDivisionError):
         list(loader)
 
@@ -185,7 +185,7 @@ class DaliEvalLoader(EvalLoader):
 
 @pytest.fixture
 def graph_on_cpu(monkeypatch):
-    monkeypatch.setattr(graph, "decode_to_gpu", lambda encoded, _: graph.decode(encoded, "cpu"))
+    monkeypatch.setattr(dali, "decode_to_gpu", lambda encoded, _: dali.decode(encoded, "cpu"))
 
 
 def test_the_gpus_graph_crops_resizes_and_flips_alike(make_folder, graph_on_cpu):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from deitfast.data import open_dataset
-from deitfast.data.manifest import PER_IMAGE, inspect_image
-from deitfast.data.manifest_file import read_manifest, write_manifest
+from deitfast.data.manifest import PER_IMAGE, read_manifest, write_manifest
+from deitfast.data.scan import inspect_image
 from deitfast.errors import DeitfastError
-from deitfast.paths import cache_folder
+from deitfast.files import cache_folder
 from tests.data.test_sources import add
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deitfast.data.policy import Policy, plan
-from deitfast.data.policy_draws import OP, OPS, PolicyDraws
+from deitfast.data.augmentation import Augmentation, plan
+from deitfast.data.augmentation_draws import OP, OPS, AugmentationDraws
 from deitfast.kernels.common import INTERPRETED
 from deitfast.recipe import Recipe
 from tests import augment_reference
@@ -38,7 +38,7 @@ def views(count: int, size: int = 24) -> np.ndarray:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_images_are_pils(name, device):
-    policy = Policy(RECIPES[name], 24, device)
+    policy = Augmentation(RECIPES[name], 24, device)
     m = 8 if INTERPRETED else 64
     index, view = np.arange(m) // 2, np.arange(m) % 2
     draws = policy.draw(index, 4, view)
@@ -54,23 +54,23 @@ def test_images_are_pils(name, device):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_view_has_its_draws_in_any_batch(name):
-    policy = Policy(RECIPES[name], 24, CPU)
+    policy = Augmentation(RECIPES[name], 24, CPU)
     index, view = np.arange(300) % 50, np.arange(300) // 50 % 3
     whole = policy.draw(index, 2, view)
     shuffled = np.random.default_rng(0).permutation(300)
-    again = Policy(RECIPES[name], 24, CPU).draw(index[shuffled], 2, view[shuffled])
+    again = Augmentation(RECIPES[name], 24, CPU).draw(index[shuffled], 2, view[shuffled])
     assert np.array_equal(again.ops, whole[shuffled].ops)
     assert np.array_equal(again.amounts, whole[shuffled].amounts)
     alone = policy.draw(index[7:8], 2, view[7:8])
     assert np.array_equal(alone.amounts, whole[7:8].amounts)
     if whole.ops.size:
         for changed in (policy.draw(index, 3, view), policy.draw(index, 2, view + 1),
-                        Policy(replace(RECIPES[name], seed=1), 24, CPU).draw(index, 2, view)):  # fmt: skip
+                        Augmentation(replace(RECIPES[name], seed=1), 24, CPU).draw(index, 2, view)):  # fmt: skip
             assert not np.array_equal(changed.amounts, whole.amounts)
 
 
 def test_images_do_not_depend_on_the_batch(device):
-    policy = Policy(RECIPES["randaugment"], 24, device)
+    policy = Augmentation(RECIPES["randaugment"], 24, device)
     index = np.arange(6)
     draws = policy.draw(index, 0, np.zeros(6, np.int64))
     images = torch.from_numpy(views(6)).to(device)
@@ -83,7 +83,7 @@ def test_images_do_not_depend_on_the_batch(device):
 def test_what_each_recipe_draws():
     drawn = {}
     for name, recipe in RECIPES.items():
-        policy = Policy(recipe, 24, CPU)
+        policy = Augmentation(recipe, 24, CPU)
         draws = policy.draw(np.arange(500), 0, np.zeros(500, np.int64))
         drawn[name] = [{OPS[op] for op in slot} for slot in draws.ops.T]
         assert policy.active == (name != "simple")
@@ -97,9 +97,9 @@ def test_what_each_recipe_draws():
 
 
 def test_misuse_is_an_error():
-    policy = Policy(RECIPES["randaugment"], 24, CPU)
+    policy = Augmentation(RECIPES["randaugment"], 24, CPU)
     draws = policy.draw(np.arange(3), 0, np.zeros(3, np.int64))
     with pytest.raises(ValueError, match="3 draws for 2 images"):
         policy.apply(torch.from_numpy(views(2)), draws)
     with pytest.raises(ValueError, match="blur must be the first"):
-        plan(PolicyDraws(np.array([[OP["color"], OP["blur"]]]), np.array([[1.0, 1.0]])), 24, 24)
+        plan(AugmentationDraws(np.array([[OP["color"], OP["blur"]]]), np.array([[1.0, 1.0]])), 24, 24)

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from deitfast.data import policy_draws
-from deitfast.data.policy_draws import OP, OPS, RandAugment
+from deitfast.data import augmentation_draws
+from deitfast.data.augmentation_draws import OP, OPS, RandAugment
 from tests.augment_reference import TIMM_NAMES
 from tests.reference import import_timm, import_torchvision
 
@@ -33,7 +33,7 @@ def timm_draws(notation: str) -> tuple[np.ndarray, np.ndarray]:
     from timm.data.auto_augment import rand_augment_transform
 
     transform = rand_augment_transform(notation, {"img_mean": (124, 116, 104)})
-    assert len(transform.ops) == policy_draws.RANDAUGMENT_OPS
+    assert len(transform.ops) == augmentation_draws.RANDAUGMENT_OPS
     seen: list[tuple[int, float]] = []
     ours = {timm: OP[name] for name, timm in TIMM_NAMES.items()}
 
@@ -57,7 +57,7 @@ def timm_draws(notation: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def our_draws(notation: str) -> policy_draws.PolicyDraws:
+def our_draws(notation: str) -> augmentation_draws.AugmentationDraws:
     return RandAugment.parse(notation).draw(INDEX, 3, VIEW, seed=11)
 
 
@@ -107,7 +107,7 @@ def test_levels_are_timms_to_the_bit(name, increasing, monkeypatch):
     for sign in (1.0, -1.0):
         monkeypatch.setattr(auto_augment, "_randomly_negate", lambda v, sign=sign: sign * v)
         theirs = [level_of(m, {})[0] if level_of else 0.0 for m in magnitudes.tolist()]
-        ours = policy_draws.level(np.full(len(magnitudes), OP[name]), magnitudes, np.array(sign), increasing)
+        ours = augmentation_draws.level(np.full(len(magnitudes), OP[name]), magnitudes, np.array(sign), increasing)
         assert np.array_equal(ours, theirs)
 
 
@@ -133,7 +133,7 @@ def test_notation():
 
 
 def test_three_augment_draws_one_of_three():
-    draws = policy_draws.three_augment(INDEX, 1, VIEW, seed=2)
+    draws = augmentation_draws.three_augment(INDEX, 1, VIEW, seed=2)
     assert draws.ops.shape == (N, 1)
     counts = [(draws.ops == OP[name]).sum() for name in ("grayscale", "solarize", "blur")]
     assert sum(counts) == N
@@ -157,7 +157,7 @@ def test_color_jitter_is_torchvisions(strength):
         assert hue is None
         orders.append([names[i] for i in order.tolist() if i < 3])
         factors.append(values)
-    draws = policy_draws.color_jitter(strength, INDEX, 1, VIEW, seed=2)
+    draws = augmentation_draws.color_jitter(strength, INDEX, 1, VIEW, seed=2)
     number = np.array([100, 10, 1])
     assert same_counts(draws.ops @ number, np.array(orders) @ number) > LEAST
     for i, name in enumerate(names):
@@ -166,7 +166,7 @@ def test_color_jitter_is_torchvisions(strength):
 
 
 def test_captions():
-    draws = policy_draws.PolicyDraws(
+    draws = augmentation_draws.AugmentationDraws(
         np.array([[OP["rotate"], OP["posterize"]], [OP["none"], OP["equalize"]], [OP["none"], OP["none"]]]),
         np.array([[-12.34, 2.0], [0.0, 0.0], [0.0, 0.0]]),
     )
@@ -176,9 +176,9 @@ def test_captions():
 
 def test_wide_blurs_are_refused():
     with pytest.raises(ValueError, match="standard deviation 3 needs a radius"):
-        policy_draws.blur_taps(3.0)
+        augmentation_draws.blur_taps(3.0)
 
 
 def test_names_fit_their_numbers():
     assert len(OPS) == len(OP)
-    assert list(OPS[1 : policy_draws.RANDAUGMENT_OPS + 1]) == list(TIMM_NAMES)
+    assert list(OPS[1 : augmentation_draws.RANDAUGMENT_OPS + 1]) == list(TIMM_NAMES)

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from deitfast.data import imagenet_classes, open_dataset
-from deitfast.data import manifest as manifest_module
+from deitfast.data import scan as scan_module
 from deitfast.errors import DeitfastError
 from tests.data.conftest import picture
 
@@ -138,7 +138,7 @@ def test_damage_inside_a_shard(make_folder, tmp_path):
 def test_the_manifest_is_reused_until_something_changes(make_folder, cache, monkeypatch):
     root = make_folder()
     scans = []
-    scan = manifest_module.scan
+    scan = scan_module.scan
     monkeypatch.setattr("deitfast.data.sources.scan", lambda *a, **k: scans.append(a[0].name) or scan(*a, **k))
     first = open_dataset(str(root))
     assert scans == ["train", "val"]

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import deitfast.data
-from deitfast.fused import FusedBlock, fuse
-from deitfast.model import Block, DeiT, Kept
+from deitfast.model.deit import Block, DeiT, Kept
+from deitfast.model.fused import FusedBlock, fuse
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import SMALL, assert_accelerates, images, perturb, small_timm
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from deitfast.data.policy import plan
-from deitfast.data.policy_draws import OP, OPS, PolicyDraws, affine_matrix, level
+from deitfast.data.augmentation import plan
+from deitfast.data.augmentation_draws import OP, OPS, AugmentationDraws, affine_matrix, level
 from deitfast.kernels.common import INTERPRETED
 from deitfast.kernels.image_ops import CODES, image_ops
 from tests.augment_reference import FILL, apply
@@ -38,7 +38,7 @@ def amounts(op: int, count: int, seed: int = 0) -> np.ndarray:
     return np.where(np.arange(count) % 3 == 2, both[1], both[0])
 
 
-def run(images: np.ndarray, draws: PolicyDraws, device: torch.device) -> np.ndarray:
+def run(images: np.ndarray, draws: AugmentationDraws, device: torch.device) -> np.ndarray:
     steps = torch.from_numpy(plan(draws, images.shape[2], images.shape[1])).to(device)
     given = torch.from_numpy(images).to(device)
     out = image_ops(given, steps, FILL, blurs=bool((draws.ops == OP["blur"]).any()))
@@ -50,7 +50,7 @@ def run(images: np.ndarray, draws: PolicyDraws, device: torch.device) -> np.ndar
 @pytest.mark.parametrize("size", [(19, 30), (1, 1), (2, 5)], ids=str)
 def test_every_operation_is_pils(name, size, device):
     images = np.tile(pictures(*size), (1 if INTERPRETED or size == (1, 1) else 6, 1, 1, 1))
-    draws = PolicyDraws(np.full((len(images), 1), OP[name]), amounts(OP[name], len(images))[:, None])
+    draws = AugmentationDraws(np.full((len(images), 1), OP[name]), amounts(OP[name], len(images))[:, None])
     assert np.array_equal(run(images, draws, device), apply(images, draws))
 
 
@@ -68,7 +68,7 @@ def test_operations_follow_one_another(device):
     ]
     ops = np.array([[OP[name] for name in row] for row in names])
     values = np.array([[amounts(op, 3, seed=i)[1] for op in row] for i, row in enumerate(ops)])
-    draws = PolicyDraws(ops, np.where(ops == OP["none"], 0.0, values))
+    draws = AugmentationDraws(ops, np.where(ops == OP["none"], 0.0, values))
     assert np.array_equal(run(images, draws, device), apply(images, draws))
 
 
@@ -76,7 +76,7 @@ def test_operations_follow_one_another(device):
 def test_any_number_of_slots(slots, device):
     images = pictures(9, 9)
     ops = np.array([[OP["invert"]] * slots, [OP["none"]] * slots, [OP["brightness"]] * slots, [OP["rotate"]] * slots])
-    draws = PolicyDraws(ops, np.array([[0.0] * slots, [0.0] * slots, [0.7] * slots, [30.0] * slots]))
+    draws = AugmentationDraws(ops, np.array([[0.0] * slots, [0.0] * slots, [0.7] * slots, [30.0] * slots]))
     assert np.array_equal(run(images, draws, device), apply(images, draws))
 
 

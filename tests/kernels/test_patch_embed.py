@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deitfast.kernels.common import INTERPRETED
 from deitfast.kernels.patch_embed import patch_embed, patch_embed_reference
-from deitfast.model import DeiT
+from deitfast.model.deit import DeiT
 from tests.kernels.tolerance import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")

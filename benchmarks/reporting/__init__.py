@@ -1,0 +1,1 @@
+"""Results: the files they are kept in, the page and the pictures made of them."""

@@ -1,0 +1,219 @@
+"""The one page that a suite of measurements ends with, in Markdown, from its results; and the goals it is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import bench_loader, breakdown, loss_curves
+from benchmarks.bench_train_step import OURS, PEERS, best, ratios
+from benchmarks.micro import FUSED
+from benchmarks.roofline import short_name
+
+Row = dict[str, Any]
+NOT_MEASURED = "not yet measured"
+IMAGES_PER_SECOND = {"deit_base": 4448, "deit_small": 14000, "deit_tiny": 30000}
+"""On one H100 at 224 px; DeiT-B's is 300 epochs of ImageNet-1k in a day."""
+TIMES_BEST_PEER = 1.5
+FIRST_STEP_SECONDS = 20.0
+MEMORY_SHARE = 0.7
+MEMORY_PEER = "timm + compile"
+
+
+def rows_of(results: dict[str, Any], op: str) -> list[Row]:
+    return [row for row in results["rows"] if row["key"].get("op") == op]
+
+
+def write_page(results: dict[str, Any], plots: Iterable[str] = ()) -> str:
+    """The page. results: what `gpu_suite` keeps in results.json; plots: names of the images beside it."""
+    facts, steps = results["facts"], rows_of(results, "train_step")
+    on_gpu = results["device"] == "cuda"
+    lines = [f"# Training speed on {facts['gpu'] or 'a CPU'}", ""]
+    if not on_gpu:
+        lines += ["A rehearsal on CPU: it shows that everything runs, and says nothing of a GPU.", ""]
+    lines += ["## Goals", "", goal_table(steps if on_gpu else []), "", "## Training step", "", step_table(steps), ""]
+    lines += [f"{text}." for text in ratios(steps)] + [""]
+    lines += ["Every way of a model takes the same weights, batch, loss, optimiser and average, without drop-path,"]
+    lines += ["and was compared with eager fp32 before it was timed. First step: from the start of the process.", ""]
+    parts = rows_of(results, "breakdown")
+    lines += [
+        "## One step, microseconds an image",
+        "",
+        breakdown.table(parts, markdown=True) if parts else NOT_MEASURED,
+    ]
+    if parts:
+        whole = parts[-1]["key"]
+        lines += ["", f"{whole['model']}, batch {whole['batch']}, {whole['way']}. The budget is a plan, not a result."]
+    lines += ["", "## Ops", "", op_table([row for row in results["rows"] if "pass" in row["key"]])]
+    lines += ["", "## Loss curves", "", curves_verdict(rows_of(results, "loss_curves"))]
+    lines += ["", "## Inference", "", inference_table(rows_of(results, "inference"))]
+    lines += ["", "## Loader", "", loader_table(rows_of(results, "loader")), ""]
+    lines += bench_loader.summary(rows_of(results, "loader"))
+    lines += ["", "## How it was measured", "", *provenance(results)]
+    for name in plots:
+        lines += ["", f"![{name.removesuffix('.png')}]({name})"]
+    return "\n".join(lines) + "\n"
+
+
+def _reason(row: Row) -> str | None:
+    kinds = ("refused", "failed", "absent", "skipped")
+    return next((f"{kind}: {row[kind]}" for kind in kinds if kind in row), None)
+
+
+def _number(value: float | None, text: str = "{:,.1f}") -> str:
+    return "-" if value is None else text.format(value)
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    lines = ["| model | batch | way | images/s | ms | MFU sheet % | MFU roof % | GiB | first step s | 300 epochs h |"]
+    lines += ["|---|--:|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        key = row["key"]
+        head = f"| {key['model']} | {key['batch']} | {key['way']}{' (taken over)' if row.get('reused') else ''} |"
+        if reason := _reason(row):
+            lines.append(f"{head} {reason.replace('|', '/')} | | | | | | |")
+            continue
+        names = ("images_per_second", "ms", "mfu_datasheet_percent", "mfu_roof_percent", "memory_gib", "first_step_s")
+        cells = [_number(row.get(name)) for name in (*names, "hours_300_epochs")]
+        lines.append(f"{head} {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def op_table(rows: Sequence[Row]) -> str:
+    """The fused op of every shape, and how many times as long the fastest baseline takes, launched the same way."""
+    timed = [row for row in rows if "ms" in row]
+    if not timed:
+        return NOT_MEASURED
+    lines = ["| op | model | tokens | batch | pass | fused ms | % of roof | fastest baseline | fused is |"]
+    lines += ["|---|---|--:|--:|---|--:|--:|---|--:|"]
+    for row in timed:
+        key = row["key"]
+        if key["way"] != FUSED:
+            continue
+        peers = [r for r in timed if "fused_speedup" in r and r["key"] == {**key, "way": r["key"]["way"]}]
+        fastest = min(peers, key=lambda r: r["fused_speedup"], default=None)
+        beside = (
+            f"{fastest['key']['way']} {fastest['ms']:.4f} | {fastest['fused_speedup']:.2f} x" if fastest else "- | -"
+        )
+        lines.append(
+            f"| {key['op']} | {key['model']} | {key['tokens']} | {key['batch']} | {key['pass']} | {row['ms']:.4f} | "
+            f"{row['roof_percent']:.0f} | {beside} |"
+        )
+    for row in rows:
+        if "refused" in row or "failed" in row:
+            key = row["key"]
+            lines.append(f"| {key['op']} | {key['model']} | | | {key.get('way', '')} | {_reason(row)} | | | |")
+    return "\n".join(lines)
+
+
+def loader_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    lines = ["| loader | decoding | threads | images/s | a CPU second |", "|---|---|--:|--:|--:|"]
+    for row in rows:
+        key = row["key"]
+        speed = _reason(row) or _number(row["images_per_second"], "{:,.0f}")
+        per_cpu = _number(row.get("images_per_cpu_second"), "{:,.0f}")
+        lines.append(f"| {key['way']} | {key['decode']} | {key['threads']} | {speed} | {per_cpu} |")
+    return "\n".join(lines)
+
+
+def inference_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    lines = ["| model | batch | way | images/s | latency ms |", "|---|--:|---|--:|--:|"]
+    for row in rows:
+        key = row["key"]
+        speed, latency = _reason(row) or _number(row.get("images_per_second")), _number(row.get("ms"), "{:.2f}")
+        lines.append(f"| {key['model']} | {key.get('batch', '')} | {key['way']} | {speed} | {latency} |")
+    return "\n".join(lines)
+
+
+def curves_verdict(rows: Sequence[Row]) -> str:
+    """Whether the engine learnt like eager PyTorch, in a sentence."""
+    curves = {row["key"]["way"]: row["losses"] for row in rows if "losses" in row}
+    if not {loss_curves.EXACT, loss_curves.OTHER_SEED, loss_curves.OURS} <= curves.keys():
+        return NOT_MEASURED
+    key = rows[0]["key"]
+    steps = len(curves[loss_curves.OURS])
+    return f"{key['model']}, batch {key['batch']}, {steps} steps on {key['data']}: {loss_curves.verdict(curves)[1]}."
+
+
+def provenance(results: dict[str, Any]) -> list[str]:
+    """Machine, versions, commit, roof, and what became of each part of the suite."""
+    facts, roof = results["facts"], results.get("roofs")
+    versions = ", ".join(f"{name} {facts.get(name)}" for name in ("driver", "cuda", "torch", "triton", "python"))
+    lines = [f"- {facts['gpu'] or facts['cpu']}, {versions}", f"- {facts['date']}, commit {facts['commit']}"]
+    lines += [f"- sources {facts['sources']}; `{facts['command']}`"]
+    if roof:
+        lines.append(f"- roof measured in this run: {roof['tflops']:,.1f} TFLOP/s, {roof['gbps']:,.0f} GB/s")
+    for when, state in (("before", facts["gpu_state"]), ("after", (results["finished"] or {}).get("gpu_state"))):
+        if state:
+            clocks = f"SM {state.get('sm_clock')}, memory {state.get('memory_clock')}"
+            lines.append(f"- {when}: {clocks}, throttle {state.get('throttle_reasons')}, {state.get('temperature')} C")
+    for name, part in results["parts"].items():
+        problem = f": {part['problem']}" if part.get("problem") else ""
+        lines.append(f"- part {name}: {part['status']} in {part['seconds']:.0f} s{problem}")
+    return lines
+
+
+# Goals ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line of the goal table. measured, ratio: in words; met: None where nothing was measured."""
+
+    name: str
+    goal: str
+    measured: str
+    peer: str
+    met: bool | None
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
+    """The table from the rows of `bench_train_step` on a GPU."""
+    lines = []
+    for model, target in IMAGES_PER_SECOND.items():
+        ours, peer = best(rows, model, [OURS]), best(rows, model, PEERS)
+        speed = ours["images_per_second"] if ours else None
+        measured, met = (f"{speed:,.0f}", speed >= target) if speed else (NOT_MEASURED, None)
+        beside, ratio = NOT_MEASURED, None
+        if ours and peer:
+            ratio = ours["images_per_second"] / peer["images_per_second"]
+            beside = f"{ratio:.2f} x {peer['key']['way']} ({peer['images_per_second']:,.0f})"
+        lines.append(Goal(f"{short_name(model)}, images/s", f"{target:,}", measured, beside, met))
+        met = None if ratio is None else ratio >= TIMES_BEST_PEER
+        measured = NOT_MEASURED if ratio is None else f"{ratio:.2f} x"
+        lines.append(Goal(f"{short_name(model)}, times the best peer", f"{TIMES_BEST_PEER:g} x", measured, "", met))
+        lines += [_first_step(model, ours, peer), _memory(model, ours, best(rows, model, [MEMORY_PEER]))]
+    return lines
+
+
+def _first_step(model: str, ours: dict[str, Any] | None, peer: dict[str, Any] | None) -> Goal:
+    name, goal = f"{model}, first step", f"within {FIRST_STEP_SECONDS:g} s"
+    if ours is None:
+        return Goal(name, goal, NOT_MEASURED, "", None)
+    beside = f"{peer['key']['way']}: {peer['first_step_s']:.1f} s" if peer else ""
+    return Goal(name, goal, f"{ours['first_step_s']:.1f} s", beside, ours["first_step_s"] <= FIRST_STEP_SECONDS)
+
+
+def _memory(model: str, ours: dict[str, Any] | None, peer: dict[str, Any] | None) -> Goal:
+    name, goal = f"{model}, peak memory", f"{MEMORY_SHARE:g} x {MEMORY_PEER}"
+    if not (ours and peer and "memory_gib" in ours and "memory_gib" in peer):
+        return Goal(name, goal, NOT_MEASURED, "", None)
+    share = ours["memory_gib"] / peer["memory_gib"]
+    beside = f"{ours['memory_gib']:.1f} of {peer['memory_gib']:.1f} GiB"
+    return Goal(name, goal, f"{share:.2f} x", beside, share <= MEMORY_SHARE)
+
+
+def goal_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| | goal | measured | beside the best peer | met |", "|---|--:|--:|---|---|"]
+    words = {True: "yes", False: "no", None: ""}
+    for line in goals(rows):
+        lines.append(f"| {line.name} | {line.goal} | {line.measured} | {line.peer} | {words[line.met]} |")
+    return "\n".join(lines)

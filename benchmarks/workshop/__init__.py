@@ -1,0 +1,1 @@
+"""What the kernel workshop is made of."""

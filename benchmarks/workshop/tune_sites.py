@@ -1,0 +1,362 @@
+"""What `benchmarks.tune` may change: each kernel at each DeiT shape, the launches to try, how to put one in place.
+
+A site compares with eager PyTorch in the same dtype and in float64; its `call` runs one kernel (two for the looping
+attention backward) through the package's own launcher, so that what is tuned is what will run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deitfast.kernels import gemm, layernorm
+from deitfast.kernels.catalogue import MODELS, Draw, Shape, Tensors
+from deitfast.kernels.common import CompileCase, Launch
+
+# By name, because the package gives the op the name of its module.
+attention_module: Any = importlib.import_module("deitfast.kernels.attention")
+
+SHARED_MEMORY = 227 << 10
+"""Bytes a block may have on sm_90 and sm_100; only spares the compiler what cannot fit, the compile check decides."""
+MULTIPROCESSORS = 132
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A launch to try. launch None: leave the entry out, so that the launcher takes its other kernel."""
+
+    launch: Launch | None
+    programs: int | None = None
+
+    def __str__(self) -> str:
+        if self.launch is None:
+            return "no entry"
+        tiles = " ".join(f"{name}={value}" for name, value in self.launch.tiles.items())
+        programs = "" if self.programs is None else f" programs={self.programs}"
+        return f"{tiles} warps={self.launch.num_warps} stages={self.launch.num_stages}{programs}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One kernel at one shape.
+
+    current: what the package uses now, for an architecture. apply: context manager that makes the package use a
+    candidate. cases: the kernels that must compile, asked for while a candidate is applied. entry: the table's line.
+    call, eager: inputs -> results, by the kernel and in PyTorch; eager also serves in float64.
+    """
+
+    name: str
+    op: str
+    shape: Shape
+    current: Callable[[int], Candidate]
+    candidates: list[Candidate]
+    apply: Callable[[int, Candidate], contextlib.AbstractContextManager[Any]]
+    cases: Callable[[int], list[CompileCase]]
+    entry: Callable[[Candidate], str]
+    inputs: Callable[[Draw, Shape], Tensors]
+    call: Callable[[Tensors], tuple[Tensor, ...]]
+    eager: Callable[[Tensors], tuple[Tensor, ...]]
+    factor: float = 2.0
+
+
+def _wide(x: Tensor) -> Tensor:
+    """For a result that the kernel keeps in fp32: at least fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _named(cases: list[CompileCase], *parts: str) -> list[CompileCase]:
+    return [case for case in cases if all(part in f"{case.name} " for part in parts) and "bf16" in case.name]
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def _attention_launches(kernel: str) -> Iterator[Candidate]:
+    if kernel == "fwd_short":
+        for queries, warps, stages, tma in itertools.product((64, 128), (4, 8), (1, 2, 3), (1, 0)):
+            yield Candidate(Launch({"QUERIES": queries, "KEYS": 0, "TMA": tma}, warps, stages))
+    elif kernel == "bwd_short":
+        for keys, warps, stages, tma in itertools.product((64, 32, 128), (8, 16, 4), (1, 2, 3), (1, 0)):
+            yield Candidate(Launch({"QUERIES": 256, "KEYS": keys, "TMA": tma}, warps, stages))
+    else:
+        sizes = (64, 128, 32)
+        for queries, keys, warps, stages in itertools.product(sizes, sizes, (4, 8), (2, 3, 1)):
+            yield Candidate(Launch({"QUERIES": queries, "KEYS": keys, "TMA": 1}, warps, stages))
+    if kernel.endswith("short"):
+        yield Candidate(None)
+
+
+def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
+    shape = Shape.of(model, tokens, batch)
+    scale = (shape.width // shape.heads) ** -0.5
+    backward = kernel.startswith("bwd")
+
+    def table(arch: int) -> dict[tuple[int, int], Launch]:
+        return attention_module.LAUNCHES[arch].setdefault(kernel, {})
+
+    @contextlib.contextmanager
+    def apply(arch: int, candidate: Candidate) -> Iterator[None]:
+        with mock.patch.dict(table(arch)):
+            if candidate.launch is None:
+                table(arch).pop((2, 64), None)
+            else:
+                table(arch)[2, 64] = candidate.launch
+            yield
+
+    def cases(arch: int) -> list[CompileCase]:
+        launch = table(arch).get((2, 64))
+        if launch is None:
+            return []
+        return _named(attention_module.compile_cases(arch), f"attention_{kernel}_kernel", " d64 ")
+
+    def entry(candidate: Candidate) -> str:
+        if candidate.launch is None:
+            return f'# leave "{kernel}" out'
+        tiles = candidate.launch.tiles
+        call = f"{tiles['QUERIES']}, {tiles['KEYS']}, {candidate.launch.num_warps}, {candidate.launch.num_stages}"
+        return f'"{kernel}": {{(2, 64): _launch({call}, tma={bool(tiles["TMA"])})}},'
+
+    def inputs(draw: Draw, shape: Shape) -> Tensors:
+        qkv = draw.activations(*shape.leading, 3 * shape.width)
+        if not backward:
+            return {"qkv": qkv}
+        out, lse = attention_module.attention_fwd_op(qkv, shape.heads, scale)
+        return {"qkv": qkv, "out": out, "lse": lse, "dout": draw.activations(*shape.leading, shape.width)}
+
+    def call(t: Tensors) -> tuple[Tensor, ...]:
+        if not backward:
+            return (attention_module.attention_fwd_op(t["qkv"], shape.heads, scale)[0],)
+        return (attention_module.attention_bwd_op(t["dout"], t["qkv"], t["out"], t["lse"], shape.heads, scale),)
+
+    def eager(t: Tensors) -> tuple[Tensor, ...]:
+        if not backward:
+            return (attention_module.attention_reference(t["qkv"], shape.heads),)
+        with torch.enable_grad():
+            qkv = t["qkv"].detach().requires_grad_()
+            out = attention_module.attention_reference(qkv, shape.heads)
+            return torch.autograd.grad(out, qkv, t["dout"])
+
+    return Site(
+        name=f"attention {kernel} {shape}",
+        op="attention",
+        shape=shape,
+        current=lambda arch: Candidate(table(arch).get((2, 64))),
+        candidates=list(_attention_launches(kernel)),
+        apply=apply,
+        cases=cases,
+        entry=entry,
+        inputs=inputs,
+        call=call,
+        eager=eager,
+        factor=3.0 if backward else 2.0,
+    )
+
+
+# Matrix products -----------------------------------------------------------------------------------------------------
+
+
+def _tiles() -> Iterator[Candidate]:
+    tiles = ((128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 256, 4))
+    for (m, n, warps), (k, stages) in itertools.product(tiles, ((64, 3), (64, 4), (64, 2), (64, 5), (32, 5), (128, 2))):
+        if stages * (m + n) * k * 2 <= SHARED_MEMORY:
+            yield Candidate(gemm._tile(m, n, k, warps, stages))
+
+
+def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) -> Site:
+    """stage: linear, residual, gelu or gelu_grad; outputs, inputs: in widths of the model."""
+    shape = Shape.of(model, 197, batch)
+    N, K = outputs * shape.width, inputs * shape.width
+    epilogue = "linear" if stage == "residual" else stage
+
+    def apply(arch: int, candidate: Candidate) -> contextlib.AbstractContextManager[Any]:
+        return mock.patch.object(gemm, "linear_launch", return_value=candidate.launch)
+
+    def make(draw: Draw, shape: Shape) -> Tensors:
+        tensors = {"a": draw.normal(shape.rows, K)}
+        if stage == "gelu_grad":
+            return tensors | {"weight": draw.normal(K, N, std=K**-0.5), "derivative": draw.normal(shape.rows, N)}
+        tensors |= draw.linear("", N, K)
+        if stage == "residual":
+            tensors |= {"residual": draw.normal(shape.rows, N), "keep": draw.keep(shape.batch)}
+        return tensors
+
+    def call(t: Tensors) -> tuple[Tensor, ...]:
+        if stage == "gelu_grad":
+            return gemm.linear_gelu_bwd(t["a"], t["weight"], t["derivative"])
+        if stage == "gelu":
+            return gemm.linear_gelu_fwd(t["a"], t["weight"], t["bias"], save=True)
+        if stage == "residual":
+            return (gemm.linear_residual_fwd(t["a"], t["weight"], t["bias"], t["residual"], None, t["keep"]),)
+        return (gemm.linear_fwd(t["a"], t["weight"], t["bias"]),)
+
+    def eager(t: Tensors) -> tuple[Tensor, ...]:
+        if stage == "gelu_grad":
+            dh = (t["a"] @ t["weight"]) * t["derivative"]
+            return dh, _wide(dh).sum(0)
+        h = F.linear(t["a"], t["weight"], t["bias"])
+        if stage == "gelu":
+            with torch.enable_grad():
+                leaf = h.detach().requires_grad_()
+                return F.gelu(h), torch.autograd.grad(F.gelu(leaf).sum(), leaf)[0]
+        if stage == "residual":
+            keep = t["keep"].to(h.dtype).repeat_interleave(h.shape[0] // t["keep"].numel())
+            return (t["residual"] + h * keep[:, None],)
+        return (h,)
+
+    def entry(candidate: Candidate) -> str:
+        assert candidate.launch is not None
+        m, n, k = (candidate.launch.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        warps, stages = candidate.launch.num_warps, candidate.launch.num_stages
+        return f'("{stage}", {N}, {K}): _tile({m}, {n}, {k}, num_warps={warps}, num_stages={stages}),'
+
+    return Site(
+        name=f"gemm {stage} {shape} N={N} K={K}",
+        op="gemm",
+        shape=shape,
+        current=lambda arch: Candidate(gemm.linear_launch(arch, 2, N, epilogue, True)),
+        candidates=list(_tiles()),
+        apply=apply,
+        # One width stands for all: N and K are no compile-time constants.
+        cases=lambda arch: [
+            case
+            for case in gemm.compile_cases(arch)
+            if case.name.startswith(f"linear {stage} bf16") and "unaligned" not in case.name
+        ][:1],
+        entry=entry,
+        inputs=make,
+        call=call,
+        eager=eager,
+        factor=3.0 if stage == "gelu_grad" else 2.0,
+    )
+
+
+def _sum_site(model: str, batch: int) -> Site:
+    shape = Shape.of(model, 197, batch)
+
+    @contextlib.contextmanager
+    def apply(arch: int, candidate: Candidate) -> Iterator[None]:
+        with mock.patch.multiple(gemm, SUM_LAUNCH=candidate.launch, SUM_PROGRAMS=candidate.programs):
+            yield
+
+    def call(t: Tensors) -> tuple[Tensor, ...]:
+        return gemm.scale_and_sum(t["dout"], t["dout"].dtype, t["gamma"], t["keep"])
+
+    def eager(t: Tensors) -> tuple[Tensor, ...]:
+        kept = t["dout"] * t["keep"].to(t["dout"].dtype).repeat_interleave(shape_rows(t))[:, None]
+        return kept, kept * t["gamma"], _wide(kept).sum(0)
+
+    def shape_rows(t: Tensors) -> int:
+        return t["dout"].shape[0] // t["keep"].numel()
+
+    candidates = [
+        Candidate(Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, 2), MULTIPROCESSORS * blocks)
+        for m, n, warps, blocks in itertools.product((16, 32, 64), (64, 128), (4, 8), (4, 8))
+    ]
+    return Site(
+        name=f"scale_and_sum {shape}",
+        op="scale_and_sum",
+        shape=shape,
+        current=lambda arch: Candidate(gemm.SUM_LAUNCH, gemm.SUM_PROGRAMS),
+        candidates=candidates,
+        apply=apply,
+        cases=lambda arch: _named(gemm.compile_cases(arch), "scale_and_sum"),
+        entry=lambda c: f"SUM_LAUNCH = {c.launch}; SUM_PROGRAMS = {c.programs}",
+        inputs=lambda draw, s: {
+            "dout": draw.normal(s.rows, s.width),
+            "gamma": draw.gamma(s.width),
+            "keep": draw.keep(s.batch),
+        },
+        call=call,
+        eager=eager,
+        factor=3.0,
+    )
+
+
+# LayerNorm -----------------------------------------------------------------------------------------------------------
+
+
+def _layernorm_site(stage: str, model: str, batch: int) -> Site:
+    shape = Shape.of(model, 197, batch)
+    block = layernorm.layernorm_launch(shape.width).tiles["BLOCK_D"]
+    backward = stage == "bwd"
+
+    @contextlib.contextmanager
+    def apply(arch: int, candidate: Candidate) -> Iterator[None]:
+        programs = layernorm.BWD_PROGRAMS if candidate.programs is None else candidate.programs
+        with mock.patch.multiple(layernorm, layernorm_launch=lambda D: candidate.launch, BWD_PROGRAMS=programs):
+            yield
+
+    def make(draw: Draw, s: Shape) -> Tensors:
+        tensors = {"x": draw.normal(s.rows, s.width)} | draw.norm("ln", s.width)
+        if backward:
+            _, mean, rstd = layernorm.layernorm_fwd(
+                tensors["x"], tensors["ln_weight"], tensors["ln_bias"], EPS, draw.dtype
+            )
+            tensors |= {
+                "mean": mean,
+                "rstd": rstd,
+                "dout": draw.normal(s.rows, s.width),
+                "dres": draw.normal(s.rows, s.width),
+            }
+        return tensors
+
+    def call(t: Tensors) -> tuple[Tensor, ...]:
+        if backward:
+            return layernorm.layernorm_bwd(t["dout"], t["x"], t["ln_weight"], t["mean"], t["rstd"], t["dres"])
+        return (layernorm.layernorm_fwd(t["x"], t["ln_weight"], t["ln_bias"], EPS, t["x"].dtype)[0],)
+
+    def eager(t: Tensors) -> tuple[Tensor, ...]:
+        if not backward:
+            return (F.layer_norm(t["x"], t["x"].shape[-1:], t["ln_weight"], t["ln_bias"], EPS),)
+        with torch.enable_grad():
+            leaves = [t[name].detach().requires_grad_() for name in ("x", "ln_weight", "ln_bias")]
+            out = F.layer_norm(leaves[0], leaves[0].shape[-1:], leaves[1], leaves[2], EPS)
+            dx, dweight, dbias = torch.autograd.grad(out, leaves, t["dout"])
+        return dx + t["dres"], dweight, dbias
+
+    candidates = [
+        Candidate(Launch({"BLOCK_M": rows, "BLOCK_D": block}, warps, 2), MULTIPROCESSORS * blocks if backward else None)
+        for rows, warps, blocks in itertools.product((1, 2, 4, 8), (4, 8, 2, 1), (4, 8, 2) if backward else (1,))
+        if 4 <= rows * block // (32 * warps) <= 32
+    ]
+    return Site(
+        name=f"layernorm_{stage} {shape}",
+        op="layernorm",
+        shape=shape,
+        current=lambda arch: Candidate(
+            layernorm.layernorm_launch(shape.width), layernorm.BWD_PROGRAMS if backward else None
+        ),
+        candidates=candidates,
+        apply=apply,
+        cases=lambda arch: _named(layernorm.compile_cases(arch), f"layernorm_{stage}", f" {shape.width} "),
+        entry=lambda c: (
+            f'("{stage}", {shape.width}): {c.launch},' + (f" BWD_PROGRAMS = {c.programs}" if c.programs else "")
+        ),
+        inputs=make,
+        call=call,
+        eager=eager,
+        factor=3.0 if backward else 2.0,
+    )
+
+
+def sites(batch: int = 256) -> list[Site]:
+    """Every kernel at every DeiT shape, those that take most of DeiT-B's time first. batch: samples at 197 tokens."""
+    found = []
+    for model in reversed(MODELS):
+        found += [_linear_site("gelu", model, 4, 1, batch), _linear_site("gelu_grad", model, 4, 1, batch)]
+        found += [_attention_site(kernel, model, 197, batch) for kernel in ("fwd_short", "bwd_short")]
+        found += [_linear_site("linear", model, 3, 1, batch), _linear_site("residual", model, 1, 4, batch)]
+        found += [_linear_site("residual", model, 1, 1, batch)]
+        found += [_layernorm_site("bwd", model, batch), _layernorm_site("fwd", model, batch), _sum_site(model, batch)]
+    long = max(1, batch // 8)
+    return found + [_attention_site(kernel, "B", 577, long) for kernel in ("fwd", "bwd_dq", "bwd_dkdv")]

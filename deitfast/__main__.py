@@ -1,0 +1,5 @@
+"""`python -m deitfast`: the command."""
+
+from deitfast.cli.main import main
+
+main()

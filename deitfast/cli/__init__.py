@@ -1,0 +1,4 @@
+"""The `deitfast` command: `main` dispatches, `data` and `model` hold its sub-commands.
+
+Nothing heavy is imported before a sub-command needs it.
+"""

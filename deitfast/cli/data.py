@@ -1,0 +1,152 @@
+"""`deitfast data`: prepare shards, check images, show what training sees. Imports nothing heavy before it must."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deitfast.errors import DeitfastError, did_you_mean
+
+if TYPE_CHECKING:
+    from deitfast.data import Manifest
+    from deitfast.recipe import Recipe
+
+_FOUND_SOMETHING = 1
+
+
+def add_data(commands: argparse._SubParsersAction) -> None:
+    """Add `data` with its commands prepare, check and show."""
+    parser = commands.add_parser("data", help="prepare, check or show a set of images", allow_abbrev=False)
+    parser.set_defaults(run=lambda args, unknown: parser.print_help())
+    inner = parser.add_subparsers(dest="data_command", metavar="COMMAND")
+
+    prepare = inner.add_parser(
+        "prepare", help="write tar shards and a manifest, so that later starts need no scan", allow_abbrev=False
+    )
+    prepare.add_argument("source", help="folder as for training: class folders, tar shards or TFRecords")
+    prepare.add_argument("out", type=Path, help="new folder; the same command goes on where it stopped")
+    prepare.add_argument(
+        "--short-side", type=int, default=0, help="reduce longer short sides to so many pixels, as JPEG; 0: copy [0]"
+    )
+    prepare.add_argument("--quality", type=int, default=95, help="quality of JPEGs that are reduced [95]")
+    prepare.add_argument("--per-shard", type=int, default=1000, help="images a shard [1000]")
+    prepare.add_argument("--workers", type=int, default=0, help="processes; 0: one a core [0]")
+    prepare.set_defaults(run=_strict(prepare, _prepare))
+
+    check = inner.add_parser(
+        "check", help="report damaged, tiny, huge, duplicate and misnamed images; exit 1 if any is damaged",
+        allow_abbrev=False,
+    )  # fmt: skip
+    check.add_argument("data", help="folder as for training")
+    check.add_argument("--tiny", type=int, default=32, help="report sides below so many pixels [32]")
+    check.add_argument("--huge", type=float, default=25.0, help="report areas above so many million pixels [25]")
+    check.add_argument("--json", action="store_true", help="print JSON with every name")
+    check.set_defaults(run=_strict(check, _check))
+
+    show = inner.add_parser(
+        "show", help="a picture of what training sees, with each view's operations; takes a recipe's flags, too",
+        allow_abbrev=False,
+    )  # fmt: skip
+    show.add_argument("--recipe", type=Path, default=None, help="a recipe file; without it the paper's settings")
+    show.add_argument("--epoch", type=int, default=0, help="epoch, counted from 0 [0]")
+    show.add_argument("--count", type=int, default=32, help="views [32]")
+    show.add_argument("--mixed", action="store_true", help="after erasing and mixing, too")
+    show.add_argument("--out", dest="sheet", type=Path, default=Path("views.png"), help="PNG [views.png]")
+    show.set_defaults(run=_show)
+
+
+def _strict(parser: argparse.ArgumentParser, action: Callable[[Any], None]) -> Callable[[Any, list[str]], None]:
+    """`action` for a command that takes no flags but its own."""
+
+    def run(args: argparse.Namespace, unknown: list[str]) -> None:
+        if unknown:
+            flags = [s for known in parser._actions for s in known.option_strings]
+            raise DeitfastError(f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
+        action(args)
+
+    return run
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from deitfast.data import open_dataset
+    from deitfast.data.prepare import Settings, prepare_shards
+
+    settings = Settings(args.short_side, args.quality, args.per_shard)
+    settings.check()
+    done = prepare_shards(open_dataset(args.source), args.out, settings, args.workers)
+    before = f" ({done.found} were there before)" if done.found else ""
+    print(
+        f"{args.out}: {done.images:,} images in {done.made + done.found} shards{before}, {done.size / 1e6:,.1f} MB, "
+        "all read back with the right checksums"
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    from deitfast.data import open_dataset
+    from deitfast.data.check import check_dataset
+
+    report = check_dataset(open_dataset(args.data, quiet=True), args.tiny, int(args.huge * 1e6))
+    print(json.dumps(report.as_dict(), indent=1) if args.json else "\n".join(report.lines()))
+    if report.damaged:
+        sys.exit(_FOUND_SOMETHING)
+
+
+def _show(args: argparse.Namespace, flags: list[str]) -> None:
+    from deitfast.recipe import Recipe
+    from deitfast.training.launch import parse_flags, share_cores_politely
+
+    share_cores_politely()
+    base = _recipe_of(args.recipe) if args.recipe else Recipe()
+    recipe = parse_flags(base, flags, prog="deitfast data show")
+    recipe.check()
+    from deitfast.data import open_dataset
+    from deitfast.data.show import contact_sheet
+    from deitfast.model.zoo import VARIANTS
+
+    train = open_dataset(recipe.data, split="train").train
+    assert train is not None
+    variant = VARIANTS.get(recipe.model)
+    if variant is None and not recipe.image_size:
+        raise DeitfastError(f"model {recipe.model!r} unknown.{did_you_mean(recipe.model, VARIANTS)}")
+    size = recipe.image_size or (variant.image_size if variant else 0)
+    recipe = _fitting(recipe, train)
+    sheet = contact_sheet(train, recipe, size, args.epoch, args.count, args.mixed)
+    try:
+        sheet.save(args.sheet, "PNG")
+    except OSError as error:
+        raise DeitfastError(f"cannot write {args.sheet}: {error.strerror or error}. Change --out") from error
+    print(f"{args.sheet}: {args.count} views of epoch {args.epoch}, {sheet.width} x {sheet.height} pixels")
+
+
+def _fitting(recipe: Recipe, train: Manifest) -> Recipe:
+    """The recipe, with a batch that so small a set can fill."""
+    from dataclasses import replace
+
+    most = len(train) // 2 * 2
+    if recipe.batch <= most or most < 2:
+        return recipe
+    print(f"batch {recipe.batch} is more than the {len(train)} training images; shown is batch {most}")
+    return replace(recipe, batch=most)
+
+
+def _recipe_of(path: Path) -> Recipe:
+    """RECIPE of a recipe file."""
+    import runpy
+
+    from deitfast.recipe import Recipe
+
+    if not path.is_file():
+        nearby = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise DeitfastError(f"no recipe file {path}.{did_you_mean(str(path), nearby)}")
+    sys.path.insert(0, str(path.resolve().parent))  # as when Python runs the file: recipes build on each other
+    try:
+        recipe = runpy.run_path(str(path)).get("RECIPE")
+    finally:
+        sys.path.pop(0)
+    if not isinstance(recipe, Recipe):
+        raise DeitfastError(f"{path} defines no RECIPE. Give a file such as those in recipes/")
+    return recipe

@@ -1,0 +1,148 @@
+"""The scan: every image of a split decoded once, so that what is damaged is known before the first step.
+
+A damaged image costs nothing here and hours in the middle of a run: what does not decode is named and left out.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deitfast.data.manifest import FORMATS, MAX_BYTES, MAX_PIXELS, Manifest, checksum, name_of, strings
+from deitfast.errors import say
+
+_PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # those whose pixels DALI gives as PIL does
+_NAMED = 10  # damaged files named on stderr; the rest is counted
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Images to scan. files: paths relative to the root; member: name inside a shard, or "" for a plain file."""
+
+    files: Sequence[str]
+    file_id: np.ndarray  # int64 (n,), into files
+    member: Sequence[str]  # (n,)
+    offset: np.ndarray  # int64 (n,), bytes
+    length: np.ndarray  # int64 (n,), bytes; -1: the whole file
+    label: np.ndarray  # int64 (n,)
+    bad: Sequence[tuple[str, str]] = ()  # (name, reason) of what was seen to be damaged already
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a scan learns of one image. format: into FORMATS."""
+
+    width: int
+    height: int
+    checksum: int
+    format: int
+    convert: bool
+
+
+def inspect_image(data: bytes, whole: bool = True) -> Facts:
+    """The facts of an encoded image; ValueError with the reason if it does not decode.
+
+    whole: decode all of it, not only its header.
+    """
+    from PIL import Image
+
+    if not data:
+        raise ValueError("empty file")
+    too_many = f"more than {MAX_PIXELS // 10**6} million pixels"
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels: {too_many}")
+            deep = image.format == "PNG" and data[24] == 16  # the header's bit depth, which PIL's mode may hide
+            kind = image.format if image.format in FORMATS else "JPEG"  # MPO is JPEG with further images behind
+            convert = image.mode not in _PLAIN_MODES or deep
+            facts = Facts(width, height, checksum(data), FORMATS.index(kind), convert)
+            if whole:
+                image.load()
+    except ValueError:
+        raise
+    except Image.DecompressionBombError:  # Pillow's own limit is higher, but met first
+        raise ValueError(too_many) from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("not a JPEG, PNG, BMP or WebP image") from None
+    except Exception as error:  # Pillow's decoders raise many kinds; each of them means the file is not usable
+        raise ValueError(str(error) or type(error).__name__) from error
+    return facts
+
+
+def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = False) -> Manifest:
+    """Decode every entry, in threads; those that fail go to `bad`. Progress goes to stderr once it takes a while."""
+    n = len(entries.label)
+
+    def look(i: int) -> tuple[int, Facts] | str:
+        path = root / entries.files[entries.file_id[i]]
+        offset, length = int(entries.offset[i]), int(entries.length[i])
+        try:
+            with open(path, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                length = size if length < 0 else length
+                if offset + length > size:  # before memory is taken for what is not there
+                    return f"truncated: {max(size - offset, 0)} of {length} bytes"
+                if length > MAX_BYTES:
+                    return f"{length} bytes: more than {MAX_BYTES}"
+                f.seek(offset)
+                data = f.read(length)
+            return len(data), inspect_image(data)
+        except OSError as error:
+            return error.strerror or str(error)
+        except ValueError as error:
+            return str(error)
+
+    length, table, good = np.zeros(n, np.int64), np.zeros((n, 4), np.int64), np.zeros(n, bool)
+    checksums = np.zeros(n, np.uint64)
+    bad: list[tuple[str, str]] = list(entries.bad)
+    started = reported = time.monotonic()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for start in range(0, n, 4096):  # a bounded number of tasks at a time
+            for i, found in enumerate(pool.map(look, range(start, min(start + 4096, n))), start):
+                if isinstance(found, str):
+                    name = name_of(entries.files[entries.file_id[i]], entries.member[i])
+                    bad.append((name, " ".join(found.split())))
+                else:
+                    good[i], length[i], facts = True, found[0], found[1]
+                    table[i] = facts.width, facts.height, facts.format, facts.convert
+                    checksums[i] = facts.checksum
+                now = time.monotonic()
+                if not quiet and now - reported > 5:
+                    reported = now
+                    rate = (i + 1) / (now - started)
+                    say(f"checking {root}: {i + 1:,} of {n:,} images, {rate:.0f}/s, {(n - i) / rate:.0f} s to go")
+    return Manifest(
+        root=str(root),
+        files=strings(entries.files),
+        file_id=np.asarray(entries.file_id, np.int64)[good],
+        member=strings(entries.member)[good],
+        offset=np.asarray(entries.offset, np.int64)[good],
+        length=length[good],
+        label=np.asarray(entries.label, np.int64)[good],
+        width=table[good, 0],
+        height=table[good, 1],
+        checksum=checksums[good],
+        format=table[good, 2].astype(np.uint8),
+        convert=table[good, 3].astype(bool),
+        classes=tuple(classes),
+        bad=tuple(bad),
+    )
+
+
+def report_bad(manifest: Manifest, listing: Path | None) -> None:
+    """Name the damaged files on stderr: up to ten, then their number and where the full list is."""
+    for name, reason in manifest.bad[:_NAMED]:
+        say(f"unreadable, left out: {name}: {reason}")
+    if manifest.bad:
+        where = f" ({listing})" if listing else ""
+        total = len(manifest.bad) + len(manifest)
+        say(f"{len(manifest.bad)} of {total} images of {manifest.root} unreadable{where}. Fix or remove them")

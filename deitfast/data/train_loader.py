@@ -1,0 +1,240 @@
+"""The training loader: micro-batches of a run in slot order.
+
+What a loader yields is a pure function of (seed, step) and of the files: every crop, flip and photometric operation is
+drawn on the host (`draws`, `policy`), so resuming is starting at another step. On a GPU DALI decodes, crops, resizes
+and flips (`pipeline`) and the policy's kernels follow; on a CPU DALI decodes and threads do the rest (`views`). All of
+it runs ahead of the consumer. A file that became unreadable since the scan is replaced (`quarantine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from deitfast.data import dali, draws
+from deitfast.data.augmentation import Augmentation
+from deitfast.data.augmentation_draws import AugmentationDraws
+from deitfast.data.batch import Batch, to_device
+from deitfast.data.cpu_ops import Workers, decoded, resized_crop
+from deitfast.data.dali import Feed, Runner, gathered, thread_count
+from deitfast.data.decoder import choose_decoder
+from deitfast.data.manifest import Manifest
+from deitfast.data.quarantine import Quarantine
+from deitfast.data.sampler import Plan
+from deitfast.errors import DeitfastError
+from deitfast.errors import say as say_to_stderr
+
+if TYPE_CHECKING:
+    from deitfast.recipe import Recipe
+
+
+class TrainLoader:
+    """Iterates over this process's micro-batches from `start_step` up to (not including) `stop_step`, in order.
+
+    The process `rank` of `world` owns slots [rank * batch / world, (rank + 1) * batch / world) of every global
+    batch and cuts them into micro-batches in turn. `plan` describes the order; `seconds_waiting` is host time blocked
+    on data so far. It can be iterated once. Use it as a context manager, or call close().
+
+    say: gets a line for each file that became unreadable, from the consuming thread; None: stderr. bad_list: file in
+    which they are all listed. `quarantined` holds those that this process has met.
+
+    Raises DeitfastError for a batch that world and micro_batch do not divide, and for an odd one with mixup or cutmix.
+    While iterating, a single process raises TooManyBadFiles beyond the recipe's bad_limit; of several processes none
+    knows the sum, so the caller compares it and stops them together.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        recipe: Recipe,
+        image_size: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        start_step: int = 0,
+        stop_step: int | None = None,
+        say: Callable[[str], None] | None = None,
+        bad_list: Path | None = None,
+    ) -> None:
+        self.recipe, self.manifest, self.image_size = recipe, manifest, image_size
+        self.device = torch.device(device)
+        self.mixes = recipe.mixes
+        say = say or say_to_stderr
+        _check_batch(recipe.batch, world, micro_batch, self.mixes)
+        self.plan = Plan(len(manifest), recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group)
+        self.start_step = start_step
+        self.stop_step = self.plan.steps_per_epoch if stop_step is None else stop_step
+        self.micro_batch = micro_batch
+        self.micro_per_step = recipe.batch // world // micro_batch
+        self.policy = Augmentation(recipe, image_size, self.device)
+        limit = recipe.bad_limit * len(manifest) if world == 1 else float("inf")
+        self._quarantine = Quarantine(manifest, recipe.seed, limit, say, bad_list)
+        self._groups = -(-recipe.batch // recipe.mix_group)
+        self._first_slot = rank * (recipe.batch // world)
+        threads = thread_count(recipe.workers)
+        self._on_cpu = self.device.type == "cpu"
+        self._decoder = choose_decoder(recipe.decode, manifest, image_size, self.device, threads, say)
+        self._workers = Workers(threads if self._on_cpu else 1)
+        self._runner: Runner[_TrainFeed] = Runner(
+            self._quarantine,
+            self._prepare,
+            len(self),
+            self._graph_cpu if self._on_cpu else self._graph_gpu,
+            self._collect_cpu if self._on_cpu else self._collect_gpu,
+            parameters=2 if self._on_cpu else 3 * recipe.repeats,
+            max_batch=micro_batch,
+            device=self.device,
+            threads=threads,
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches in all."""
+        return max(self.stop_step - self.start_step, 0) * self.micro_per_step
+
+    @property
+    def seconds_waiting(self) -> float:
+        return self._runner.seconds_waiting
+
+    @property
+    def quarantined(self) -> list[tuple[str, str]]:
+        """(name, reason) of every file that this process found unreadable since it began."""
+        return self._quarantine.files
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._runner.close()
+        self._workers.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for feed, images in self._runner:
+            self._quarantine.check()
+            device = self.device
+            yield Batch(
+                step=feed.step,
+                micro=feed.micro,
+                epoch=feed.epoch,
+                seed=self.recipe.seed,
+                images=images,
+                labels=to_device(self.manifest.label[feed.index], device),
+                slots=feed.slots,
+                index=to_device(feed.index, device),
+                view=to_device(feed.view, device),
+                erase=to_device(feed.erase, device),
+                erased_pixels=int((feed.erase[:, 2] * feed.erase[:, 3]).sum()),
+                lam=to_device(feed.lam, device),
+                mix_box=to_device(feed.mix_box, device),
+                mixes=self.mixes,
+            )
+
+    def _prepare(self, i: int) -> _TrainFeed:
+        """Read the bytes and draw the parameters of micro-batch i of this loader."""
+        r, manifest = self.recipe, self.manifest
+        step, micro = self.start_step + i // self.micro_per_step, i % self.micro_per_step
+        slots = self._first_slot + micro * self.micro_batch + np.arange(self.micro_batch)
+        index, view, epoch = self.plan.slots(step)
+        index, encoded = self._quarantine.resolve(index[slots])
+        view = view[slots]
+        lam, mix_box = draws.mix(
+            self.image_size, self._groups, step, r.seed, r.mixup, r.cutmix, r.mix_probability, r.mix_switch
+        )
+
+        # Every view of an image is drawn, also the few whose slot lies in another micro-batch; (view, image) rows.
+        distinct, row = np.unique(index, return_inverse=True)
+        images, views = np.tile(distinct, r.repeats), np.repeat(np.arange(r.repeats), len(distinct))
+        width, height = manifest.width[images], manifest.height[images]
+        box = draws.random_resized_crop(width, height, images, epoch, views, r.seed, (r.crop_min, r.crop_max))
+        box = box.astype(np.int32).reshape(r.repeats, -1, 4)
+        start, shape = (np.ascontiguousarray(box[..., i : i + 2]) for i in (0, 2))
+        mirrored = draws.flip(images, epoch, views, r.seed, r.flip).astype(np.int32).reshape(r.repeats, -1)
+        if self._on_cpu:  # of each image the smallest rectangle that holds its crops
+            first, last = start.min(axis=0), (start + shape).max(axis=0)
+            parameters = [first, last - first]
+            box[..., :2] -= first
+        else:
+            parameters = [x[v] for v in range(r.repeats) for x in (start, shape, mirrored)]
+        return _TrainFeed(
+            distinct=distinct,
+            encoded=[encoded[i] for i in distinct.tolist()],
+            parameters=parameters,
+            row=row,
+            box=box[view, row],
+            mirrored=mirrored[view, row],
+            step=step,
+            micro=micro,
+            epoch=epoch,
+            slots=slots,
+            index=index,
+            view=view,
+            erase=draws.random_erasing(self.image_size, index, epoch, view, r.seed, r.erase),
+            lam=lam[slots // r.mix_group],
+            mix_box=mix_box[slots // r.mix_group],
+            policy=self.policy.draw(index, epoch, view) if self.policy.active else None,
+        )
+
+    def _graph_cpu(self, encoded: Any, start: Any, shape: Any) -> list[Any]:
+        return [dali.decode_crop(encoded, start, shape)]
+
+    def _graph_gpu(self, encoded: Any, *parameters: Any) -> list[Any]:
+        images, size = dali.decode_to_gpu(encoded, self._decoder), [self.image_size, self.image_size]
+        starts, shapes, mirrored = (parameters[i::3] for i in range(3))
+        views = [dali.crop(images, start, shape) for start, shape in zip(starts, shapes, strict=True)]
+        return [dali.flip(dali.resize(view, size), m) for view, m in zip(views, mirrored, strict=True)]
+
+    def _collect_cpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:
+        batch = torch.empty((len(feed.row), self.image_size, self.image_size, 3), dtype=torch.uint8)
+
+        def make(part: slice) -> None:
+            for s in range(part.start, part.stop):
+                image = decoded(outputs[0], int(feed.row[s]))
+                batch[s] = resized_crop(image, feed.box[s], self.image_size, bool(feed.mirrored[s]))
+            if feed.policy is not None:
+                batch[part] = self.policy.apply(batch[part], feed.policy[part])
+
+        self._workers.share(make, len(batch))
+        return batch
+
+    def _collect_gpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:
+        batch = gathered(outputs, feed.row, feed.view, self.device)
+        return batch if feed.policy is None else self.policy.apply(batch, feed.policy)
+
+
+@dataclass
+class _TrainFeed(Feed):
+    """The feed of a training micro-batch, with what `Batch` needs of it (numpy)."""
+
+    row: np.ndarray  # which of the distinct images
+    box: np.ndarray  # int32 (m, 4), the crop in what the CPU decoded (top, left, height, width)
+    mirrored: np.ndarray
+    step: int
+    micro: int
+    epoch: int
+    slots: np.ndarray
+    index: np.ndarray
+    view: np.ndarray
+    erase: np.ndarray
+    lam: np.ndarray
+    mix_box: np.ndarray
+    policy: AugmentationDraws | None  # None where the policy does nothing
+
+
+def _check_batch(batch: int, world: int, micro_batch: int, mixes: bool) -> None:
+    if mixes and (batch % 2 or micro_batch % 2):
+        what = f"batch {batch}" if batch % 2 else f"micro-batch {micro_batch}"
+        raise DeitfastError(
+            f"{what} is odd, but mixup and cutmix mix pairs. Make it even, or give --mixup 0 --cutmix 0"
+        )
+    if micro_batch < 1 or batch % (world * micro_batch):
+        raise DeitfastError(
+            f"batch {batch} is not a multiple of {world} processes x micro-batch {micro_batch}. Change --micro-batch"
+        )

@@ -1,0 +1,351 @@
+"""One optimisation step, in two engines with one face.
+
+`FlatEngine` is the engine: uint8 images to patches in one kernel, a model whose parameters and gradients are views into
+flat buffers (bf16 on a GPU, beside fp32 master weights), loss and gradient reduction on the device, one optimiser
+update over the flat buffers. It reads nothing on the host and allocates nothing that outlives it, so on a GPU the whole
+of it, accumulation included, is captured as one CUDA graph and replayed; `engine=flat` runs the same code uncaptured.
+
+`PlainEngine` is the reference it is tested against: DistributedDataParallel, autocast, torch's optimiser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from deitfast.data import Batch, Targets, prepare
+from deitfast.data.batch import IMAGENET_MEAN, IMAGENET_STD, input_patches, mixed_targets, to_device
+from deitfast.distributed import World
+from deitfast.engine.drop_path import DropPath
+from deitfast.engine.flat import FlatState
+from deitfast.engine.losses import training_loss
+from deitfast.engine.optim import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
+from deitfast.engine.reduction import Reduction
+from deitfast.model.deit import DeiT
+from deitfast.recipe import Recipe
+
+UNCAPTURED_STEPS = 3
+"""Real steps before the capture: kernels compile, cuBLAS and NCCL set themselves up, which a capture must not see."""
+
+_AHEAD = 2  # steps the host may be ahead of the device
+_GIVE_UP = 10  # non-finite steps in a row
+
+
+class Teacher(Protocol):
+    """Logits (m, classes) of images (m, 3, S, S) in the student's normalisation."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class Engine(Protocol):
+    """What the loop knows of an engine. words: how it runs, for the log."""
+
+    description: str
+
+    def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
+        """Optimisation step number `step` on the next `accumulation` micro-batches."""
+
+    def pop_loss(self) -> tuple[Tensor, Tensor]:
+        """fp64 scalars since the last call: this process's share of the summed losses, and steps that were skipped."""
+
+    def should_stop(self) -> bool:
+        """Whether ten steps in a row were skipped; waits for the device."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The state by file stem (model, optim, ema) and tensor name."""
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `tensors`."""
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The model holds the averaged weights inside."""
+
+    def close(self) -> None:
+        """Free what must not outlive the process group; no step runs afterwards."""
+
+
+def make_engine(
+    model: DeiT, recipe: Recipe, world: World, drop_path: DropPath, *, accumulation: int, bf16: bool,
+    teacher: Teacher | None = None,
+) -> Engine:  # fmt: skip
+    """The engine that `recipe.engine` asks for; auto: graph on a GPU, flat on CPU."""
+    model.recompute = recipe.recompute
+    if recipe.engine == "plain":
+        return PlainEngine(model, recipe, world, accumulation, bf16, drop_path, teacher)
+    captures = world.device.type == "cuda" and recipe.engine != "flat"
+    return FlatEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, captures)
+
+
+class PlainEngine:
+    """The reference engine."""
+
+    description = "plain loop: DistributedDataParallel, autocast, torch's optimiser"
+
+    def __init__(
+        self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
+        teacher: Teacher | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.recipe, self.world, self.accumulation, self.bf16 = model, recipe, world, accumulation, bf16
+        self.drop_path, self.teacher = drop_path, teacher
+        self.optimizer = make_optimizer(model, recipe)
+        self.ema = Ema(model, recipe.ema_decay) if recipe.ema_decay else None
+        self.trained: nn.Module = model
+        if world.size > 1:
+            self.trained = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+
+    def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
+        set_learning_rate(self.optimizer, lr)
+        for micro in range(self.accumulation):
+            batch = next(batches)
+            reduce_now = self.world.size == 1 or micro == self.accumulation - 1
+            with contextlib.nullcontext() if reduce_now else self.trained.no_sync():  # type: ignore[operator]
+                images, targets = prepare(batch, self.recipe)
+                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+                    outputs = self.trained(images, self.drop_path.arrange(self.drop_path.draw(batch)))
+                teacher_logits = self.teacher(images) if self.teacher else None
+                loss = training_loss(outputs, targets, self.recipe, teacher_logits) / self.accumulation
+                loss.backward()
+            self.loss_sum += loss.detach() / self.world.size
+        if self.recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+
+    def pop_loss(self) -> tuple[Tensor, Tensor]:
+        loss = self.loss_sum.clone()
+        self.loss_sum.zero_()
+        return loss, torch.zeros_like(loss)
+
+    def should_stop(self) -> bool:
+        return False
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        state = {"model": self.model.state_dict(), "optim": optimizer_tensors(self.model, self.optimizer)}
+        return state | ({"ema": self.ema.tensors} if self.ema else {})
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.model.load_state_dict(tensors["model"])
+        load_optimizer_tensors(self.model, self.optimizer, dict(tensors["optim"]))
+        if self.ema:
+            self.ema.load(dict(tensors["ema"]))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        assert self.ema
+        self.ema.swap(self.model)
+        try:
+            yield
+        finally:
+            self.ema.swap(self.model)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Inputs:
+    """A micro-batch as the device sees it: everything that changes from step to step, in tensors."""
+
+    images: Tensor  # uint8 (m, H, W, 3)
+    labels: Tensor  # int64 (m,)
+    index: Tensor  # int64 (m,)
+    view: Tensor  # int64 (m,)
+    epoch: Tensor  # int64 (1,)
+    erase: Tensor  # int64 (m, 4)
+    lam: Tensor  # float32 (m,)
+    mix_box: Tensor  # int64 (m, 4)
+    drop: list[Tensor]  # of DropPath.draw
+
+    def tensors(self) -> list[Tensor]:
+        return [t for f in fields(self) for t in _as_list(getattr(self, f.name))]
+
+    def clone(self) -> Inputs:
+        """The same in memory of its own: a graph's static input."""
+        return Inputs(*(_clone(getattr(self, f.name)) for f in fields(self)))
+
+
+class FlatEngine:
+    """The engine of flat buffers, captured as a CUDA graph where `captures` says so."""
+
+    def __init__(
+        self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
+        teacher: Teacher | None = None, captures: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.recipe, self.world, self.accumulation = model, recipe, world, accumulation
+        self.drop_path, self.teacher, self.captures = drop_path, teacher, captures
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.flat = FlatState(model, recipe, self.dtype, accumulates=accumulation > 1 or world.size > 1)
+        self.compute: Any = self.flat.compute_model()
+        self.compute.train()
+        device = world.device
+        self.loss_sum, self.skipped_sum, self.skipped_in_row, self.skipped_most = torch.zeros(
+            4, dtype=torch.float64, device=device
+        ).unbind()
+        on_cpu = " (CUDA graphs need a GPU)" if device.type == "cpu" else ""
+        how = f"one CUDA graph from step {UNCAPTURED_STEPS} on" if captures else f"not captured{on_cpu}"
+        self.description = f"flat buffers, {how}"
+        self.steps_run = 0
+        self.reduction = Reduction(self.flat, self.compute, world) if world.size > 1 else None
+        # Autograd remembers the stream on which a parameter's gradient was first accumulated and makes later ones wait
+        # for it: the steps before the capture run on the stream of the capture.
+        self._stream = torch.cuda.Stream(device) if captures else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._static: tuple[list[Inputs], Tensor] | None = None
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def close(self) -> None:  # NCCL does not end while a graph holds its collectives
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph = self._static = None
+
+    def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
+        inputs = [self.inputs(next(batches)) for _ in range(self.accumulation)]
+        scalars = to_device(self.flat.scalars(lr, step), self.world.device)
+        if self.captures and self._graph is None and self.steps_run >= UNCAPTURED_STEPS:
+            self._capture(inputs, scalars)
+        if self._graph is None or self._static is None:
+            with self._side_stream():
+                self.run(inputs, scalars)
+        else:
+            static, static_scalars = self._static
+            torch._foreach_copy_([t for s in static for t in s.tensors()], [t for i in inputs for t in i.tensors()])
+            static_scalars.copy_(scalars)
+            self._graph.replay()
+        self.steps_run += 1
+        self._keep_up()
+
+    def _keep_up(self) -> None:
+        """Wait for the step two back: what the host runs ahead of keeps its batches alive, and blurs `data_wait`."""
+        if self._stream is None:
+            return
+        end = torch.cuda.Event(blocking=True)
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) > _AHEAD:
+            self._ends.popleft().synchronize()
+
+    def run(self, inputs: list[Inputs], scalars: Tensor) -> None:
+        """The step itself: no host read, no shape that depends on data. scalars: of FlatState.scalars."""
+        flat = self.flat
+        flat.zero_grad()
+        step_loss = torch.zeros((), dtype=torch.float32, device=self.world.device)
+        for micro, one in enumerate(inputs):
+            last = micro == len(inputs) - 1
+            if self.reduction:
+                self.reduction.begin(active=last, first=micro == 0)
+            loss = self.loss(one) / (self.accumulation * self.world.size)
+            loss.backward()
+            step_loss += loss.detach()
+            if not (self.reduction and last) and flat.grad_sum is not None:
+                flat.accumulate(first=micro == 0)
+                if not last:
+                    flat.zero_grad()
+        if self.reduction:
+            self.reduction.wait()
+        flat.update(scalars)
+        finite = torch.isfinite(flat.norm)
+        self.loss_sum += torch.where(finite, step_loss, 0.0)
+        self.skipped_sum += ~finite
+        self.skipped_in_row.copy_(torch.where(finite, 0.0, self.skipped_in_row + 1))
+        torch.maximum(self.skipped_most, self.skipped_in_row, out=self.skipped_most)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor | tuple[Tensor, Tensor], Targets, Tensor]:
+        """The model's outputs for a micro-batch, their targets, and the patches (m, P, 3 * patch * patch) it saw."""
+        recipe = self.recipe
+        patches_BPK = input_patches(
+            inputs.images, inputs.erase, inputs.mix_box, inputs.lam, inputs.index, inputs.view, inputs.epoch,
+            seed=recipe.seed, patch_size=self.model.patch_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+            dtype=self.dtype, mixes=recipe.mixes,
+        )  # fmt: skip
+        targets = mixed_targets(inputs.labels, inputs.lam, recipe.mixes, recipe.smoothing)
+        return self.compute(patches_BPK, self.drop_path.arrange(inputs.drop)), targets, patches_BPK
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """Mean loss of a micro-batch, fp32 scalar."""
+        outputs, targets, patches_BPK = self.forward(inputs)
+        teacher_logits = None
+        if self.teacher:
+            patch = self.model.patch_size
+            side = self.model.image_size // patch
+            images = rearrange(patches_BPK, "b (y x) (c p q) -> b c (y p) (x q)", y=side, c=3, p=patch)
+            teacher_logits = self.teacher(images)
+        return training_loss(outputs, targets, self.recipe, teacher_logits)
+
+    def pop_loss(self) -> tuple[Tensor, Tensor]:
+        loss, skipped = self.loss_sum.clone(), self.skipped_sum.clone()
+        self.loss_sum.zero_()
+        self.skipped_sum.zero_()
+        return loss, skipped
+
+    def should_stop(self) -> bool:
+        return self.skipped_most.item() >= _GIVE_UP
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        state = {"model": self.model.state_dict(), "optim": self.flat.optimizer_tensors()}
+        return state | ({"ema": self.flat.ema_tensors()} if self.flat.ema is not None else {})
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.model.load_state_dict(tensors["model"])
+        self.flat.load_optimizer_tensors(dict(tensors["optim"]))
+        if self.flat.ema is not None:
+            self.flat.load_ema(dict(tensors["ema"]))
+        self.flat.refresh()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        self.flat.swap_ema()
+        try:
+            yield
+        finally:
+            self.flat.swap_ema()
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """What the device needs of a batch, drop-path drawn."""
+        device = batch.images.device
+        epoch = to_device(np.array([batch.epoch]), device)
+        return Inputs(
+            batch.images, batch.labels, batch.index, batch.view, epoch, batch.erase, batch.lam, batch.mix_box,
+            self.drop_path.draw(batch),
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _side_stream(self) -> Iterator[None]:
+        """The capture's stream, after what is queued and before what will be; nothing where none is captured."""
+        if self._stream is None:
+            yield
+            return
+        before = torch.cuda.current_stream(self.world.device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            yield
+        before.wait_stream(self._stream)
+
+    def _capture(self, inputs: list[Inputs], scalars: Tensor) -> None:
+        """Record the step into a graph; it does not run yet."""
+        self._static = [one.clone() for one in inputs], scalars.clone()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph has a memory pool of its own
+        graph = torch.cuda.CUDAGraph()
+        # Threads of the data loader call CUDA meanwhile: only this thread's calls belong to the capture.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self.run(*self._static)
+        self._graph = graph
+
+
+def _clone(value: Any) -> Any:
+    return [t.clone() for t in value] if isinstance(value, list) else value.clone()
+
+
+def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:
+    return value if isinstance(value, list) else [value]

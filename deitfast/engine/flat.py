@@ -1,0 +1,274 @@
+"""A model's parameters, gradients, moments and average as flat buffers, updated together by one optimiser call.
+
+    flat = FlatState(model, recipe, torch.bfloat16)
+    compute = flat.compute_model()                  # runs forward and backward; its gradients land in flat.grad
+    flat.zero_grad(); loss(compute(x)).backward()
+    flat.update(torch.from_numpy(flat.scalars(lr, step)).to(device))
+
+Every buffer has the same layout: the parameters in the model's order, each from a multiple of `BLOCK` elements on,
+zeros between them; parameters that do not require a gradient come last, and gradients and moments end before them.
+Memory in bytes a parameter: 4 master, 8 moments (SGD 4), 4 EMA, and the compute dtype's size for gradients; in bf16 2
+more for the compute copy, and 4 more for the sum of gradients where they are accumulated or reduced.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deitfast.engine.optim import parameter_groups
+from deitfast.errors import DeitfastError
+from deitfast.kernels.optimizer import BLOCK, FlatBuffers, Optimizer, Scalars, Segments, update
+from deitfast.recipe import Recipe
+
+_WHOLE = slice(None)
+_SWAP = 1 << 24  # elements exchanged at a time, so that a swap needs little memory of its own
+
+
+class FlatState:
+    """Moves every parameter of `model` into one flat fp32 buffer, in place, and keeps all that an update needs.
+
+    The parameters stay the objects they are (`p.data` becomes a view), so state dicts, tied weights and optimisers
+    made before still work. Afterwards the model must not be moved to another device or dtype, and `requires_grad` must
+    stay as it is; after loading weights into it call `refresh`. Parameters that do not require a gradient are neither
+    updated nor decayed; every other one is, also where no gradient reaches it (its gradient is then zero).
+
+    compute_dtype: of the compute copy and of the gradients. accumulates: keep a sum of gradients in fp32, for
+    accumulation and for all-reduce; without effect in fp32, where `grad` itself sums.
+
+    master, ema, compute (N,), grad, grad_sum, exp_avg, exp_avg_sq (n,), n <= N: the buffers. compute is master in fp32,
+    grad_sum None without `accumulates`, ema None without `recipe.ema_decay`, exp_avg_sq None for SGD, whose momentum is
+    exp_avg. reduced: the buffer that all-reduce sums and `update` reads. norm () fp32: gradient norm of the last
+    update, not clipped. skipped () int64: updates left out because that norm was infinite or NaN.
+    Raises DeitfastError for parameters that are not fp32, lie on several devices, or of which none is trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        compute_dtype: torch.dtype = torch.float32,
+        accumulates: bool = False,
+    ) -> None:
+        self.model, self.recipe = model, recipe
+        self.optimizer: Optimizer = recipe.optimizer  # type: ignore[assignment]
+        named = dict(model.named_parameters())
+        _check(named)
+        named = dict(sorted(named.items(), key=lambda item: not item[1].requires_grad))  # stable: the frozen last
+        self._parameters = named
+        device = next(iter(named.values())).device
+        self._offsets: dict[str, int] = {}
+        size = trained = 0
+        for name, parameter in named.items():
+            self._offsets[name] = size
+            size += -(-parameter.numel() // BLOCK) * BLOCK
+            trained = size if parameter.requires_grad else trained
+
+        self.master = torch.zeros(size, device=device)
+        for name, view in self._views(self.master):
+            parameter = named[name]
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = None
+        self.compute = self.master
+        if compute_dtype != torch.float32:
+            self.compute = torch.zeros(size, dtype=compute_dtype, device=device)
+        self.grad = torch.zeros(trained, dtype=compute_dtype, device=device)
+        sums = accumulates and compute_dtype != torch.float32
+        self.grad_sum = torch.zeros(trained, device=device) if sums else None
+        self.reduced = self.grad if self.grad_sum is None else self.grad_sum
+        self.exp_avg = torch.zeros(trained, device=device)
+        self.exp_avg_sq = None if recipe.optimizer == "sgd" else torch.zeros(trained, device=device)
+        self.ema = self.master.clone() if recipe.ema_decay else None
+        self.norm = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._grads: list[tuple[nn.Parameter, Tensor]] = []
+
+        decays = _decays(model, recipe)
+        trainable = [p for p in named.values() if p.requires_grad]
+        self._buffers = FlatBuffers(
+            segments=Segments.of([p.numel() for p in trainable], [decays[id(p)] for p in trainable], device),
+            grad=self.reduced,
+            master=self.master[:trained],
+            exp_avg=self.exp_avg,
+            exp_avg_sq=self.exp_avg_sq,
+            ema=None if self.ema is None else self.ema[:trained],
+            compute=None if self.compute is self.master else self.compute[:trained],
+            norm=self.norm,
+            skipped=self.skipped,
+            steps=torch.zeros((), device=device),
+        )
+        self.refresh()
+
+    def compute_model(self) -> nn.Module:
+        """The model that runs forward and backward: `model` itself in fp32, else a copy in the compute dtype.
+
+        The copy's parameters are views into `compute` and, like the model, tied where the model ties them; its buffers
+        are the model's own. `.grad` of the trained parameters are views into `grad`, so that autograd adds to it.
+        """
+        named, model = self._parameters, self.model
+        if self.compute is not self.master:
+            copies: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+            computed = dict(self._views(self.compute))
+            for name, parameter in named.items():
+                copies[id(parameter)] = nn.Parameter(computed[name], requires_grad=parameter.requires_grad)
+            model = copy.deepcopy(model, copies)
+            named = {name: copies[id(parameter)] for name, parameter in named.items()}  # type: ignore[misc]
+        self._grads = [(named[name], view) for name, view in self._views(self.grad)]
+        self._attach()
+        return model
+
+    def zero_grad(self) -> None:
+        """Set every gradient to zero. Gradients that something detached (`Module.zero_grad`) are attached again."""
+        self.grad.zero_()
+        self._attach()
+
+    @torch.no_grad()
+    def accumulate(self, first: bool, part: slice = _WHOLE) -> None:
+        """Add `grad`, or a part of it, to `grad_sum`, or begin a new sum with it where `first`.
+
+        Nothing happens without `grad_sum`.
+        """
+        if self.grad_sum is not None:
+            grad, total = self.grad[part], self.grad_sum[part]
+            total.copy_(grad) if first else total.add_(grad)
+
+    def scalars(self, lr: float, step: int) -> np.ndarray:
+        """What update number `step` (from 0) at learning rate `lr` needs: (12,) fp32, see `kernels.optimizer.Scalars`.
+
+        Computed in double precision, so that the kernels only multiply and divide.
+        """
+        recipe, number = self.recipe, step + 1
+        correction1, correction2 = 1 - recipe.beta1**number, 1 - recipe.beta2**number
+        scalars = Scalars(
+            lr=lr,
+            step=number,
+            step_size=lr / correction1,
+            bias_correction1=correction1,
+            bias_correction2_sqrt=math.sqrt(correction2),
+            beta1=recipe.beta1,
+            one_minus_beta1=1 - recipe.beta1,
+            beta2=recipe.beta2,
+            one_minus_beta2=1 - recipe.beta2,
+            eps=recipe.adam_eps,
+            clip_norm=recipe.clip_norm,
+            ema_weight=1 - recipe.ema_decay,
+        )
+        return np.array(astuple(scalars), dtype=np.float32)
+
+    @torch.no_grad()
+    def update(self, scalars: Tensor) -> None:
+        """One optimiser step from `reduced`: clip, AdamW, LAMB or SGD, EMA, compute copy. Never waits for the device.
+
+        scalars: of `scalars`, on the parameters' device. Where the gradient's norm is not finite, `norm` and `skipped`
+        say so and nothing else changes.
+        """
+        update(self.optimizer, self._buffers, scalars)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the compute copy from the master weights, after something else than `update` wrote them."""
+        if self.compute is not self.master:
+            self.compute.copy_(self.master)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state by parameter name, with the names and shapes of `optim.optimizer_tensors`.
+
+        AdamW and LAMB: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; SGD: `momentum_buffer.NAME`. All but the step
+        are views.
+        """
+        if self.exp_avg_sq is None:
+            return {f"momentum_buffer.{name}": view for name, view in self._views(self.exp_avg)}
+        tensors: dict[str, Tensor] = {}
+        for (name, exp_avg), (_, exp_avg_sq) in zip(
+            self._views(self.exp_avg), self._views(self.exp_avg_sq), strict=True
+        ):
+            step = self._buffers.steps.clone()
+            tensors |= {f"step.{name}": step, f"exp_avg.{name}": exp_avg, f"exp_avg_sq.{name}": exp_avg_sq}
+        return tensors
+
+    @torch.no_grad()
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `optimizer_tensors`; an empty mapping, an optimiser's before its first step, clears the state.
+
+        Raises DeitfastError where one is missing or has another shape.
+        """
+        for name, own in self.optimizer_tensors().items():
+            if not tensors:
+                own.zero_()
+            elif not name.startswith("step."):
+                own.copy_(_find(tensors, name, own.shape, "the optimiser's state"))
+        steps = [tensor for name, tensor in tensors.items() if name.startswith("step.")]
+        self._buffers.steps.copy_(steps[0]) if steps else self._buffers.steps.zero_()
+
+    def ema_tensors(self) -> dict[str, Tensor]:
+        """The averaged parameters by name, as views; empty without EMA."""
+        return {} if self.ema is None else dict(self._views(self.ema))
+
+    @torch.no_grad()
+    def load_ema(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `ema_tensors`. Raises DeitfastError where one is missing or has another shape."""
+        for name, own in self.ema_tensors().items():
+            own.copy_(_find(tensors, name, own.shape, "the averaged weights"))
+
+    @torch.no_grad()
+    def swap_ema(self) -> None:
+        """Exchange the master weights with their average, in place; a second call restores them, bit by bit.
+
+        Raises DeitfastError without EMA.
+        """
+        if self.ema is None:
+            raise DeitfastError("there are no averaged weights: --ema-decay is 0. Give it a value such as 0.9999")
+        for weights, average in zip(self.master.split(_SWAP), self.ema.split(_SWAP), strict=True):
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
+        self.refresh()
+
+    def _views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, view in the parameter's shape) in order; the trained ones only, of a buffer that ends with them."""
+        for name, parameter in self._parameters.items():
+            start = self._offsets[name]
+            if parameter.requires_grad or flat.numel() == self.master.numel():
+                yield name, flat[start : start + parameter.numel()].view(parameter.shape)
+
+    def _attach(self) -> None:
+        for parameter, grad in self._grads:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+
+def _check(named: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in named.items():
+        if parameter.dtype != torch.float32:
+            raise DeitfastError(f"parameter {name} is {parameter.dtype}, must be float32: call model.float() first")
+    devices = sorted({str(parameter.device) for parameter in named.values()})
+    if len(devices) > 1:
+        raise DeitfastError(f"the model's parameters lie on {', '.join(devices)}: move it to one device first")
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise DeitfastError(
+            f"none of the model's {len(named)} parameters requires a gradient: there is nothing to train"
+        )
+
+
+def _decays(model: nn.Module, recipe: Recipe) -> dict[int, float]:
+    """Weight decay by the id of a parameter."""
+    groups = parameter_groups(model, recipe.weight_decay, decay_dist_token=recipe.deit_compat)
+    return {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+
+
+def _find(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, what: str) -> Tensor:
+    if name not in tensors:
+        raise DeitfastError(f"{what} has no {name}: it is another model's or optimiser's")
+    if tensors[name].shape != shape:
+        found = tuple(tensors[name].shape)
+        raise DeitfastError(f"{name} in {what} has shape {found}, the model's is {tuple(shape)}")
+    return tensors[name]

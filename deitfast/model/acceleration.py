@@ -1,0 +1,386 @@
+"""`accelerate(model)`: the fused kernels inside a Vision Transformer of timm, Hugging Face or torchvision, in place.
+
+A block is accelerated by giving it a subclass of its own class whose `forward` runs the kernels. Modules, parameters,
+hooks on the block, state dict and optimiser state stay what they are, and so do isinstance and the class's name:
+checkpoints, DDP, FSDP wrapping by name, deepcopy and pickle go on working. What a block does that the kernels do not
+(dropout, an attention mask, normalised queries, another activation) leaves that block, or that call, to its library.
+No such library is imported here: a model that comes from one has imported it already.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deitfast.compiler import check_compiler
+from deitfast.errors import DeitfastError
+from deitfast.model.fused import HEAD_DIMS, BlockTensors, FusedBlock, block_tensors, fused_block_forward
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class AcceleratedBlock(nn.Module):
+    """Mixed into a library's block by `accelerate`: `super().forward` is the library's own."""
+
+    adapter: ClassVar[type[AcceleratedBlock]]
+    original: ClassVar[type[nn.Module]]
+
+    @staticmethod
+    def problems(block: Any) -> Iterator[str]:
+        """Why the kernels cannot stand in for `block`; nothing if they can."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Made at run time, the class cannot be found by its name: a copy makes it again.
+        state = super().__reduce_ex__(protocol)[2:]
+        return (_new_accelerated, (self.adapter, self.original), *state)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [super().extra_repr(), "fused by deitfast"]))
+
+
+_classes: dict[tuple[type[AcceleratedBlock], type[nn.Module]], type[AcceleratedBlock]] = {}
+
+
+def _accelerated_class(adapter: type[AcceleratedBlock], original: type[nn.Module]) -> type[AcceleratedBlock]:
+    if (adapter, original) not in _classes:
+        members = {"adapter": adapter, "original": original, "__module__": __name__, "__doc__": original.__doc__}
+        _classes[adapter, original] = type(original.__name__, (adapter, original), members)
+    return _classes[adapter, original]
+
+
+def _new_accelerated(adapter: type[AcceleratedBlock], original: type[nn.Module]) -> AcceleratedBlock:
+    cls = _accelerated_class(adapter, original)
+    return cls.__new__(cls)
+
+
+# The libraries -------------------------------------------------------------------------------------------------------
+
+
+class _TimmBlock(AcceleratedBlock):
+    """timm.models.vision_transformer.Block: ViT, DeiT, DeiT III."""
+
+    @staticmethod
+    def problems(block: Any) -> Iterator[str]:
+        attn, mlp = block.attn, block.mlp
+        yield from _wrong_class("attn", attn, timm=("Attention",))
+        yield from _wrong_class("mlp", mlp, timm=("Mlp",))
+        for name in ("ls1", "ls2"):
+            yield from _wrong_class(name, getattr(block, name), timm=("LayerScale",), torch=("Identity",))
+        for name in ("drop_path1", "drop_path2"):
+            yield from _wrong_class(name, getattr(block, name), timm=("DropPath",), torch=("Identity",))
+        for name, owner, what in (
+            ("q_norm", attn, "normalises queries (qk_norm)"),
+            ("k_norm", attn, "normalises keys (qk_norm)"),
+            ("norm", attn, "normalises the attention's output (scale_attn_norm)"),
+            ("gate", attn, "gates the attention's output"),
+            ("norm", mlp, "normalises the MLP's hidden layer (scale_mlp_norm)"),
+        ):
+            if type(getattr(owner, name, None)) not in (nn.Identity, type(None)):
+                yield f"it {what}"
+        yield from _common_problems(
+            width=attn.proj.out_features,
+            num_heads=attn.num_heads,
+            norms={"norm1": block.norm1, "norm2": block.norm2},
+            linears={"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
+            activation=mlp.act,
+            dropouts={
+                "attn.attn_drop": attn.attn_drop.p,
+                "attn.proj_drop": attn.proj_drop.p,
+                "mlp.drop1": mlp.drop1.p,
+                "mlp.drop2": mlp.drop2.p,
+            },
+        )
+        if attn.qkv.out_features != 3 * attn.qkv.in_features:
+            yield f"attn.qkv makes {attn.qkv.out_features} of {attn.qkv.in_features} channels, not three times as many"
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        block: Any = self
+        return fused_block_forward(
+            x,
+            block_tensors(block),
+            block.attn.num_heads,
+            eps1=block.norm1.eps,
+            eps2=block.norm2.eps,
+            keep1_B=_draw_keep(block.drop_path1, x),
+            keep2_B=_draw_keep(block.drop_path2, x),
+        )
+
+
+def _draw_keep(drop_path: Any, x: Tensor) -> Tensor | None:
+    """timm's DropPath as a factor for each image, (B,) fp32, from the same draws; None where it does nothing."""
+    if isinstance(drop_path, nn.Identity) or not drop_path.training or not drop_path.drop_prob:
+        return None
+    keep_probability = 1 - drop_path.drop_prob
+    keep_B = x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep_probability).flatten().float()
+    return keep_B / keep_probability if drop_path.scale_by_keep and keep_probability > 0 else keep_B
+
+
+class _TransformersLayer(AcceleratedBlock):
+    """transformers' ViTLayer and DeiTLayer, which keep queries, keys and values in three linear layers."""
+
+    @staticmethod
+    def problems(block: Any) -> Iterator[str]:
+        attention, mlp = block.attention, block.mlp
+        projections = {name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        yield from _common_problems(
+            width=attention.o_proj.out_features,
+            num_heads=attention.num_attention_heads,
+            norms={"layernorm_before": block.layernorm_before, "layernorm_after": block.layernorm_after},
+            linears={**projections, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
+            activation=mlp.activation_fn,
+            dropouts={"attention_probs_dropout_prob": attention.attention_dropout, "dropout": block.dropout.p},
+        )
+        if attention.head_dim * attention.num_attention_heads != attention.o_proj.out_features:
+            yield f"its heads are {attention.head_dim} wide, not the width divided by their number"
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        block: Any = self
+        attention = block.attention
+        # Attention weights are recorded by a hook on a module that the kernels never call.
+        wants_weights = kwargs.get("output_attentions", getattr(attention.config, "output_attentions", False))
+        if attention_mask is not None or wants_weights:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        packed = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [linear.bias for linear in packed if linear.bias is not None]
+        tensors = BlockTensors(
+            norm1_weight=block.layernorm_before.weight,
+            norm1_bias=block.layernorm_before.bias,
+            qkv_weight=torch.cat([linear.weight for linear in packed]),
+            qkv_bias=torch.cat(biases) if biases else None,
+            proj_weight=attention.o_proj.weight,
+            proj_bias=attention.o_proj.bias,
+            ls1=None,
+            norm2_weight=block.layernorm_after.weight,
+            norm2_bias=block.layernorm_after.bias,
+            fc1_weight=block.mlp.fc1.weight,
+            fc1_bias=block.mlp.fc1.bias,
+            fc2_weight=block.mlp.fc2.weight,
+            fc2_bias=block.mlp.fc2.bias,
+            ls2=None,
+        )
+        eps1, eps2 = block.layernorm_before.eps, block.layernorm_after.eps
+        return fused_block_forward(hidden_states, tensors, attention.num_attention_heads, eps1=eps1, eps2=eps2)
+
+
+class _TorchvisionBlock(AcceleratedBlock):
+    """torchvision.models.vision_transformer.EncoderBlock."""
+
+    @staticmethod
+    def problems(block: Any) -> Iterator[str]:
+        attention, mlp = block.self_attention, block.mlp
+        yield from _wrong_class("self_attention", attention, torch=("MultiheadAttention",))
+        yield from _wrong_class("mlp", mlp, torchvision=("MLPBlock",))
+        if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
+            yield "self_attention has separate, extra or added keys and values"
+        if not attention.batch_first:
+            yield "self_attention takes tokens before images (batch_first=False)"
+        yield from _common_problems(
+            width=attention.embed_dim,
+            num_heads=attention.num_heads,
+            norms={"ln_1": block.ln_1, "ln_2": block.ln_2},
+            linears={"self_attention.out_proj": attention.out_proj, "mlp.0": mlp[0], "mlp.3": mlp[3]},
+            activation=mlp[1],
+            dropouts={
+                "attention_dropout": attention.dropout,
+                "dropout": block.dropout.p,
+                "mlp.2": mlp[2].p,
+                "mlp.4": mlp[4].p,
+            },
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        block: Any = self
+        attention, mlp = block.self_attention, block.mlp
+        tensors = BlockTensors(
+            norm1_weight=block.ln_1.weight,
+            norm1_bias=block.ln_1.bias,
+            qkv_weight=attention.in_proj_weight,
+            qkv_bias=attention.in_proj_bias,
+            proj_weight=attention.out_proj.weight,
+            proj_bias=attention.out_proj.bias,
+            ls1=None,
+            norm2_weight=block.ln_2.weight,
+            norm2_bias=block.ln_2.bias,
+            fc1_weight=mlp[0].weight,
+            fc1_bias=mlp[0].bias,
+            fc2_weight=mlp[3].weight,
+            fc2_bias=mlp[3].bias,
+            ls2=None,
+        )
+        return fused_block_forward(input, tensors, attention.num_heads, eps1=block.ln_1.eps, eps2=block.ln_2.eps)
+
+
+_MASKS = "calls with an attention mask{} run the library's own forward"
+_ADAPTERS: dict[str, tuple[type[AcceleratedBlock], tuple[str, ...]]] = {
+    "timm.models.vision_transformer.Block": (_TimmBlock, (_MASKS.format(""),)),
+    **dict.fromkeys(
+        ("transformers.models.vit.modeling_vit.ViTLayer", "transformers.models.deit.modeling_deit.DeiTLayer"),
+        (
+            _TransformersLayer,
+            (
+                "query, key and value weights are joined to one matrix in every forward (a copy of 3 x width^2 values)",
+                _MASKS.format(" or output_attentions=True"),
+            ),
+        ),
+    ),
+    "torchvision.models.vision_transformer.EncoderBlock": (_TorchvisionBlock, ()),
+}
+"""Block class -> its adapter, and what a user of it should know."""
+
+
+# What the kernels cannot do ------------------------------------------------------------------------------------------
+
+
+def _wrong_class(name: str, module: Any, **allowed: tuple[str, ...]) -> Iterator[str]:
+    """A reason if `module` is none of the classes `allowed` (library -> names); subclasses may compute anything."""
+    library = type(module).__module__.split(".")[0]
+    if type(module).__name__ not in allowed.get(library, ()):
+        yield f"{name} is a {type(module).__module__}.{type(module).__name__}"
+
+
+def _common_problems(
+    width: int,
+    num_heads: int,
+    norms: Mapping[str, Any],
+    linears: Mapping[str, Any],
+    activation: Any,
+    dropouts: Mapping[str, float],
+) -> Iterator[str]:
+    if width % num_heads or width // num_heads not in HEAD_DIMS:
+        yield f"head dimension {width / num_heads:g}; supported are {', '.join(map(str, HEAD_DIMS))}"
+    for name, norm in norms.items():
+        yield from _wrong_class(name, norm, torch=("LayerNorm",), timm=("LayerNorm",))
+        if getattr(norm, "_fast_norm", False):
+            yield f"{name} is timm's fast norm, which rounds differently"
+        if norm.weight is None or norm.bias is None:
+            yield f"{name} has no weight or no bias"
+    for name, linear in linears.items():
+        yield from _wrong_class(name, linear, torch=("Linear", "NonDynamicallyQuantizableLinear"))
+        if linear.weight.dtype not in _DTYPES:
+            yield f"{name} is {linear.weight.dtype}; supported are bfloat16, float16 and float32"
+    yield from _wrong_class("activation", activation, torch=("GELU",), timm=("GELU",), transformers=("GELUActivation",))
+    if getattr(activation, "approximate", "none") != "none":
+        yield f"its GELU is the {activation.approximate} approximation, the kernels' is exact"
+    for name, probability in dropouts.items():
+        if probability > 0:
+            yield f"dropout {name} is {probability}; set it to 0 to fuse the block"
+
+
+def _find_problem(adapter: type[AcceleratedBlock], block: nn.Module) -> str | None:
+    if "forward" in vars(block):
+        return "its forward is patched"
+    for name, module in block.named_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+        # The hooks by which transformers records attention weights are served: see _TransformersLayer.
+        hooks = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+        if module is not block and hooks:
+            return f"{name} has a hook, which the kernels would never call"
+    try:
+        return next(adapter.problems(block), None)
+    except AttributeError as error:
+        return f"not the layout this version of deitfast knows: {error}"
+
+
+def _foreign_block(module: nn.Module) -> bool:
+    """Whether `module` looks like a transformer block of a known library, of a kind without an adapter."""
+    library = type(module).__module__.split(".")[0]
+    children = dict(module.named_children())
+    has_attention = any(name in children for name in ("attn", "attention", "self_attention", "self_attn"))
+    return library in ("timm", "transformers", "torchvision") and has_attention and len(children) > 2
+
+
+# The call ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AccelerationReport:
+    """What `accelerate` did. Names are those of `model.named_modules()`.
+
+    replaced: blocks that now run fused. already: blocks that did before. left: block -> why it was left alone.
+    notes: what a user of the replaced blocks should know.
+    """
+
+    model: str
+    replaced: list[str] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _originals: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Give the replaced blocks their own class back."""
+        for block, original in self._originals:
+            block.__class__ = original
+        self._originals.clear()
+
+    def __str__(self) -> str:
+        total = len(self.replaced) + len(self.already) + len(self.left)
+        lines = [f"deitfast: {len(self.replaced)} of {total} blocks of {self.model} replaced by fused ones"]
+        if self.replaced:
+            lines.append(f"  replaced: {', '.join(self.replaced)}")
+        if self.already:
+            lines.append(f"  fused already: {', '.join(self.already)}")
+        for reason in dict.fromkeys(self.left.values()):
+            names = [name for name, why in self.left.items() if why == reason]
+            lines.append(f"  left alone: {', '.join(names)}: {reason}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
+    """Make the blocks of a Vision Transformer run deitfast's fused kernels, in place, for training and inference.
+
+    model: a timm ViT, DeiT or DeiT III, a Hugging Face ViT or DeiT, a torchvision VisionTransformer, or a deitfast
+        model; any module that contains one. Parameters and state dict stay the same objects and keys. Call it before
+        torch.compile, DDP or FSDP.
+    verbose: print the report.
+
+    Returns the report: what was replaced, what was left alone and why; `report.undo()` takes it back. Calling it again
+    changes nothing. Warns where every block was left alone; raises DeitfastError where there is no block at all.
+    """
+    if torch.cuda.is_available():
+        check_compiler()
+    report = AccelerationReport(type(model).__name__)
+    for name, module in list(model.named_modules()):
+        cls = type(module)
+        name = name or "the model itself"
+        if isinstance(module, (AcceleratedBlock, FusedBlock)):
+            report.already.append(name)
+        elif entry := _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}"):
+            adapter, notes = entry
+            if problem := _find_problem(adapter, module):
+                report.left[name] = problem
+            else:
+                module.__class__ = _accelerated_class(adapter, cls)
+                report.replaced.append(name)
+                report._originals.append((module, cls))
+                report.notes = list(dict.fromkeys([*report.notes, *notes]))
+        elif cls is FusedBlock.__base__:
+            module.__class__ = FusedBlock
+            report.replaced.append(name)
+            report._originals.append((module, cls))
+        elif _foreign_block(module):
+            report.left[name] = f"{cls.__module__}.{cls.__qualname__} is no plain pre-norm ViT block"
+    if not (report.replaced or report.already or report.left):
+        raise DeitfastError(
+            f"accelerate found no transformer block in {report.model}. Give it a timm ViT or DeiT, a Hugging Face ViT "
+            "or DeiT, a torchvision VisionTransformer, or a deitfast model"
+        )
+    if verbose:
+        print(report)
+    if not (report.replaced or report.already):
+        warnings.warn(f"deitfast.accelerate replaced no block of {report.model}: {_first(report.left)}", stacklevel=2)
+    return report
+
+
+def _first(left: Mapping[str, str]) -> str:
+    name, reason = next(iter(left.items()))
+    return f"{name}: {reason}" + (f" (and {len(left) - 1} more)" if len(left) > 1 else "")

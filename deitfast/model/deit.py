@@ -1,0 +1,284 @@
+"""DeiT in plain PyTorch: the eager reference of everything that is fused elsewhere.
+
+Touvron et al. 2021, "Training data-efficient image transformers & distillation through attention" (arXiv 2012.12877).
+Tensor names, and therefore state dicts, are timm's; parameters are fp32. Shape suffixes: B images, N tokens (prefix
+tokens first, then patches row by row), D width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deitfast.errors import DeitfastError
+
+LAYER_NORM_EPS = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens: (B, 3, S, S) -> (B, (S / patch)^2, D)."""
+
+    def __init__(self, image_size: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.num_patches = (image_size // patch_size) ** 2
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on packed q, k, v: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x_BND), "b n (three h k) -> three b h n k", three=3, h=self.num_heads)
+        out_BHNK = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(out_BHNK, "b h n k -> b n (h k)"))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact (erf) GELU between: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BND)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch (Touvron et al. 2021, arXiv 2103.17239)."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return x_BND * self.gamma
+
+
+class Kept(NamedTuple):
+    """Drop-path by subset: only these images run through a block's two branches, each scaled by batch / kept."""
+
+    index_2K: Tensor  # int64, ascending: images of the batch that keep the attention branch, and the MLP branch
+    scale: float
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.
+
+    drop: drop-path of one block. A tensor (2, B) scales the two residual branches of each image; `Kept` runs them for a
+    subset of the images only, and the others pass unchanged; None leaves the branches whole.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, layer_scale: float | None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, num_heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+
+    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None) -> Tensor:
+        x_BND = _add_branch(x_BND, lambda x: self.ls1(self.attn(self.norm1(x))), drop, 0)
+        return _add_branch(x_BND, lambda x: self.ls2(self.mlp(self.norm2(x))), drop, 1)
+
+
+def _add_branch(x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Kept | None, which: int) -> Tensor:
+    """x + branch(x) under drop-path; `which`: 0 for the attention branch, 1 for the MLP branch."""
+    if drop is None:
+        return x_BND + branch(x_BND)
+    if isinstance(drop, Kept):
+        index_K = drop.index_2K[which]
+        return x_BND.index_add(0, index_K, branch(x_BND[index_K]).to(x_BND.dtype), alpha=drop.scale)
+    out_BND = branch(x_BND)
+    return x_BND + out_BND * drop[which, :, None, None].to(out_BND.dtype)
+
+
+class DeiT(nn.Module):
+    """A DeiT / ViT classifier.
+
+    image_size, patch_size: pixels; the image is square and a whole number of patches.
+    drop_path: probability of dropping a residual branch in the last block; it rises linearly from 0 over depth, or is
+        the same in every block with constant_drop_path.
+    layer_scale: initial LayerScale factor, None for none.
+    class_position: whether the class (and distillation) tokens have position embeddings; DeiT III's have none.
+    distilled: adds the distillation token and its head. In training `forward` then returns both heads' logits, as the
+        paper's code does; in evaluation, their mean.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        num_heads: int,
+        image_size: int = 224,
+        patch_size: int = 16,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        constant_drop_path: bool = False,
+        layer_scale: float | None = None,
+        class_position: bool = True,
+        distilled: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(image_size, patch_size, width, num_heads, num_classes, drop_path)
+        self.width, self.image_size, self.patch_size, self.num_classes = width, image_size, patch_size, num_classes
+        self.num_prefix_tokens = 2 if distilled else 1
+        self.num_prefix_positions = self.num_prefix_tokens if class_position else 0
+        self.recompute = False  # True: each block keeps only its input for the backward and runs again there
+        self.drop_path_rates = [drop_path * (1 if constant_drop_path else i / max(depth - 1, 1)) for i in range(depth)]
+        self.patch_embed = PatchEmbed(image_size, patch_size, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_positions + self.patch_embed.num_patches, width))
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(width, num_classes)
+        if distilled:
+            self.head_dist = nn.Linear(width, num_classes)
+        self.init_weights()
+
+    @property
+    def distilled(self) -> bool:
+        return self.num_prefix_tokens == 2
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise as the timm of the paper did: truncated normal .02, zero biases, default patch convolution."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("_token") or name == "pos_embed":
+                nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def heads(self) -> Iterator[tuple[str, nn.Linear]]:
+        """The classification head, then the distillation head where there is one."""
+        yield "head", self.head
+        if self.distilled:
+            yield "head_dist", self.head_dist
+
+    def draw_keep(self, batch: int, device: torch.device) -> Tensor | None:
+        """Drop-path scales (depth, 2, batch) in fp32 from torch's generator, or None where nothing is ever dropped."""
+        if not any(self.drop_path_rates):
+            return None
+        uniform = torch.rand(len(self.blocks), 2, batch, device=device)
+        return keep_scales(uniform, self.drop_path_rates)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S), normalised, or their patches, to the tokens (B, N, D) that enter the first block.
+
+        Patches (B, P, 3 * patch * patch) are row by row, each as the weight of the patch convolution has it: channel,
+        y, x.
+        """
+        if images.ndim == 3:
+            return self.embed_patches(images)
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images are {images.shape[-2]} x {images.shape[-1]}, the model takes {self.image_size} x "
+                f"{self.image_size}: resize them, or create the model with image_size={images.shape[-1]}"
+            )
+        return self._with_prefix(self.patch_embed(images))
+
+    def embed_patches(self, patches_BPK: Tensor) -> Tensor:
+        """`embed` of patches."""
+        proj = self.patch_embed.proj
+        return self._with_prefix(F.linear(patches_BPK, proj.weight.flatten(1), proj.bias))
+
+    def _with_prefix(self, x_BPD: Tensor) -> Tensor:
+        tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
+        x_BND = torch.cat([*(t.expand(x_BPD.shape[0], -1, -1) for t in tokens), x_BPD], dim=1)
+        return x_BND + self.positions()
+
+    def positions(self) -> Tensor:
+        """Position embeddings of every token (1, N, D): zero for prefix tokens that have none of their own."""
+        missing = self.num_prefix_tokens - self.num_prefix_positions
+        return F.pad(self.pos_embed, (0, 0, missing, 0)) if missing else self.pos_embed
+
+    def forward_features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None) -> Tensor:
+        """Images (B, 3, S, S), normalised, or their patches (see `embed`) to normalised tokens (B, N, D).
+
+        drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is kept, or a `Kept`
+        (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
+        """
+        if not self.training:
+            drop = None
+        elif drop is None:
+            drop = self.draw_keep(images.shape[0], images.device)
+        x_BND = self.embed(images)
+        for i, block in enumerate(self.blocks):
+            one = None if drop is None else drop[i]
+            if self.recompute and torch.is_grad_enabled():
+                x_BND = checkpoint(block, x_BND, one, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BND = block(x_BND, one)
+        return self.norm(x_BND)
+
+    def extract_feat(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The features a head reads: (class token,) or (class token, distillation token), each (B, D)."""
+        x_BND = self.forward_features(images)
+        return tuple(x_BND[:, i] for i in range(self.num_prefix_tokens))
+
+    def forward(
+        self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, classes); for a distilled model in training both heads' logits. See `forward_features`."""
+        x_BND = self.forward_features(images, drop)
+        logits = self.head(x_BND[:, 0])
+        if not self.distilled:
+            return logits
+        logits_dist = self.head_dist(x_BND[:, 1])
+        return (logits, logits_dist) if self.training else (logits + logits_dist) / 2
+
+
+def keep_scales(uniform: Tensor, drop_path_rates: list[float]) -> Tensor:
+    """Uniform draws (depth, 2, B) in [0, 1) to drop-path scales: 0 with the block's probability p, else 1 / (1 - p)."""
+    p = torch.tensor(drop_path_rates, dtype=uniform.dtype, device=uniform.device)[:, None, None]
+    return (uniform >= p) / (1 - p)
+
+
+def resize_pos_embed(pos_embed: Tensor, num_patches: int, num_prefix_tokens: int) -> Tensor:
+    """Position embeddings (1, N, D) for another number of patches: bicubic and antialiased, as timm does it.
+
+    Prefix tokens keep theirs; both grids are square.
+    """
+    prefix, grid = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+    if grid.shape[1] == num_patches:
+        return pos_embed
+    old, new = math.isqrt(grid.shape[1]), math.isqrt(num_patches)
+    image = rearrange(grid.float(), "1 (y x) d -> 1 d y x", y=old)
+    image = F.interpolate(image, size=(new, new), mode="bicubic", antialias=True)
+    return torch.cat([prefix, rearrange(image, "1 d y x -> 1 (y x) d").to(pos_embed.dtype)], dim=1)
+
+
+def _check_sizes(image_size: int, patch_size: int, width: int, num_heads: int, classes: int, drop_path: float) -> None:
+    checks: list[tuple[bool, str]] = [
+        (image_size > 0 and image_size % patch_size == 0, f"image size {image_size} is no multiple of {patch_size} px"),
+        (width % num_heads == 0, f"width {width} is no multiple of {num_heads} heads"),
+        (classes > 0, f"class count {classes} is not positive"),
+        (0 <= drop_path < 1, f"drop-path {drop_path} is outside [0, 1)"),
+    ]
+    for valid, message in checks:
+        if not valid:
+            raise DeitfastError(message)

@@ -1,0 +1,194 @@
+"""The transformer block through the Triton kernels: a function over its tensors, and the DeiT block that calls it.
+
+    x = x + keep1 * ls1 * (attention(LayerNorm(x) Wqkv^T + bqkv) Wproj^T + bproj)      one op, layernorm_attention
+    x = x + keep2 * ls2 * MLP(LayerNorm(x))                                            one op, layernorm_mlp
+
+Saved for the backward, in values a token (D width, F hidden width; of all but x, only for the images that drop-path
+runs through the branch):
+
+    layernorm_attention    x D, LayerNorm(x) D, qkv 3D, attention's output D; in fp32 mean, rstd and one value a head
+    layernorm_mlp          x D, LayerNorm(x) D, gelu F, gelu' F; in fp32 mean and rstd
+
+The eager block of `deitfast.model.deit` is the reference. On CPU tensors the ops take their eager implementation,
+unless TRITON_INTERPRET=1 runs the kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deitfast.kernels.attention import HEAD_DIMS
+from deitfast.kernels.common import INTERPRETED
+from deitfast.kernels.layernorm_attention import layernorm_attention
+from deitfast.kernels.layernorm_mlp import layernorm_mlp
+from deitfast.kernels.patch_embed import patch_embed
+from deitfast.model.deit import Block, DeiT, Kept
+
+__all__ = [
+    "HEAD_DIMS",
+    "BlockTensors",
+    "FusedBlock",
+    "FusedDeiT",
+    "block_tensors",
+    "fuse",
+    "fused_block_forward",
+    "saved_bytes_per_token",
+]
+
+
+class BlockTensors(NamedTuple):
+    """What one block computes with: D width, H heads, F hidden width. ls1 and ls2 are LayerScale's factors or None."""
+
+    norm1_weight: Tensor  # (D,)
+    norm1_bias: Tensor  # (D,)
+    qkv_weight: Tensor  # (3D, D): q, k, v
+    qkv_bias: Tensor | None  # (3D,)
+    proj_weight: Tensor  # (D, D)
+    proj_bias: Tensor | None  # (D,)
+    ls1: Tensor | None  # (D,)
+    norm2_weight: Tensor  # (D,)
+    norm2_bias: Tensor  # (D,)
+    fc1_weight: Tensor  # (F, D)
+    fc1_bias: Tensor | None  # (F,)
+    fc2_weight: Tensor  # (D, F)
+    fc2_bias: Tensor | None  # (D,)
+    ls2: Tensor | None  # (D,)
+
+
+def fused_block_forward(
+    x_BND: Tensor,
+    tensors: BlockTensors,
+    num_heads: int,
+    *,
+    eps1: float = 1e-6,
+    eps2: float = 1e-6,
+    keep1_B: Tensor | None = None,
+    keep2_B: Tensor | None = None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """A pre-norm block with exact GELU: x (B, N, D) -> (B, N, D) in the same dtype.
+
+    keep1_B, keep2_B: fp32 factors of the two residual branches of each image, 0 where drop-path drops one; None: 1.
+    kept: instead of them the images that run through the branches; the others pass unchanged.
+    Under autocast the products run in its dtype and x keeps its own, as in eager PyTorch.
+    Raises TypeError or ValueError, from the op concerned, for tensors that do not fit.
+    """
+    t = tensors
+    index1_K, index2_K, scale = (None, None, 1.0) if kept is None else (*kept.index_2K, kept.scale)
+    x_BND = x_BND.contiguous()  # patches straight from a convolution, with no class token, arrive transposed
+    x_BND = layernorm_attention(
+        x_BND,
+        t.norm1_weight,
+        t.norm1_bias,
+        t.qkv_weight,
+        t.qkv_bias,
+        t.proj_weight,
+        t.proj_bias,
+        num_heads,
+        eps1,
+        gamma=t.ls1,
+        keep=keep1_B,
+        kept=index1_K,
+        kept_scale=scale,
+    )
+    return layernorm_mlp(
+        x_BND,
+        t.norm2_weight,
+        t.norm2_bias,
+        t.fc1_weight,
+        t.fc1_bias,
+        t.fc2_weight,
+        t.fc2_bias,
+        eps2,
+        residual=True,
+        gamma=t.ls2,
+        keep=keep2_B,
+        kept=index2_K,
+        kept_scale=scale,
+    )
+
+
+def saved_bytes_per_token(width: int, hidden: int, itemsize: int, head_dim: int = 64) -> int:
+    """Bytes that one fused block saves for its backward for each token, parameters not counted; see the module.
+
+    width, hidden: channels of the stream and of the MLP's hidden layer; itemsize: bytes of a value, 2 in bf16.
+    The stream that leaves the last block is not among them.
+    """
+    statistics = 4 * (2 + 2 + width // head_dim)
+    return (8 * width + 2 * hidden) * itemsize + statistics
+
+
+def block_tensors(block: Any) -> BlockTensors:
+    """The tensors of a block with timm's names."""
+    return BlockTensors(
+        block.norm1.weight,
+        block.norm1.bias,
+        block.attn.qkv.weight,
+        block.attn.qkv.bias,
+        block.attn.proj.weight,
+        block.attn.proj.bias,
+        getattr(block.ls1, "gamma", None),
+        block.norm2.weight,
+        block.norm2.bias,
+        block.mlp.fc1.weight,
+        block.mlp.fc1.bias,
+        block.mlp.fc2.weight,
+        block.mlp.fc2.bias,
+        getattr(block.ls2, "gamma", None),
+    )
+
+
+class FusedBlock(Block):
+    """`deitfast.model.deit.Block`, same parameters and names, computed by the kernels."""
+
+    on_cpu = True
+    """False: the kernels only where the input is on a GPU (or in Triton's interpreter), eager PyTorch on CPU."""
+
+    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None) -> Tensor:
+        if not (self.on_cpu or x_BND.is_cuda or INTERPRETED):
+            return super().forward(x_BND, drop)
+        kept = drop if isinstance(drop, Kept) else None
+        keep1_B, keep2_B = drop if isinstance(drop, Tensor) else (None, None)
+        return fused_block_forward(
+            x_BND,
+            block_tensors(self),
+            self.attn.num_heads,
+            eps1=self.norm1.eps,
+            eps2=self.norm2.eps,
+            keep1_B=keep1_B,
+            keep2_B=keep2_B,
+            kept=kept,
+        )
+
+
+class FusedDeiT(DeiT):
+    """`deitfast.model.deit.DeiT`, same parameters and names, whose patches become tokens in one kernel."""
+
+    on_cpu = True
+    """As `FusedBlock.on_cpu`."""
+
+    def embed_patches(self, patches_BPK: Tensor) -> Tensor:
+        if patches_BPK.requires_grad or not (self.on_cpu or patches_BPK.is_cuda or INTERPRETED):
+            return super().embed_patches(patches_BPK)
+        proj = self.patch_embed.proj
+        assert proj.bias is not None  # a PatchEmbed's always has one
+        prefix_TD = torch.cat([self.cls_token, self.dist_token] if self.distilled else [self.cls_token], 1)[0]
+        return patch_embed(patches_BPK, proj.weight.flatten(1), proj.bias, prefix_TD, self.positions()[0])
+
+
+def fuse(model: DeiT, on_cpu: bool = True) -> DeiT:
+    """Turn `model` into a `FusedDeiT` of `FusedBlock`s, in place; parameters and state dict stay what they are.
+
+    on_cpu: False leaves a model that runs on CPU in eager PyTorch.
+    """
+    fused: Any = model
+    fused.__class__ = FusedDeiT
+    fused.on_cpu = on_cpu
+    block: Any
+    for block in model.blocks:
+        block.__class__ = FusedBlock
+        block.on_cpu = on_cpu
+    return model

@@ -1,0 +1,255 @@
+"""One training run: everything it consists of on this process, how it is set up, introduced, saved and resumed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deitfast.data import Dataset, Manifest, Plan, open_dataset
+from deitfast.data.dali import thread_count
+from deitfast.data.decoder import choose_decoder
+from deitfast.data.manifest import read_manifest, write_manifest
+from deitfast.distributed import World, start
+from deitfast.engine.drop_path import DropPath
+from deitfast.engine.engine import Engine, make_engine
+from deitfast.engine.memory import largest_micro_batch
+from deitfast.engine.teacher import load_teacher
+from deitfast.errors import DeitfastError
+from deitfast.model.deit import DeiT
+from deitfast.model.factory import create_model
+from deitfast.recipe import Recipe
+from deitfast.training import checkpoint
+from deitfast.training.checkpoint import Checkpoint
+from deitfast.training.run_folder import RunFolder, environment
+
+IMAGES = "images.npz"
+"""The run's list of training images, in its folder."""
+
+
+@dataclass
+class Run:
+    """Everything one training run consists of on this process. `folder` is None except on the leading process."""
+
+    recipe: Recipe
+    world: World
+    train_data: Manifest
+    val_data: Manifest
+    plan: Plan
+    micro_batch: int
+    accumulation: int
+    bf16: bool
+    decode: str  # where images are decoded: gpu or cpu
+    model: DeiT
+    engine: Engine
+    folder: RunFolder | None
+    notes: list[str]  # what was found out while setting up, for the log
+    step: int = 0
+    best: dict[str, Any] | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.recipe.epochs * self.plan.steps_per_epoch
+
+    def say(self, text: str) -> None:
+        """One line from the leading process."""
+        if self.folder:
+            self.folder.say(text)
+
+    def warn(self, text: str) -> None:
+        """One line from whichever process has something to tell."""
+        if self.folder:
+            self.folder.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
+    """Join the processes, open the data, make the model, take the run folder: all that can fail on a user's mistake."""
+    world = start(recipe.device)
+    data = world.agree(lambda: open_data(recipe, world))
+    assert data.train is not None
+    assert data.val is not None
+    notes: list[str] = []
+    scanned = data.train
+    train_data = world.agree(lambda: run_images(recipe, scanned, notes.append))
+    images = len(train_data)
+    plan = world.agree(lambda: Plan(images, recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group))
+    bf16 = world.wants_bf16(recipe.precision)
+    torch.manual_seed(recipe.seed)
+    model = world.agree(lambda: make_model(recipe, len(data.classes), depth)).to(world.device)
+    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16)))
+    micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest))
+    drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
+    threads = thread_count(recipe.workers)
+    decode = world.agree(
+        lambda: (
+            choose_decoder(recipe.decode, train_data, model.image_size, world.device, threads, notes.append)
+            if world.is_main
+            else ""
+        )
+    )
+    decode = world.share(decode)  # the pixels of the two differ a little: the same everywhere
+    teacher = None
+    if recipe.distillation != "none":
+        teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
+        teacher.check(
+            data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, say=notes.append
+        )  # fmt: skip
+    engine = make_engine(model, recipe, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
+    run = Run(
+        recipe=recipe,
+        world=world,
+        train_data=train_data,
+        val_data=data.val,
+        plan=plan,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        bf16=bf16,
+        decode=decode,
+        model=model,
+        engine=engine,
+        folder=world.agree(lambda: RunFolder(recipe.out) if world.is_main else None),
+        notes=notes,
+    )
+    return run, data
+
+
+def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
+    """Resume from the run folder and write down what is about to run."""
+    run.world.agree(lambda: resume(run))
+    if run.folder:
+        if run.recipe.allow_changes or not (run.folder.path / IMAGES).exists():
+            write_manifest(run.folder.path / IMAGES, run.train_data)
+        run.folder.write_settings(run.recipe, environment())
+        run.folder.resume_metrics(run.step)
+        introduce(run, data, stated)
+
+
+def run_images(recipe: Recipe, scanned: Manifest, say: Callable[[str], None]) -> Manifest:
+    """The training images of a run: those found now, or, where the run folder has a list that differs, that list.
+
+    The order of a run depends on how many images there are. One that vanished since the run began is replaced when its
+    turn comes, and the others keep their turns; a new one waits for the next run.
+    """
+    path = Path(recipe.out) / IMAGES
+    recorded = None if recipe.allow_changes else read_manifest(path, Path(scanned.root))
+    if recorded is None or np.array_equal(recorded.checksum, scanned.checksum):
+        return scanned
+    before, now = ({(m.name(i), int(m.checksum[i])) for i in range(len(m))} for m in (recorded, scanned))
+    gone = len(before - now)
+    changed = f"{gone:,} of its {len(before):,} images are gone or changed and {len(now - before):,} are new"
+    if recorded.classes != scanned.classes or gone > recipe.bad_limit * len(recorded):
+        raise DeitfastError(
+            f"{recipe.data} is not the data that {recipe.out} was trained with: {changed}. Change --out, or give "
+            "--allow-changes"
+        )
+    say(f"{recipe.data} changed since the run began: {changed}. The run goes on with its own list, {path}")
+    return recorded
+
+
+def open_data(recipe: Recipe, world: World) -> Dataset:
+    """Both splits; the first process of a machine speaks of damaged files and leaves manifests for the others."""
+    data = open_dataset(recipe.data, quiet=world.local_rank > 0)
+    for split, manifest in (("train", data.train), ("val", data.val)):
+        if manifest is None:
+            raise DeitfastError(f"{recipe.data} has no {split} images. Add {split}/<class>/*.jpg, or {split} shards")
+    return data
+
+
+def make_model(recipe: Recipe, classes: int, depth: int | None = None) -> DeiT:
+    """The recipe's model, with weights from `init` where given."""
+    return create_model(
+        recipe.model,
+        pretrained=recipe.init or False,
+        num_classes=classes,
+        image_size=recipe.image_size or None,
+        drop_path=recipe.drop_path,
+        constant_drop_path=recipe.drop_path_schedule == "constant",
+        layer_scale=recipe.layer_scale or None,
+        reset_head=recipe.reset_head,
+        depth=depth,
+        fused={"yes": True, "no": False, "auto": None}[recipe.fused],
+    )
+
+
+def split_batch(recipe: Recipe, world: World, largest: int) -> tuple[int, int]:
+    """(micro-batch, accumulation) such that micro-batch x processes x accumulation is the global batch.
+
+    largest: images that fit into memory at once, where the recipe leaves the micro-batch open.
+    """
+    unit = 2 if recipe.mixes else 1
+    share, rest = divmod(recipe.batch, world.size)
+    if rest or share % unit:
+        even = "even " if unit == 2 else ""
+        raise DeitfastError(
+            f"--batch {recipe.batch} does not give {world.size} processes an {even}equal share. Use a multiple of "
+            f"{unit * world.size}, or another number of processes"
+        )
+    divisors = [m for m in range(unit, share + 1, unit) if share % m == 0]
+    if recipe.micro_batch:
+        micro_batch = recipe.micro_batch
+    else:
+        groups = [m for m in divisors if m % recipe.mix_group == 0] if recipe.drop_path_form == "subset" else divisors
+        micro_batch = max((m for m in groups or divisors if m <= largest), default=unit)
+    if micro_batch not in divisors:
+        raise DeitfastError(
+            f"--micro-batch {micro_batch} does not divide the {share} images that each of {world.size} process(es) "
+            f"has of --batch {recipe.batch}. Valid: {', '.join(map(str, divisors))}"
+        )
+    return micro_batch, share // micro_batch
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of `run` (the leading process; the state is the same everywhere)."""
+    if not run.folder:
+        return
+    state = {"recipe": asdict(run.recipe), "best": run.best, "steps_per_epoch": run.plan.steps_per_epoch}
+    checkpoint.save(run.folder.checkpoints, Checkpoint(run.step, run.engine.tensors(), state))
+
+
+def resume(run: Run) -> None:
+    """Bring `run` to the newest whole checkpoint of its folder, if there is one."""
+    if run.folder:
+        run.folder.check_recipe(run.recipe)
+    found = checkpoint.load_newest(Path(run.recipe.out) / "ckpt", run.say)
+    if found is None:
+        return
+    if found.state["steps_per_epoch"] != run.plan.steps_per_epoch and not run.recipe.allow_changes:
+        raise DeitfastError(
+            f"{run.recipe.out} was trained with {found.state['steps_per_epoch']} steps an epoch, the data now gives "
+            f"{run.plan.steps_per_epoch}: the data changed. Change --out, or give --allow-changes"
+        )
+    run.engine.load(found.tensors)
+    run.step, run.best = found.step, found.state["best"]
+    run.say(f"resuming {run.recipe.out} at step {run.step}")
+
+
+def introduce(run: Run, data: Dataset, stated: Recipe | None) -> None:
+    """Say what is about to run, and how it differs from the recipe's file or from the paper."""
+    recipe, world, plan = run.recipe, run.world, run.plan
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    run.say(
+        f"{recipe.model}: {parameters:.2f} M parameters, {run.model.image_size} px, {len(data.classes)} classes, "
+        f"{'bf16' if run.bf16 else 'fp32'} on {world.size} {world.device.type} process(es)"
+    )
+    run.say(
+        f"{recipe.data}: {len(run.train_data):,} training and {len(run.val_data):,} validation images; an epoch has "
+        f"{plan.steps_per_epoch} steps over {plan.distinct_per_epoch:,} distinct images"
+    )
+    run.say(
+        f"batch {recipe.batch} = {world.size} process(es) x {run.accumulation} accumulated x {run.micro_batch}; "
+        f"{run.total_steps:,} steps in all; run folder {run.folder.path if run.folder else ''}"
+    )
+    run.say(f"step: {run.engine.description}")
+    for note in run.notes:
+        run.say(note)
+    for line in recipe.deviations(len(run.train_data), stated):
+        run.say(f"deviation: {line}")
+    if recipe.ema_decay and run.total_steps < 2 / (1 - recipe.ema_decay):
+        run.say(f"the average of the weights reaches back {1 / (1 - recipe.ema_decay):,.0f} steps and will lag behind")

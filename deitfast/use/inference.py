@@ -1,0 +1,121 @@
+"""Fast inference: uint8 images in, logits out, by the fused blocks in bf16 or fp16 and one CUDA graph a batch size.
+
+On a GPU a batch is padded to the next power of two and the model, normalisation included, replayed as the graph of
+that size, captured at its first use. On a CPU the model runs in eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deitfast.compiler import check_compiler
+from deitfast.data import normalise
+from deitfast.errors import DeitfastError
+from deitfast.model.deit import DeiT
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LARGEST_GRAPH = 256
+"""Images of the largest graph; a longer batch is run in pieces of so many."""
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """`auto` is CUDA where there is one. Raises DeitfastError for CUDA where it, or a C compiler for it, is missing."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise DeitfastError(f"device {str(device)!r} unknown. Use auto, cuda, cuda:1 or cpu") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise DeitfastError("no CUDA device here. Give --device cpu")
+    if where.type == "cuda":
+        check_compiler()
+    return where
+
+
+@dataclass
+class _Graph:
+    images: Tensor  # uint8 (m, S, S, 3), static
+    logits: Tensor  # fp32 (m, classes), static
+    graph: torch.cuda.CUDAGraph
+
+
+class Predictor:
+    """Logits of a model in evaluation mode.
+
+    device: `auto`, or what torch.device takes. precision: bf16, fp16 or fp32; auto is bf16 on a GPU, fp32 on a CPU. The
+    model given is left as it is where another device or precision is wanted. graphs: CUDA graphs; without effect on a
+    CPU. `how` says in words how it runs.
+    """
+
+    def __init__(
+        self, model: DeiT, device: str | torch.device = "auto", precision: str = "auto", graphs: bool = True
+    ) -> None:
+        self.device = pick_device(device)
+        on_gpu = self.device.type == "cuda"
+        if precision == "auto":
+            precision = "bf16" if on_gpu else "fp32"
+        if precision not in PRECISIONS:
+            raise DeitfastError(f"precision {precision!r} unknown. Use {', '.join(PRECISIONS)} or auto")
+        self.dtype = PRECISIONS[precision]
+        parameter = next(model.parameters())
+        if parameter.dtype != self.dtype or parameter.device.type != self.device.type or model.training:
+            model = copy.deepcopy(model).to(self.device, self.dtype).eval()
+        if on_gpu:
+            from deitfast.model.fused import fuse
+
+            model = fuse(model, on_cpu=False)
+        self.model, self.image_size = model, model.image_size
+        self.graphs = graphs and on_gpu
+        self._captured: dict[int, _Graph] = {}
+        if on_gpu:
+            self.how = f"{precision}, fused blocks, {'a CUDA graph a batch size' if self.graphs else 'no CUDA graphs'}"
+        else:
+            self.how = f"{precision}, eager PyTorch: fused blocks and CUDA graphs need a GPU"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 images (m, S, S, 3), RGB, on any device, to logits (m, classes) in fp32 on this device."""
+        if images.dtype != torch.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
+            raise DeitfastError(
+                f"images are {tuple(images.shape)} of {images.dtype}, "
+                f"the model takes uint8 (m, {self.image_size}, {self.image_size}, 3)"
+            )
+        if not self.graphs:
+            return self._run(images.to(self.device, non_blocking=True))
+        return torch.cat([self._replay(part) for part in images.split(LARGEST_GRAPH)] or [self._run(images)])
+
+    def _run(self, images: Tensor) -> Tensor:
+        return self.model(normalise(images, dtype=self.dtype)).float()
+
+    def _replay(self, images: Tensor) -> Tensor:
+        count = len(images)
+        size = graph_size(count)
+        if size not in self._captured:
+            self._captured[size] = self._capture(size)
+        captured = self._captured[size]
+        captured.images[:count].copy_(images, non_blocking=True)
+        captured.graph.replay()
+        return captured.logits[:count].clone()
+
+    def _capture(self, size: int) -> _Graph:
+        images = torch.zeros(size, self.image_size, self.image_size, 3, dtype=torch.uint8, device=self.device)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):  # compiles kernels and sets up libraries, which a capture may not
+            self._run(images)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # DALI's threads may allocate meanwhile: only this thread's calls count.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            logits = self._run(images)
+        return _Graph(images, logits, graph)
+
+
+def graph_size(count: int) -> int:
+    """The power of two that `count` images, at most `LARGEST_GRAPH`, are padded to."""
+    return 1 << max(count - 1, 0).bit_length()

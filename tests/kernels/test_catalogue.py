@@ -1,0 +1,49 @@
+"""The catalogue has every differentiable op, with tensors that its kernels take and that leave nothing out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deitfast import kernels
+from deitfast.kernels import loss
+from deitfast.kernels.catalogue import MODELS, OPS, Draw, Shape
+
+SHAPE = Shape(width=64, heads=1, tokens=6, batch=8, prefix=2, patch_size=4, classes=10)
+
+
+def test_every_public_op_is_in_it():
+    losses = {name for name in vars(loss) if name.startswith("mixed_") and hasattr(loss, f"{name}_reference")}
+    assert OPS.keys() == {*kernels.__all__, *losses}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_gives_what_its_reference_gives_and_a_gradient_for_every_input(name, device):
+    op = OPS[name]
+    tensors = op.inputs(Draw(0, torch.float32, device), SHAPE)
+    leaves = {k: t.requires_grad_(k not in op.constants) for k, t in tensors.items()}
+    out, expected = (f(**leaves, **op.options(SHAPE)) for f in (op.function, op.reference))
+    assert out.shape == op.out(SHAPE)
+    assert out.device.type == device.type
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    if wanting := [t for t in leaves.values() if t.requires_grad]:
+        assert all(bool(gradient.any()) for gradient in torch.autograd.grad(out.square().sum(), wanting))
+    assert all(len(tensors[k]) == SHAPE.batch for k in op.per_sample & tensors.keys())
+
+
+@pytest.mark.parametrize(("tokens", "prefix", "pixels"), [(197, 1, 224), (198, 2, 224), (577, 1, 384), (578, 2, 384)])
+@pytest.mark.parametrize("model", MODELS)
+def test_deits_shapes_are_those_of_its_images(model, tokens, prefix, pixels):
+    shape = Shape.of(model, tokens, 3)
+    assert (shape.prefix, shape.pixels, shape.width // shape.heads) == (prefix, pixels, 64)
+    assert shape.key() == {"model": model, "tokens": tokens, "batch": 3}
+
+
+def test_erased_and_mixed_rectangles_lie_inside_the_image():
+    tensors = OPS["input_patches"].inputs(Draw(1, torch.float32), Shape.of("Ti", 197, 256))
+    for name in ("erase", "mix_box"):
+        boxes = tensors[name]
+        assert 0.2 < float((boxes[:, 2] > 0).float().mean()) < 0.6
+        assert int(boxes.min()) == 0
+        assert int((boxes[:, :2] + boxes[:, 2:]).max()) <= 224
+    assert torch.equal(tensors["mix_box"][::2], tensors["mix_box"][1::2]), "the images of a pair exchange one rectangle"

@@ -1,0 +1,122 @@
+"""What is built and installed from a checkout: a wheel for strangers, a source distribution whose tests run."""
+
+from __future__ import annotations
+
+import email
+import email.message
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import deitfast
+
+ROOT = Path(__file__).parent.parent
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv", "__pycache__", "*.egg-info", "build", "dist", "runs", ".*_cache", ".hypothesis", ".wheels"
+)
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Output of a command that succeeds."""
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second checkout, with the links that this one has."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("second") / "repo", symlinks=True, ignore=NOT_COPIED))
+
+
+@pytest.fixture(scope="module")
+def built(checkout: Path) -> Path:
+    """A folder with the source distribution of a checkout and the wheel made from it."""
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", checkout / "dist", cwd=checkout)
+    return checkout / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    return next(built.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def modules(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.py")}
+
+
+def test_a_second_checkout_takes_kernels_and_recipes_from_itself(checkout: Path) -> None:
+    for module, file in (("kernels.gemm", "kernels/gemm.py"), ("recipes.deit_base", "recipes/deit_base.py")):
+        code = f"import deitfast.{module} as module; print(module.__file__)"
+        assert Path(run(sys.executable, "-c", code, cwd=checkout).strip()).resolve() == checkout / file
+
+
+def test_the_wheel_holds_the_package_with_kernels_recipes_and_data_once(wheel: Path, checkout: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = Counter(n for n in archive.namelist() if ".dist-info/" not in n)
+    expected = {f"deitfast/{name}" for name in modules(checkout / "deitfast") if "digits" not in name}
+    for linked in ("kernels", "recipes"):
+        expected |= {f"deitfast/{linked}/{name}" for name in modules(checkout / linked)}
+    assert {n for n in held if n.endswith(".py")} == expected
+    assert set(held.values()) == {1}
+    data = ("py.typed", "data/digits/train.tar", "data/digits/val.tar", "data/digits/LICENSE.txt")
+    assert {f"deitfast/{name}" for name in data} <= set(held)
+
+
+def test_the_metadata_says_what_a_stranger_asks(metadata: email.message.Message) -> None:
+    assert metadata["Version"] == deitfast.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Author"]
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert {url.split(",")[0] for url in metadata.get_all("Project-URL")} >= {"Source", "Issues"}
+    text = metadata.get_payload()
+    assert text.startswith("# deitfast")
+    assert "](docs/" not in text  # relative links lead nowhere on a package index
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
+def test_what_exists_for_linux_alone_is_asked_for_on_linux_alone(metadata, system: str) -> None:
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    asked = {r.name for r in requirements if not r.marker or r.marker.evaluate({"sys_platform": system, "extra": ""})}
+    assert ({"triton", "nvidia-dali-cuda130"} <= asked) == (system == "linux")
+    assert "torch" in asked
+    assert not [name for name in asked if "cuda120" in name]
+    extra = {"sys_platform": system, "extra": "cuda12"}
+    assert any(r.name == "nvidia-dali-cuda120" and r.marker and r.marker.evaluate(extra) for r in requirements) == (
+        system == "linux"
+    )
+
+
+def test_both_distributions_pass_the_index_s_check(built: Path) -> None:
+    run(sys.executable, "-m", "twine", "check", "--strict", *built.iterdir(), cwd=built)
+
+
+def test_the_source_distribution_holds_a_whole_checkout_whose_tests_run(built: Path, checkout: Path, tmp_path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    for link in ("kernels", "recipes"):
+        assert os.readlink(unpacked / "deitfast" / link) == f"../{link}"
+    assert modules(checkout) <= modules(unpacked)
+    for name in ("Makefile", "constraints.txt", ".ci/run", "CONTRIBUTING.md", "docs/attention.jpg"):
+        assert (unpacked / name).read_bytes() == (checkout / name).read_bytes()
+    code = "import deitfast; print(deitfast.__file__)"
+    assert str(unpacked) in run(sys.executable, "-c", code, cwd=unpacked)
+    run(sys.executable, "-m", "pytest", "tests/test_layering.py", "tests/test_readme.py", cwd=unpacked)
