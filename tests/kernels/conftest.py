@@ -6,23 +6,29 @@ environment (CPU tensors run the Triton kernels in the interpreter) and with a C
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from deitfast.kernels.common import INTERPRETED
+from tests.ptx.kernels import compiled_kernels
 
+COMPILED = {} if INTERPRETED else {"sm_80": 80, "sm_90": 90}
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 )
 
 
-@pytest.fixture(params=["cpu", CUDA])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The CPU, and the CUDA device where there is one."""
-    return torch.device(request.param)
+@pytest.fixture(params=["cpu", *COMPILED, CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The CPU, the CPU with kernels as compiled code for a chip, and the CUDA device where there is one."""
+    if request.param in COMPILED:
+        with compiled_kernels(COMPILED[request.param]):
+            yield torch.device("cpu")
+    else:
+        yield torch.device(request.param)
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
