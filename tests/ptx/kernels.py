@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 
 import deitfast.kernels
-from deitfast.kernels.common import has_data
+from deitfast.kernels.common import INTERPRETED, has_data
 from tests.ptx import driver
+from tests.ptx.binding import compiler
+
+needs_engine = pytest.mark.skipif(
+    INTERPRETED or compiler() is None, reason="compiled code needs a C compiler, and Triton's compiler switched on"
+)
 
 
 @contextlib.contextmanager

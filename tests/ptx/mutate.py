@@ -38,3 +38,8 @@ def replaced(pattern: str, by: str | Callable[[re.Match[str]], str], count: int 
         return changed
 
     return change
+
+
+def in_kernel(name: str, change: Change) -> Change:
+    """A change to the PTX of one kernel; that of others stays as it is."""
+    return lambda ptx: change(ptx) if f".entry {name}(" in ptx else ptx

@@ -8,10 +8,10 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.ptx import driver, small_kernels
-from tests.ptx.binding import compiler
+from tests.ptx.kernels import needs_engine
 from tests.ptx.parser import PtxError
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler to build the engine with")
+pytestmark = needs_engine
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXECUTIONS = {

@@ -9,7 +9,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.ptx import driver, small_kernels
-from tests.ptx.binding import compiler
+from tests.ptx.kernels import needs_engine
 from tests.ptx.mutate import (
     BARRIER,
     FENCE,
@@ -23,7 +23,7 @@ from tests.ptx.mutate import (
 )
 from tests.ptx.parser import PtxError
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler to build the engine with")
+pytestmark = needs_engine
 
 
 class Case:

@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from deitfast.kernels.catalogue import OPS, Draw, Shape
-from deitfast.kernels.common import INTERPRETED
 from tests.kernels.tolerance import assert_close_to_float64
-from tests.ptx.binding import compiler
-from tests.ptx.kernels import compiled_kernels
+from tests.ptx.kernels import compiled_kernels, needs_engine
 
-pytestmark = [
-    pytest.mark.skipif(compiler() is None, reason="no C compiler to build the engine with"),
-    pytest.mark.skipif(INTERPRETED, reason="the interpreter takes the kernels"),
-]
+pytestmark = needs_engine
 
 SHAPE = Shape.of("Ti", tokens=197, batch=2)
 PRODUCTS = {80: {"mma_sync", "ldmatrix", "cp_async"}, 90: {"wgmma", "tma_load", "mbarrier"}}
