@@ -6,6 +6,7 @@ An opcode that is not known raises, with its text, when its kernel is loaded; no
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ class _Assembler:
 
     # Registers --------------------------------------------------------------------------------------------------------
 
-    def plain(self, name: str, s: Statement, widths: str, **more: Any) -> Row:
+    def plain(self, name: str, widths: str, s: Statement, **more: Any) -> Row:
         """An operation on registers: one letter an operand, w 32 bits, q 64, h 16, p predicate."""
         if len(widths) != len(s.operands):
             raise PtxError(f"{len(s.operands)} operands instead of {len(widths)}")
@@ -188,10 +189,7 @@ class _Assembler:
         return {"op": name, "o": slots, **more}
 
     def simple(self, s: Statement, parts: list[str]) -> Row:
-        for pattern, name, widths in _SIMPLE:
-            if match := re.fullmatch(pattern, s.opcode):
-                return self.plain(match.expand(name).replace(".", "_"), s, widths)
-        raise PtxError("not modelled")
+        return self.plain(*_simple(s.opcode), s)
 
     def op_mov(self, s: Statement, parts: list[str]) -> Row:
         d, a = s.operands
@@ -215,7 +213,7 @@ class _Assembler:
     def op_cvta(self, s: Statement, parts: list[str]) -> Row:
         if s.opcode not in ("cvta.param.u64", "cvta.global.u64", "cvta.to.global.u64"):
             raise PtxError("not modelled")
-        return self.plain("mov_64", s, "qq")
+        return self.plain("mov_64", "qq", s)
 
     def op_setp(self, s: Statement, parts: list[str]) -> Row:
         parts = [part for part in parts if part != "ftz"]
@@ -234,7 +232,7 @@ class _Assembler:
 
     def op_selp(self, s: Statement, parts: list[str]) -> Row:
         bits = _bits(parts[1])
-        return self.plain(f"selp_{64 if bits == 64 else 32}", s, {64: "q", 16: "h"}.get(bits, "w") * 3 + "p")
+        return self.plain(f"selp_{64 if bits == 64 else 32}", {64: "q", 16: "h"}.get(bits, "w") * 3 + "p", s)
 
     def op_lop3(self, s: Statement, parts: list[str]) -> Row:
         return {"op": "lop3", "o": [self.value(x, 32) for x in s.operands[:4]], "imm": _number(s.operands[4][1], 32)}
@@ -247,22 +245,22 @@ class _Assembler:
         mode = {"rzi": 1, "rmi": 2, "rpi": 3}.get(rounding, 0)
         floats = ("f32", "f64", "f16", "bf16")
         if to.endswith("x2"):
-            return self.plain(f"cvt_{to}_{source}", s, "www")
+            return self.plain(f"cvt_{to}_{source}", "www", s)
         if to == source and to in ("f32", "f64"):
             name = "round_ftz_f32" if ".ftz" in s.opcode else f"round_{to}"
-            return self.plain(name, s, "qq" if to == "f64" else "ww", kind=mode)
+            return self.plain(name, "qq" if to == "f64" else "ww", s, kind=mode)
         if to not in floats and source not in floats:
             return self.between_integers(s, to, source)
         if to in floats and rounding not in ("", "rn"):
             raise PtxError("not modelled")
-        return self.plain(f"cvt_{to}_{source}", s, self.width(s, to, 0) + self.width(s, source, 1), kind=mode)
+        return self.plain(f"cvt_{to}_{source}", self.width(s, to, 0) + self.width(s, source, 1), s, kind=mode)
 
     def between_integers(self, s: Statement, to: str, source: str) -> Row:
         """The source's signedness says how to widen, the target's size how to narrow."""
         to_bits, from_bits = _bits(to), _bits(source)
         widths = self.width(s, to, 0) + self.width(s, source, 1)
         if to_bits == from_bits:
-            return self.plain("mov_64" if to_bits == 64 else "mov_32", s, widths)
+            return self.plain("mov_64" if to_bits == 64 else "mov_32", widths, s)
         if to_bits < from_bits:
             name = "cvt_s8_u32" if to == "s8" else f"cvt_u{to_bits}_u{max(from_bits, 32)}"
         elif to_bits == 64:
@@ -271,7 +269,7 @@ class _Assembler:
             name = {(16, 8): "cvt_s16_s8", (32, 8): "cvt_s8_u32", (32, 16): "cvt_u32_s16"}[to_bits, from_bits]
         else:
             name = f"cvt_u{from_bits}_u32"
-        return self.plain(name, s, widths)
+        return self.plain(name, widths, s)
 
     def width(self, s: Statement, kind: str, index: int) -> str:
         """The width letter of an operand; an integer may sit in a register that is wider than its type."""
@@ -486,7 +484,7 @@ class _Assembler:
 
     def op_redux(self, s: Statement, parts: list[str]) -> Row:
         name = f"{parts[2]}_{parts[3][0]}" if parts[2] in ("min", "max") else parts[2]
-        return self.plain("redux", s, "www", kind=_ATOMICS.index(name))
+        return self.plain("redux", "www", s, kind=_ATOMICS.index(name))
 
     def op_elect(self, s: Statement, parts: list[str]) -> Row:
         (_, target, leader), members = s.operands
@@ -494,6 +492,16 @@ class _Assembler:
         return {"op": "elect", "o": [slot, self.predicate(leader), self.value(members, 32)]}
 
 
+@functools.cache
+def _simple(opcode: str) -> tuple[str, str]:
+    """The engine's name and the operands' widths of an operation on registers alone."""
+    for pattern, name, widths in _SIMPLE:
+        if match := re.fullmatch(pattern, opcode):
+            return match.expand(name).replace(".", "_"), widths
+    raise PtxError("not modelled")
+
+
+@functools.cache
 def _bits(kind: str) -> int:
     return int(re.sub(r"\D", "", kind.removesuffix("x2")))
 

@@ -74,13 +74,12 @@ def parse(ptx: str) -> Kernel:
 
 
 def _matching_brace(text: str, start: int) -> int:
-    depth, i = 1, start
-    while depth:
-        if text.startswith("//", i):
-            i = text.index("\n", i)
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        i += 1
-    return i - 1
+    depth = 1
+    for match in re.compile(r"//[^\n]*|[{}]").finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    raise PtxError("a brace that nothing closes")
 
 
 def _parameters(text: str, kernel: Kernel) -> None:
@@ -120,6 +119,9 @@ def _globals(text: str, kernel: Kernel) -> None:
             kernel.globals[match[3]] = (element, data.ljust(element * count, b"\0"))
 
 
+_PIECE = re.compile(r"[{};:]|[^{};:]+")
+
+
 class _Body:
     """The statements of a kernel, with the scopes that are open while they are read."""
 
@@ -136,21 +138,21 @@ class _Body:
             if raw.strip().startswith(".loc"):
                 self.location = raw.split("//")[1].strip() if "//" in raw else ""
                 continue
-            for char in raw.split("//")[0] + "\n":
+            for piece in _PIECE.findall(raw.split("//")[0] + "\n"):
                 if not buffer.strip():
                     start = number
-                    if char in "{}":
-                        self.scope(char)
+                    if piece in "{}":
+                        self.scope(piece)
                         buffer = ""
                         continue
-                if char == ";":
+                if piece == ";":
                     self.statement(buffer.strip(), start)
                     buffer = ""
-                elif char == ":" and re.fullmatch(r"\s*[\w$]+", buffer):
+                elif piece == ":" and re.fullmatch(r"\s*[\w$]+", buffer):
                     self.kernel.labels[self.declare(buffer.strip())] = len(self.kernel.statements)
                     buffer = ""
                 else:
-                    buffer += char
+                    buffer += piece
         if buffer.strip():
             raise PtxError(f"unfinished statement {buffer.strip()!r}")
         for statement, scopes in self.pending:
