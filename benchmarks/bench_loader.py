@@ -15,9 +15,9 @@ timm (PIL), no RandAugment      `timm (PIL)` without RandAugment
 
 A view counts as an image. Beside the rate stands the rate per second of CPU time, of this process and its workers: on a
 machine that does other things too it is the steadier measure. timm's posterize fails in Pillow 13 at 0 bits, which
-`inc1` draws; in timm's rows it makes such an image black. With --device cuda our ways run twice, decoding on the CPU
-and on the GPU ("mixed"). The packaged digits, the default, are a few pixels wide: they rehearse, and say nothing of
-JPEGs.
+`inc1` draws; in timm's rows it makes such an image black. With --device cuda our ways run three times: all on the CPU
+("cpu"), decoded there with the rest on the GPU ("cpu, rest gpu"), and all on the GPU ("gpu"); none of them chooses for
+itself. The packaged digits, the default, are a few pixels wide: they rehearse, and say nothing of JPEGs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,24 @@ Loader = Callable[[Manifest, "Setting"], Iterator[int]]
 """Yields the number of images of each batch as it is ready, without end."""
 
 
-class Setting:
-    """What all loaders share. device: where decoded images go and augmentation runs; threads: cores or workers."""
+@dataclass(frozen=True)
+class Place:
+    """Where images are decoded (cpu or gpu), and the device on which all that follows runs."""
 
-    def __init__(self, device: str, batch: int, image_size: int, threads: int) -> None:
-        self.device, self.batch, self.image_size, self.threads = device, batch, image_size, threads
-        self.recipe = Recipe(data="bench", batch=batch, workers=threads, mix_group=batch)
+    decoder: str
+    device: str
+
+
+PLACES = {"cpu": Place("cpu", "cpu"), "cpu, rest gpu": Place("cpu", "cuda"), "gpu": Place("gpu", "cuda")}
+
+
+class Setting:
+    """What all loaders share. threads: cores or workers."""
+
+    def __init__(self, place: Place, batch: int, image_size: int, threads: int) -> None:
+        self.decoder, self.device = place.decoder, place.device
+        self.batch, self.image_size, self.threads = batch, image_size, threads
+        self.recipe = Recipe(data="bench", batch=batch, workers=threads, mix_group=batch, decode=place.decoder)
 
 
 def dali_missing() -> str | None:
@@ -68,7 +80,7 @@ def decode_only(manifest: Manifest, setting: Setting) -> Iterator[int]:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
-    from deitfast.data.dali import decode
+    from deitfast.data.dali import decode, decode_to_gpu
 
     device = torch.device(setting.device)
     order = itertools.cycle(range(len(manifest)))
@@ -78,14 +90,14 @@ def decode_only(manifest: Manifest, setting: Setting) -> Iterator[int]:
         device_id=torch.cuda.current_device() if device.type == "cuda" else None,
         prefetch_queue_depth=2,
     )
-    where = "gpu" if device.type == "cuda" else "cpu"
+    node = decode_to_gpu if device.type == "cuda" else decode
     with pipeline:
         encoded = fn.external_source(
             source=lambda: [manifest.read(i) for i in itertools.islice(order, setting.batch)],
             batch=True,
             dtype=types.DALIDataType.UINT8,
         )
-        pipeline.set_outputs(decode(encoded, where))
+        pipeline.set_outputs(node(encoded, setting.decoder))
     pipeline.build()
     while True:
         yield len(pipeline.run()[0])
@@ -105,7 +117,7 @@ def _ours(repeats: int, policy: bool, prepared: bool = False) -> Loader:
             stop_step=1_000_000,
         ) as batches:
             for batch in batches:
-                images = prepare_patches(batch, 16) if prepared else batch.images
+                images = prepare_patches(batch, recipe, 16) if prepared else batch.images
                 yield len(images)
 
     return loader
@@ -196,6 +208,8 @@ GOALS = (
     ("augmented + prepared", "timm (PIL)", None),
 )
 """Pairs that do the same work. On a CPU the first is to be so many times as fast as the second per CPU second."""
+FIRST = ("augmented, decode once", "timm (PIL), to uint8")
+"""What is worth most: the loader as training uses it, and what it stands beside."""
 WARMUP, FEWEST = 5, 5
 """Batches before the clock starts, as many as are made ahead, and the fewest in an interval."""
 QUICK = ("decode", "augmented, decode once", "augmented, decode each", "timm (PIL)")
@@ -244,7 +258,7 @@ def measure_way(name: str, manifest: Manifest, setting: Setting, quick: bool) ->
     try:
         batches = loader(manifest, setting)
         try:
-            seconds = 0.7 if quick else 5.0
+            seconds = 0.7 if quick else 3.0
             runs, images, cpu_ms = time_loader(batches, setting.device, seconds, WARMUP, 1 if quick else 2)
         finally:
             batches.close()  # type: ignore[attr-defined]
@@ -262,7 +276,7 @@ def measure_way(name: str, manifest: Manifest, setting: Setting, quick: bool) ->
 
 def line(row: dict[str, Any]) -> str:
     key = row["key"]
-    label = f"{key['way']:26} {key['decode']:6}"
+    label = f"{key['way']:26} {key['decode']:13}"
     reason = next((kind for kind in ("failed", "absent", "skipped") if kind in row), None)
     if reason:
         return f"{label} {reason}: {row[reason]}"
@@ -274,7 +288,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     rates = ("images_per_second", "images_per_cpu_second")
     measured = {(row["key"]["way"], row["key"]["decode"]): [row[r] for r in rates] for row in rows if "ms" in row}
     lines = []
-    for decode, (ours, other, goal) in itertools.product(("cpu", "mixed"), GOALS):
+    for decode, (ours, other, goal) in itertools.product(PLACES, GOALS):
         a, b = measured.get((ours, decode)), measured.get((other, "cpu" if other in TIMM else decode))
         if a and b:
             aim = f" (goal {goal})" if goal and decode == "cpu" else ""
@@ -314,22 +328,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench_loader: {error}", file=sys.stderr)
         return 2
     budget = Budget(options.minutes)
-    chosen = options.ways or (QUICK if options.quick else [*OURS, *TIMM])
-    decodes = ("cpu", "mixed") if options.device == "cuda" else ("cpu",)
+    chosen = options.ways or (QUICK if options.quick else list(dict.fromkeys((*FIRST, *OURS, *TIMM))))
     with Recorder(options.out, "loader", options.device, options.quick) as recorder:
         recorder.note("data", {"name": os.path.basename(options.data.rstrip("/")), "images": len(manifest)})
-        for decode, way in itertools.product(decodes, chosen):
-            if decode == "mixed" and way in TIMM:
+        for way, (decode, place) in itertools.product(chosen, PLACES.items()):
+            if way in TIMM:
+                if decode != "cpu":
+                    continue
+                place = Place("cpu", options.device)  # PIL decodes, and timm's own batches go to the device
+            if place.device != "cpu" and options.device == "cpu":
                 continue
-            setting = Setting(
-                "cuda" if decode == "mixed" or (way in TIMM and options.device == "cuda") else "cpu",
-                batch,
-                options.image_size or (64 if options.quick else 224),
-                options.threads,
-            )
+            setting = Setting(place, batch, options.image_size or (64 if options.quick else 224), options.threads)
             key = {"op": "loader", "way": way, "decode": decode, "batch": batch, "image_size": setting.image_size}
             key["threads"] = setting.threads
-            if budget.fits(3 if options.quick else 25):
+            if budget.fits(3 if options.quick else 12):
                 recorder.add(measure_way(way, manifest, setting, options.quick) | {"key": key})
             else:
                 recorder.add({"key": key, "skipped": f"no time left ({budget.left:.0f} s)"})

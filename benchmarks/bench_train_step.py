@@ -9,7 +9,8 @@ with our eager model in fp32: a loss, gradient norm or logits that differ get no
 lack of memory are rows that say so. The ablation flips one switch of ours at a time.
 
 Rows: milliseconds a step, images/s, MFU against the datasheet and the measured matmul rate, peak memory, seconds from
-the start of the process to the end of the first step (imports, weights, compilation), hours for 300 ImageNet epochs.
+the start of the process to the end of the first step (imports, weights, compilation), hours for 300 ImageNet epochs,
+and the GPU's clocks, power and temperature while it was timed.
 
 --reuse takes over rows of an earlier file: of peers if machine, torch and the peer's version are the same, of ours if
 the sources are too.
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.command import arguments, fp32_is_fp32, ready
 from benchmarks.measuring.harness import Budget, Recorder, Refused, Roofs, load
 from benchmarks.measuring.peers_models import version
 from benchmarks.measuring.processes import last_json, run_limited
@@ -136,6 +137,7 @@ def run_worker(job: Job, expected: Path | None, seconds: float, kind: str = "ste
 
 def worker(text: str) -> int:
     """What a worker process does: one job, one line of JSON."""
+    fp32_is_fp32()
     message = json.loads(text)
     job = Job(**message["job"])
     if message["kind"] == "roof":
@@ -227,8 +229,13 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{label} {row['images_per_second']:9.1f} images/s {row['ms']:9.2f} ms  MFU {_percent(sheet)} sheet "
         f"{_percent(roof)} roof  {'-' if memory is None else f'{memory:.1f} GiB'}  {first}"
-        f"  {row['hours_300_epochs']:.1f} h{'  (taken over)' if row.get('reused') else ''}"
+        f"  {row['hours_300_epochs']:.1f} h{_clock(row)}{'  (taken over)' if row.get('reused') else ''}"
     )
+
+
+def _clock(row: dict[str, Any]) -> str:
+    mhz = row.get("clocks", {}).get("sm_mhz")
+    return "" if mhz is None else f"  {mhz:.0f} MHz"
 
 
 def _percent(value: float | None) -> str:

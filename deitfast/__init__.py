@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from deitfast.model.factory import create_model
     from deitfast.model.zoo import list_models
     from deitfast.recipe import Recipe
-    from deitfast.training.launch import run
+    from deitfast.training.launch import run, train
+    from deitfast.training.train import Result
     from deitfast.use.predict import Classifier, get_model, inference_model
 
 __version__ = "0.1.0"
@@ -28,7 +29,9 @@ _HOMES = {
     "inference_model": "deitfast.use.predict",
     "list_models": "deitfast.model.zoo",
     "Recipe": "deitfast.recipe",
+    "Result": "deitfast.training.train",
     "run": "deitfast.training.launch",
+    "train": "deitfast.training.launch",
 }
 __all__ = [
     "AccelerationReport",
@@ -36,12 +39,14 @@ __all__ = [
     "DeiT",
     "DeitfastError",
     "Recipe",
+    "Result",
     "accelerate",
     "create_model",
     "get_model",
     "inference_model",
     "list_models",
     "run",
+    "train",
 ]
 
 

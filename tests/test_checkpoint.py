@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from deitfast.errors import DeitfastError
+from deitfast.integrity import damage, write_hashes
 from deitfast.model.weights import save_weights
-from deitfast.training.checkpoint import Checkpoint, damage, load_newest, save
+from deitfast.training.checkpoint import Checkpoint, load_newest, save
 
 
 def state(step: int) -> Checkpoint:
     generator = torch.Generator().manual_seed(step)
     tensors = {stem: {"a.b": torch.randn(50, generator=generator)} for stem in ("model", "ema", "optim")}
-    return Checkpoint(step, tensors, {"best": {"top1": 50.0}})
+    return Checkpoint(step, tensors, {"best": {"top1": 50.0}, "steps_per_epoch": 10})
 
 
 def no_words(text: str) -> None:
@@ -107,10 +108,49 @@ def test_nothing_whole_left_is_refused_and_leftovers_are_swept(tmp_path: Path) -
     assert not list(tmp_path.glob(".tmp*"))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 200_000, "state.json unreadable"),
+        (b'{"step": 25}', "state.json unreadable (KeyError)"),
+        (b'{"step": -5, "best": null, "steps_per_epoch": 10}', "state.json speaks of step -5"),
+        (b'{"step": 1e30, "best": null, "steps_per_epoch": 10}', "state.json speaks of step 1e+30"),
+        (b'{"step": 25, "best": null, "steps_per_epoch": 0}', "state.json speaks of step 25"),
+        (b'{"step": 25, "best": {"top1": "x"}, "steps_per_epoch": 10}', "no accuracy of the best weights"),
+        (b"\xff", "state.json unreadable (UnicodeDecodeError)"),
+        (None, "state.json missing"),
+    ],
+)
+def test_a_state_that_makes_no_sense_is_damage_too(tmp_path: Path, content: bytes | None, words: str) -> None:
+    save(tmp_path, state(10))
+    newest = save(tmp_path, state(25))
+    (newest / "manifest.json").unlink()
+    (newest / "state.json").unlink() if content is None else (newest / "state.json").write_bytes(content)
+    write_hashes(newest)  # with the right hash
+    said: list[str] = []
+    found = load_newest(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 10
+    assert words in said[0]
+
+
+def test_a_checkpoint_without_a_file_that_the_run_needs_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, state(10))
+    newest = save(tmp_path, state(25))
+    (newest / "ema.safetensors").unlink()
+    (newest / "manifest.json").unlink()
+    write_hashes(newest)
+    said: list[str] = []
+    assert load_newest(tmp_path, said.append, stems=("model", "optim")).step == 25  # type: ignore[union-attr]
+    assert load_newest(tmp_path, said.append, stems=("model", "optim", "ema")).step == 10  # type: ignore[union-attr]
+    assert said == ["step-0000025/ema.safetensors missing. Using step-0000010 (15 steps lost)"]
+
+
 def test_weights_alone_carry_metadata(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     save_weights(tmp_path / "best" / "model.safetensors", {"w": torch.ones(2, 3).T}, {"model": "x"})
     with safe_open(tmp_path / "best" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"model": "x"}
+        assert file.metadata().keys() == {"model", "sha256"}
+        assert file.metadata()["model"] == "x"
         assert torch.equal(file.get_tensor("w"), torch.ones(3, 2))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from deitfast.cli.main import main
+
+ROOT = Path(__file__).parent.parent
 
 
 def errors_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -25,7 +28,6 @@ def errors_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "models" in errors_of(capsys, "model")
     assert "Did you mean --json?" in errors_of(capsys, "models", "--jsn")
-    assert "no recipe file nope.py" in errors_of(capsys, "train", "nope.py")
     assert "--model" in errors_of(capsys, "test", "--data", "digits")
     assert "Did you mean --weights?" in errors_of(
         capsys, "test", "--model", "deit_tiny_patch16_224", "--data", "digits", "--weight", "x"
@@ -33,6 +35,32 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "data folder nowhere not found" in errors_of(
         capsys, "test", "--model", "deit_tiny_patch16_224", "--data", "nowhere", "--weights", "x"
     )
+
+
+def test_an_unknown_recipe_is_told_with_the_nearest_name_and_all_names(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for wrong, meant in (("deit_tny", "deit_tiny"), ("recipes/deit_base.py", "deit_base"), ("x", "")):
+        told = errors_of(capsys, "train", wrong, "--data", "digits")
+        assert f"no recipe {wrong}: neither a Python file nor the name of a shipped recipe." in told
+        assert ("Did you mean" in told) == bool(meant)
+        assert f"Did you mean {meant}? Shipped: " in told or not meant
+        assert "deit3_base, deit3_base_224, " in told
+    (tmp_path / "mine.py").touch()
+    assert "Did you mean mine.py?" in errors_of(capsys, "train", "mien.py")
+    assert "no recipe digits" in errors_of(capsys, "data", "show", "--recipe", "digits", "--data", "digits")
+
+
+def test_a_recipe_that_comes_after_its_flags_is_told_what_comes_first(capsys) -> None:
+    for words in (["--data", "digits", "deit_tiny"], ["--lr", "1e-3", "deit_tiny", "--data", "digits"]):
+        assert "the recipe comes first: deitfast train deit_tiny --data DIR" in errors_of(capsys, "train", *words)
+    assert "the recipe comes first: deitfast train RECIPE --data DIR" in errors_of(capsys, "train", "--smoke")
+
+
+def test_train_alone_lists_the_shipped_recipes(capsys) -> None:
+    for help_flag in ([], ["--help"]):
+        main(["train", *help_flag])
+        listed = capsys.readouterr().out.split("shipped recipes:")[1].split()
+        assert listed == sorted(p.stem for p in (ROOT / "recipes").glob("[!_]*.py"))
 
 
 def test_models_lists_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +126,7 @@ def test_accuracy_and_predictions_agree_with_timms_pipeline(shared_data, timm, c
 
 @pytest.mark.slow
 def test_the_launcher_adds_nothing_to_a_workers_one_line(tmp_path) -> None:
-    command = [sys.executable, "-m", "deitfast.cli.main", "train", "recipes/deit_tiny.py", "--processes", "2"]
+    command = [sys.executable, "-m", "deitfast", "train", "deit_tiny", "--processes", "2"]
     result = subprocess.run(
         [*command, "--data", "nowhere", "--out", str(tmp_path / "run")], capture_output=True, text=True
     )

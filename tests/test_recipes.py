@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from deitfast.data import Plan, draws
+from deitfast.data import Order, draws
 from deitfast.data.augmentation import Augmentation
 from deitfast.engine.optim import learning_rate, parameter_groups
 from deitfast.model.factory import create_model
@@ -225,8 +226,8 @@ def test_mixing_erasing_flips_and_copies_happen_as_often_as_stated(name: str) ->
     assert (lam < 1).mean() > 0.97  # every group is mixed; a few boxes are empty or lambdas round to 1
     assert cut.mean() == pytest.approx(facts["mix_switch"], abs=0.04)
     assert lam[~cut & (lam < 1)].var() == pytest.approx(1 / (4 * (2 * facts["mixup"] + 1)), rel=0.1)  # Beta's
-    plan = Plan(20_480, recipe.batch, recipe.repeats, 0, recipe.mix_group)
-    images, copies, _ = plan.slots(0)
+    order = Order.of(20_480, recipe)
+    images, copies, _ = order.slots(0)
     assert len(np.unique(images)) == pytest.approx(recipe.batch / facts["repeats"], rel=0.02)
     assert set(copies) == set(range(facts["repeats"]))
     policy = Augmentation(recipe, 224, torch.device("cpu"))
@@ -250,6 +251,19 @@ def test_a_recipe_runs_end_to_end_on_two_processes(name: str, tmp_path: Path) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "smoke test passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run"], ["-m", "deitfast", "train"]], ids=str)
+def test_a_recipe_of_ones_own_builds_on_a_shipped_one_wherever_it_lies(launcher: list[str], tmp_path: Path) -> None:
+    example = ast.get_docstring(ast.parse((ROOT / "recipes" / "__init__.py").read_text()))
+    assert example
+    (tmp_path / "mine.py").write_text(textwrap.dedent(example.split("wherever it lies:")[1]))
+    command = [sys.executable, *launcher, "mine.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "passes over the data [100]" in " ".join(done.stdout.split())
+    assert "[deit_tiny_patch16_224]" in " ".join(done.stdout.split())
 
 
 def test_fields_of_the_table_exist() -> None:

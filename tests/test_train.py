@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import deitfast
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 from deitfast.training.train import train
@@ -281,8 +282,31 @@ def run(*command: str, timeout: float = 200) -> subprocess.CompletedProcess[str]
 def test_smoke_passes_and_leaves_nothing(tmp_path: Path) -> None:
     result = run("recipes/deit_tiny.py", "--data", "digits", "--smoke", "--out", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr
-    assert "smoke test passed: deit_tiny_patch16_224 cut to 2 blocks on digits" in result.stdout
+    assert "smoke test passed: deit_tiny_patch16_224 cut to 2 blocks on digits, 1 cpu process(es)" in result.stdout
+    assert "3 steps ran with a finite loss: flat buffers" in result.stdout
+    assert "saved after step 2 and resumed" in result.stdout
+    assert "16 images were evaluated" in result.stdout
+    for frightening in ("loss ", "top-1", "eta", "deviation"):
+        assert frightening not in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_train_from_python_writes_to_the_models_run_folder_and_goes_on_from_it(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = replace(FULL, epochs=1, warmup_epochs=0.0, batch=128, repeats=1)
+    result = deitfast.train(recipe)
+    assert result.folder == Path("runs/deit_digits_patch4_16")
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [recipe.model]
+    assert (result.folder / "best" / "model.safetensors").is_file()
+    assert result.step == 11
+    assert result.raw.images == 360
+    again = deitfast.train(recipe)
+    assert "resuming runs/deit_digits_patch4_16 at step 11" in capsys.readouterr().out
+    assert (again.step, again.raw, again.ema) == (result.step, result.raw, result.ema)
+    assert len(losses(result.folder)) == 11
+    with pytest.raises(DeitfastError, match="no data"):
+        deitfast.train(replace(recipe, data=""))
 
 
 def test_a_recipe_without_data_names_both_ways_in_one_line(tmp_path: Path) -> None:

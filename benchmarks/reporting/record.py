@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import hashlib
@@ -9,9 +10,11 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,6 +62,52 @@ def gpu_state() -> dict[str, str] | None:
         return dict(zip(_SMI_FIELDS, values, strict=True))
     single = {name: query([field]) for name, field in _SMI_FIELDS.items()}
     return {name: value[0] for name, value in single.items() if value} or None
+
+
+@contextlib.contextmanager
+def clocks() -> Iterator[dict[str, Any]]:
+    """What the GPU runs at while the body does, read again and again by a thread; filled at the end.
+
+    sm_mhz and memory_mhz (medians), sm_mhz_least, power_w and temperature_c (highest), throttle (every reason seen) and
+    readings (how many). What nvidia-smi does not tell is left out; empty without it.
+    """
+    found: dict[str, Any] = {}
+    seen: list[dict[str, str]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set() and (state := gpu_state()):
+            seen.append(state)
+            over.wait(0.1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+        found |= _summary(seen)
+
+
+_SUMMARY: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
+    ("sm_mhz", "sm_clock", statistics.median),
+    ("sm_mhz_least", "sm_clock", min),
+    ("memory_mhz", "memory_clock", statistics.median),
+    ("power_w", "power_draw", max),
+    ("temperature_c", "temperature", max),
+)
+
+
+def _summary(states: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, field, reduce in _SUMMARY:
+        words = [state.get(field, "").split(" ")[0] for state in states]
+        if numbers := [float(word) for word in words if word.replace(".", "", 1).isdigit()]:
+            found[name] = reduce(numbers)
+    if reasons := {state["throttle_reasons"] for state in states if "throttle_reasons" in state}:
+        found["throttle"] = sorted(reasons)
+    return found | ({"readings": len(states)} if states else {})
 
 
 def _smi_device() -> list[str]:
@@ -158,6 +207,12 @@ class Recorder:
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.rows.append(dict(row))
+        self._write()
+
+    def replace(self, row: Mapping[str, Any]) -> None:
+        """Put a row in the place of the one that has its key; at the end where there is none."""
+        place = next((i for i, old in enumerate(self.rows) if old["key"] == row["key"]), len(self.rows))
+        self.rows[place : place + 1] = [dict(row)]
         self._write()
 
     def note(self, name: str, value: Any) -> None:

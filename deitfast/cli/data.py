@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.cli.recipes import load_recipe
+from deitfast.errors import DeitfastError, did_you_mean, unknown_argument
 
 if TYPE_CHECKING:
     from deitfast.data import Manifest
@@ -51,7 +52,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         "show", help="a picture of what training sees, with each view's operations; takes a recipe's flags, too",
         allow_abbrev=False,
     )  # fmt: skip
-    show.add_argument("--recipe", type=Path, default=None, help="a recipe file; without it the paper's settings")
+    show.add_argument("--recipe", help="a recipe's file, or a shipped one's name; without it the paper's settings")
     show.add_argument("--epoch", type=int, default=0, help="epoch, counted from 0 [0]")
     show.add_argument("--count", type=int, default=32, help="views [32]")
     show.add_argument("--mixed", action="store_true", help="after erasing and mixing, too")
@@ -65,7 +66,7 @@ def _strict(parser: argparse.ArgumentParser, action: Callable[[Any], None]) -> C
     def run(args: argparse.Namespace, unknown: list[str]) -> None:
         if unknown:
             flags = [s for known in parser._actions for s in known.option_strings]
-            raise DeitfastError(f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
+            raise unknown_argument(unknown[0], flags)
         action(args)
 
     return run
@@ -100,7 +101,7 @@ def _show(args: argparse.Namespace, flags: list[str]) -> None:
     from deitfast.training.launch import parse_flags, share_cores_politely
 
     share_cores_politely()
-    base = _recipe_of(args.recipe) if args.recipe else Recipe()
+    base = load_recipe(args.recipe) if args.recipe else Recipe()
     recipe = parse_flags(base, flags, prog="deitfast data show")
     recipe.check()
     from deitfast.data import open_dataset
@@ -131,22 +132,3 @@ def _fitting(recipe: Recipe, train: Manifest) -> Recipe:
         return recipe
     print(f"batch {recipe.batch} is more than the {len(train)} training images; shown is batch {most}")
     return replace(recipe, batch=most)
-
-
-def _recipe_of(path: Path) -> Recipe:
-    """RECIPE of a recipe file."""
-    import runpy
-
-    from deitfast.recipe import Recipe
-
-    if not path.is_file():
-        nearby = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise DeitfastError(f"no recipe file {path}.{did_you_mean(str(path), nearby)}")
-    sys.path.insert(0, str(path.resolve().parent))  # as when Python runs the file: recipes build on each other
-    try:
-        recipe = runpy.run_path(str(path)).get("RECIPE")
-    finally:
-        sys.path.pop(0)
-    if not isinstance(recipe, Recipe):
-        raise DeitfastError(f"{path} defines no RECIPE. Give a file such as those in recipes/")
-    return recipe

@@ -13,6 +13,7 @@ capture_error_mode="thread_local".
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import threading
@@ -73,6 +74,7 @@ class Runner(Generic[F]):
         device: torch.device,
         threads: int,
     ) -> None:
+        check_build(device)
         self.quarantine, self.prepare, self.count = quarantine, prepare, count
         self.graph, self.collect = graph, collect
         self.parameters, self.max_batch, self.threads, self.device = parameters, max_batch, threads, device
@@ -239,6 +241,30 @@ def thread_count(workers: int) -> int:
     return workers or max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
+def check_build(device: torch.device) -> None:
+    """Raise DeitfastError where DALI is built for a newer CUDA than the driver of a GPU knows; a CPU needs none."""
+    if device.type != "cuda":
+        return
+    from nvidia.dali import __cuda_version__  # 13.4.92 as 13492
+
+    built, known = int(str(__cuda_version__)[:2]), _cuda_of_driver()
+    if known and built > known:
+        raise DeitfastError(
+            f"DALI is built for CUDA {built} and this machine's driver knows CUDA {known}. Update the driver, or "
+            f"install DALI's other build: pip install 'deitfast[cuda{known}]'"
+        )
+
+
+def _cuda_of_driver() -> int:
+    """The newest major version of CUDA that the driver knows; 0 where there is no driver to ask."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value // 1000
+
+
 def _device_index(device: torch.device) -> int | None:
     """DALI's device_id: None builds a pipeline that needs no GPU."""
     if device.type != "cuda":
@@ -252,7 +278,7 @@ def gathered(outputs: Sequence[Any], row: np.ndarray, output: np.ndarray, device
 
     # The outputs are in order on the current stream, and so are these copies. No DLPack: when a tensor dies that came
     # out of DALI by it, a thread of DALI's calls cudaDeviceSynchronize, which a capture under way does not survive.
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.current_stream(device)
     wholes = [o.as_tensor() for o in outputs]
     dense = torch.empty(len(wholes), *wholes[0].shape(), dtype=torch.uint8, device=device)
     for to, whole in zip(dense, wholes, strict=True):

@@ -29,6 +29,7 @@ from deitfast.errors import DeitfastError, did_you_mean
 # Images of the second set cannot be used, but must be named rather than passed over.
 SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
 _FOREIGN_SUFFIXES = {".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".heif", ".jp2"}
+LARGEST_CLASS = 1_000_000  # a list of class names is as long as the largest number
 _LARGEST_LABEL = 1 << 16  # bytes of a .cls or .json
 _TAR_ERRORS = (
     tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError, MemoryError, struct.error,
@@ -130,6 +131,10 @@ def _shard_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entri
     known = known or _listed_names(source)
     if all(m.label is not None for m in members):
         numbers = [m.label for m in members if m.label is not None]
+        absurd = next((m for m in members if not 0 <= (m.label or 0) <= LARGEST_CLASS), None)
+        if absurd is not None:
+            path = source.root / source.paths[absurd.shard]
+            raise DeitfastError(f"label {absurd.label} of {absurd.name} in {path} is no class number")
         names = known or tuple(str(i) for i in range(max(numbers) + 1))
         outside = next((m for m in members if m.label is not None and not 0 <= m.label < len(names)), None)
         if outside is not None:
@@ -246,7 +251,7 @@ def _integer_labels(
         raise DeitfastError(f"record {missing.number} in {where} has no image/class/label")
     raw = [record.label for record in records if record.label is not None]
     low, high = min(raw), max(raw)
-    if low < 0 or high > 1_000_000:
+    if low < 0 or high > LARGEST_CLASS:
         raise DeitfastError(f"label {low if low < 0 else high} in {where} is no class number")
     if known is None:  # named by their own numbers, so that another split's are matched by name
         known = tuple(str(i) for i in range(min(low, 1), high + 1))

@@ -159,6 +159,7 @@ class _OpenFile:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, length: int) -> np.ndarray:
+        length = min(length, max(os.fstat(self._descriptor).st_size - offset, 0))  # a manifest may claim any number
         data, done = np.empty(length, np.uint8), 0
         while done < length:
             count = os.preadv(self._descriptor, [data.data[done:]], offset + done)

@@ -100,7 +100,7 @@ def _claim(out: Path, splits: dict[str, Manifest], settings: Settings) -> None:
     if recorded.exists():
         try:
             same = json.loads(recorded.read_text()) == plan
-        except ValueError:
+        except (ValueError, RecursionError):
             same = False
         if not same:
             raise DeitfastError(f"{out} was prepared from other images or with other settings. Give another folder")

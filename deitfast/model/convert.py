@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deitfast.errors import DeitfastError
+from deitfast.model.vetting import MOST_BLOCKS
 
 State = Mapping[str, Tensor]
 
@@ -170,5 +171,9 @@ def _renamed(state: State, names: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _depth(state: State, pattern: str) -> int:
-    found = (re.match(pattern, name) for name in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """Blocks by the highest number in a name, which sizes the tables of names: DeitfastError for an absurd one."""
+    found = [match[1] for name in state if (match := re.match(pattern, name))]
+    absurd = next((number for number in found if len(number) > 4 or int(number) >= MOST_BLOCKS), None)
+    if absurd is not None:
+        raise DeitfastError(f"a tensor's name says block {absurd[:20]}: no vision transformer has {MOST_BLOCKS} blocks")
+    return max((int(number) + 1 for number in found), default=0)

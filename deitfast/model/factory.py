@@ -95,12 +95,12 @@ def load_model(
         weights = published_weights(name)
     file = read_weights(weights, ema=ema)
     state = to_ours(file.tensors)
-    shapes = shapes_of(state)
+    shapes = {key: shape for key, shape in shapes_of(state).items() if shape}  # a scalar tells nothing
     known = name or file.model or recognise(shapes)
     if known is None:
         raise DeitfastError(f"{file.path} holds weights of no model of the list. Give the model's name")
     variant = find_variant(known)
-    if name is None and image_size is None and "pos_embed" in shapes:
+    if name is None and image_size is None and len(shapes.get("pos_embed", ())) == 3:
         patches = shapes["pos_embed"][1] - variant.prefix_positions
         image_size = math.isqrt(max(patches, 1)) * variant.patch_size
     classes = num_classes or (shapes["head.weight"][0] if "head.weight" in shapes else 1000)

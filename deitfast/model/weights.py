@@ -18,6 +18,8 @@ from torch import Tensor
 
 from deitfast.errors import DeitfastError, did_you_mean, first_line
 from deitfast.files import cache_folder, write_atomically
+from deitfast.integrity import file_damage, pointed_to
+from deitfast.model import vetting
 from deitfast.model.convert import to_ours
 from deitfast.model.deit import DeiT, resize_pos_embed
 from deitfast.model.download import fetch, is_url
@@ -77,21 +79,28 @@ def read_weights(source: str | Path, *, ema: bool = False) -> WeightFile:
     or one of Hugging Face. The kind is told by content. A PyTorch file is unpickled with `weights_only=True`, which
     runs no code; nesting and the prefixes that DDP (`module.`) and torch.compile (`_orig_mod.`) add are taken off.
     ema: the averaged weights instead of the raw ones, where a run keeps both.
+    Raises DeitfastError for what cannot be read, and for a file that is not what was written where a hash tells.
     """
     path = fetch(str(source), cache_folder("weights")) if is_url(source) else _find_file(Path(source), ema)
     kind = _kind_of(path)
     meta: Mapping[str, Any] = {}
     state: Any
+    if problem := file_damage(path):
+        raise DeitfastError(f"{path} is damaged: {problem}. Copy it again, or use another checkpoint")
     try:
         if kind == "safetensors":
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
+                vetting.check_count(path, len(file.keys()))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator itself)
         else:
+            vetting.check_archive(path)
             # The authors' training program keeps its arguments beside the weights: a plain bag of values.
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch remarks on pickles of other versions
                 state = torch.load(path, map_location="cpu", weights_only=True)
+    except DeitfastError:
+        raise
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise DeitfastError(f"{path} cannot be read as weights: {first_line(error)}") from error
     except Exception as error:  # torch.load raises pickle.UnpicklingError and more for files with code in them
@@ -101,6 +110,10 @@ def read_weights(source: str | Path, *, ema: bool = False) -> WeightFile:
         state = _nested(path, state, ema)
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise DeitfastError(f"{path} holds no state dict of tensors")
+    vetting.check_count(path, len(state))
+    vetting.check_dense(path, state)
+    if kind == "safetensors":
+        vetting.check_hash(path, state, meta)
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in state.items()}
     beside = _config_beside(path)
     model = meta.get("model") if kind == "safetensors" else None
@@ -111,9 +124,9 @@ def _find_file(path: Path, ema: bool) -> Path:
     """The weight file that `path`, a file or a folder, stands for."""
     path = path.expanduser()
     if path.is_dir():
-        latest = path / "ckpt" / "latest"
-        if latest.is_file() and (ema or not (path / "best").is_dir()):
-            path = path / "ckpt" / latest.read_text().strip()
+        latest = pointed_to(path / "ckpt")
+        if latest and (ema or not (path / "best").is_dir()):
+            path = latest
         elif (path / "best").is_dir() and not ema:
             path = path / "best"
         path = path / ("ema.safetensors" if ema else "model.safetensors")
@@ -160,22 +173,26 @@ def _config_beside(path: Path) -> dict[str, Any]:
     """Hugging Face's config.json beside the file; empty where there is none."""
     try:
         config = json.loads((path.parent / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) and "model_type" in config else {}
 
 
 def _classes_in(meta: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Class names in safetensors metadata (a JSON list), in mmpretrain's meta or in Hugging Face's config."""
-    found: Any = meta.get("classes") or meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
+    nested = meta.get("dataset_meta")
+    found: Any = (
+        meta.get("classes") or meta.get("CLASSES") or (nested.get("classes") if isinstance(nested, dict) else None)
+    )
     if isinstance(found, str):
         try:
             found = json.loads(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
     labels = config.get("id2label")
     if not found and isinstance(labels, dict) and not all(str(v).startswith("LABEL_") for v in labels.values()):
-        found = [labels[key] for key in sorted(labels, key=int)]
+        numbered = all(str(key).isdecimal() for key in labels)
+        found = [labels[key] for key in sorted(labels, key=int)] if numbered else None
     return tuple(map(str, found)) if isinstance(found, (list, tuple)) and found else None
 
 
@@ -194,6 +211,7 @@ def fill(model: DeiT, file: WeightFile, state: dict[str, Tensor], name: str, res
             state["pos_embed"], model.patch_embed.num_patches, model.num_prefix_positions
         )
     _check_tensors(file.path, state, ours)
+    vetting.check_numbers(file.path, state)
     model.load_state_dict(state)
     if file.eps is not None:
         for module in model.modules():
@@ -236,7 +254,7 @@ def _check_tensors(path: Path, state: Mapping[str, Tensor], ours: Mapping[str, T
     for key, tensor in ours.items():
         if state[key].shape == tensor.shape:
             continue
-        if key.startswith("head"):
+        if key.startswith("head") and state[key].ndim == tensor.ndim:
             raise DeitfastError(
                 f"{path}: the head has {state[key].shape[0]} classes, the data {tensor.shape[0]}. "
                 "Add --reset-head (reset_head=True) to start a new head"
@@ -251,7 +269,8 @@ def _what_else(error: Exception) -> str:
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Weights alone, atomically, as one safetensors file."""
+    """Weights alone, atomically, as one safetensors file that states the hash of its content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=dict(metadata)))
+    stated = {**metadata, vetting.HASH: vetting.content_hash(contiguous, metadata)}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=stated))

@@ -8,11 +8,10 @@ flipped bit loads without complaint otherwise; the newest whole checkpoint befor
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from torch import Tensor
 
 from deitfast.errors import DeitfastError
 from deitfast.files import fsync, write_atomically
+from deitfast.integrity import damage, step_of, steps_newest_first, write_hashes
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before for the day the newest turns out damaged."""
-
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     for stem, tensors in checkpoint.tensors.items():
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / f"{stem}.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
-    entries = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-    (temporary / _MANIFEST).write_text(json.dumps(entries, indent=1))
+    write_hashes(temporary)
     for path in temporary.iterdir():
         fsync(path)
     fsync(temporary)
@@ -58,24 +55,28 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(target)
     os.rename(temporary, target)
     write_atomically(folder / "latest", lambda path: path.write_text(target.name))
-    for old in _newest_first(folder)[KEEP:]:
+    for old in steps_newest_first(folder)[KEEP:]:
         shutil.rmtree(old)
     return target
 
 
-def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def load_newest(
+    folder: Path, say: Callable[[str], None], *, stems: Collection[str] = (), before: int | None = None
+) -> Checkpoint | None:
     """The newest whole checkpoint under `folder`, on the CPU; None where there is none at all.
 
-    Damaged ones are passed over, each named through `say` with the steps lost. DeitfastError where all are damaged: a
-    run never starts again from zero in silence.
+    stems: the tensor files it must hold. before: only checkpoints of earlier steps count. Damaged ones are passed over,
+    each named through `say` with the steps lost. DeitfastError where all are damaged: a run never starts again from
+    zero in silence.
     """
-    candidates = _newest_first(folder)
     problems: list[tuple[Path, str]] = []
-    for path in candidates:
-        problem = damage(path)
+    for path in steps_newest_first(folder):
+        if before is not None and step_of(path) >= before:
+            continue
+        problem = damage(path) or _incomplete(path, stems)
         if problem is None:
             for bad, what in problems:
-                lost = _step_of(bad) - _step_of(path)
+                lost = step_of(bad) - step_of(path)
                 say(f"{bad.name}/{what}. Using {path.name} ({lost} steps lost)")
             return load(path)
         problems.append((path, problem))
@@ -92,34 +93,18 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(step=state["step"], tensors=tensors, state=state)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint folder `path` ("optim.safetensors sha256 mismatch"), or None."""
+def _incomplete(path: Path, stems: Collection[str]) -> str | None:
+    """What the checkpoint `path`, whose files are as they were written, lacks to be resumed from; None if nothing."""
     try:
-        entries = json.loads((path / _MANIFEST).read_text())
-        for name, entry in entries.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} of {entry['bytes']} bytes"
-            if _sha256(file) != entry["sha256"]:
-                return f"{name} sha256 mismatch"
-        return None if "state.json" in entries else "state.json missing"
+        state = json.loads((path / "state.json").read_bytes())
+        best, steps_per_epoch = state["best"], state["steps_per_epoch"]
+        if state["step"] != step_of(path) or type(steps_per_epoch) is not int or steps_per_epoch < 1:
+            return f"state.json speaks of step {str(state['step'])[:20]}"
+        if best is not None and not isinstance(best["top1"], (int, float)):
+            return "state.json has no accuracy of the best weights"
     except FileNotFoundError:
-        return f"{_MANIFEST} missing"
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        return f"{_MANIFEST} unreadable ({type(error).__name__})"
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    paths = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
-    return sorted(paths, key=_step_of, reverse=True)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return "state.json missing"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        return f"state.json unreadable ({type(error).__name__})"
+    missing = next((stem for stem in stems if not (path / f"{stem}.safetensors").is_file()), None)
+    return f"{missing}.safetensors missing" if missing else None

@@ -8,11 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded
 from deitfast.recipe import Recipe, flag
+
+if TYPE_CHECKING:
+    from deitfast.training.train import Result
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,10 +44,7 @@ def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", descr
             parser.add_argument(flag(f.name), type=type(f.default), default=value, help=text, metavar="")
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
-        name = unknown[0].split("=", 1)[0]
-        hint = did_you_mean(name, (flag(f.name) for f in fields(Recipe))) or " --help lists the flags."
-        kind = "flag" if name.startswith("-") else "argument"
-        raise DeitfastError(f"unknown {kind} {name}.{hint}")
+        raise unknown_argument(unknown[0], (flag(f.name) for f in fields(Recipe)))
     return replace(base, **vars(known))
 
 
@@ -69,6 +69,25 @@ def _without_downloads(chosen: Recipe, base: Recipe) -> Recipe:
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(told), end="\n" * bool(told))
     return chosen
+
+
+def train(recipe: Recipe) -> Result:
+    """Train `recipe` to its end and return its scores; what files in recipes/ do, from Python.
+
+    recipe: its `data` must be given; where its `out` is empty, the run folder is runs/<model>. Everything that the run
+        writes lies there, and the same call goes on from the newest checkpoint in it.
+    This process is the only one, or one of those that torchrun started. Progress is printed.
+
+    Raises DeitfastError for what its user can mend, and SystemExit(75) after a SIGTERM, with everything saved.
+    """
+    recipe = replace(recipe, out=recipe.out or f"runs/{recipe.model}")
+    recipe.check()
+    share_cores_politely()
+    from deitfast.training import train as training
+
+    result = training.smoke(recipe) if recipe.smoke else training.train(recipe)
+    assert result is not None, "only a run that is stopped early has no result"
+    return result
 
 
 def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence[str] | None = None) -> None:

@@ -32,9 +32,12 @@ class RunFolder:
     ckpt/ best/             checkpoints; the best weights so far
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Lock `path`, creating it. Raises DeitfastError while another process holds it."""
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, quiet: bool = False) -> None:
+        """Lock `path`, creating it. Raises DeitfastError while another process holds it.
+
+        quiet: what is said goes to log.txt alone.
+        """
+        self.path, self.quiet = Path(path), quiet
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until close)
@@ -80,9 +83,10 @@ class RunFolder:
 
     def say(self, text: str) -> None:
         """One line to stdout and, with the time, to log.txt."""
-        if sys.stdout.isatty() and self._last_progress:
-            print()
-        print(text, flush=True)
+        if not self.quiet:
+            if sys.stdout.isatty() and self._last_progress:
+                print()
+            print(text, flush=True)
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._log.flush()
 
@@ -95,7 +99,7 @@ class RunFolder:
     def progress(self, text: str, *, last: bool = False) -> None:
         """The progress line: in place on a terminal; elsewhere a plain line at most every ten seconds."""
         now = time.monotonic()
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not self.quiet:
             print(f"\r\x1b[2K{text}", end="", flush=True)
             self._last_progress = now
         elif last or now - self._last_progress >= _PLAIN_INTERVAL_S:

@@ -6,11 +6,13 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from benchmarks.measuring import harness
+from benchmarks import bench_train_step
+from benchmarks.measuring import command, harness
 from benchmarks.measuring.harness import (
     Budget,
     Recorder,
@@ -24,6 +26,7 @@ from benchmarks.measuring.harness import (
     timed_row,
     verify,
 )
+from benchmarks.reporting import record
 from benchmarks.reporting.record import ROOT
 
 KEYS = {"date", "command", "commit", "sources", "device", "gpu", "driver", "python", "torch", "triton"}
@@ -114,11 +117,16 @@ class FakeCuda:
                 fake.lap()
 
         class Stream:
+            device = None
+
+            def __init__(self, device=None):
+                pass
+
             def wait_stream(self, other):
                 pass
 
         @contextlib.contextmanager
-        def capture(graph, stream):
+        def capture(graph, stream, capture_error_mode):
             fake.captures += 1
             fake.capturing = True
             try:
@@ -362,3 +370,54 @@ def test_a_field_that_nvidia_smi_does_not_know_costs_only_itself(tmp_path, monke
     assert harness.gpu_state() == {"driver": "580.1", "sm_clock": "1980 MHz"}
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert harness.gpu_state() is None
+
+
+def test_clocks_are_read_while_the_body_runs(tmp_path, monkeypatch):
+    readings = iter([("1980 MHz", "Active"), ("1410 MHz", "Not Active"), ("[N/A]", "Not Active")])
+    read = threading.Event()
+
+    def state():
+        try:
+            clock, reason = next(readings)
+        except StopIteration:
+            read.set()
+            return None
+        return {"sm_clock": clock, "power_draw": "650.12 W", "throttle_reasons": reason}
+
+    monkeypatch.setattr(record, "gpu_state", state)
+    with record.clocks() as seen:
+        assert read.wait(60)
+        assert seen == {}
+    assert seen == {
+        "sm_mhz": 1695.0,
+        "sm_mhz_least": 1410.0,
+        "power_w": 650.12,
+        "throttle": ["Active", "Not Active"],
+        "readings": 3,
+    }
+    monkeypatch.setattr(record, "gpu_state", lambda: None)
+    with record.clocks() as seen:
+        pass
+    assert seen == {}
+
+
+# fp32 ----------------------------------------------------------------------------------------------------------------
+
+
+def test_fp32_is_fp32_in_commands_and_in_their_workers(monkeypatch, capsys):
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    job = {"library": "ours", "model": "deit_tiny_patch16_224", "batch": 1, "device": "cpu"}
+    monkeypatch.setattr(bench_train_step, "measured_roofs", lambda _: {})
+    try:
+        for start in (
+            lambda: command.ready("x", "cpu"),
+            lambda: bench_train_step.worker(json.dumps({"kind": "roof", "job": job})),
+        ):
+            for switch in switches:
+                switch.allow_tf32 = True
+            start()
+            assert [switch.allow_tf32 for switch in switches] == [False, False]
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import bench_inference
+from benchmarks.measuring.peers_models import build, reference_state
+from deitfast.data import normalise
 
 MODEL = "deit_digits_patch4_16"
 
@@ -39,3 +42,22 @@ def test_a_wrong_way_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "off by" in row["refused"]
     assert "ms" not in row
     assert bench_inference.main(["--device", "cpu", "--models", "deit_bas"]) == 2
+
+
+def test_what_is_compiled_takes_the_bytes_and_small_batches_get_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = {}
+
+    def compiled(net, *, mode, dynamic):
+        modes[mode] = dynamic
+        return net
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    images = bench_inference.images_of(MODEL, 3, "cpu")
+    eager, _ = bench_inference.make("ours, not fused", MODEL, "cpu", torch.float32)
+    for way in (bench_inference.REDUCE_OVERHEAD, "timm + compile"):
+        call, how = bench_inference.make(way, MODEL, "cpu", torch.float32)
+        torch.testing.assert_close(call(images), eager(images), rtol=1e-4, atol=1e-4)
+        assert "torch.compile" in how
+    assert modes == {"reduce-overhead": False, "default": False}
+    model = build("ours", MODEL, reference_state(MODEL)).eval()
+    torch.testing.assert_close(eager(images), model(normalise(images)), rtol=1e-5, atol=1e-5)

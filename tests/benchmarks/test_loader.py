@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import bench_loader
 from deitfast.data import open_dataset
+
+CPU = bench_loader.PLACES["cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +22,39 @@ def digits():
 
 @pytest.mark.parametrize("way", bench_loader.OURS)
 def test_our_loaders_yield_whole_batches(way, digits):
-    batches = bench_loader.OURS[way](digits, bench_loader.Setting("cpu", 12, 32, 1))
+    batches = bench_loader.OURS[way](digits, bench_loader.Setting(CPU, 12, 32, 1))
     assert list(itertools.islice(batches, 3)) == [12, 12, 12]
     batches.close()
+
+
+def test_every_row_decodes_where_it_says(digits, monkeypatch, tmp_path):
+    """The loader is told, so it does not choose; the rows of a GPU are those that lie on it."""
+    told = []
+
+    class Loader:
+        def __init__(self, manifest, recipe, *_, device, **__):
+            told.append((recipe.decode, device))
+
+        def __enter__(self):
+            return iter([SimpleNamespace(images=torch.zeros(6))] * 99)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(bench_loader, "TrainLoader", Loader)
+    monkeypatch.setattr(bench_loader, "ready", lambda *_: True)
+    monkeypatch.setattr(bench_loader, "synchronize", lambda _: None)
+    monkeypatch.setattr(bench_loader, "dali_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "rows.json"
+    ways = ["--ways", "augmented, decode once", "--batch", "6"]
+    assert bench_loader.main(["--device", "cuda", "--quick", "--out", str(path), *ways]) == 0
+    decodes = [row["key"]["decode"] for row in json.loads(path.read_text())["rows"]]
+    assert decodes == ["cpu", "cpu, rest gpu", "gpu"]
+    assert told == [("cpu", "cpu"), ("cpu", "cuda"), ("gpu", "cuda")]
+    told.clear()
+    assert bench_loader.main(["--device", "cpu", "--quick", *ways]) == 0
+    assert told == [("cpu", "cpu")]
 
 
 def test_images_of_all_runs_are_counted():
@@ -33,7 +67,7 @@ def test_images_of_all_runs_are_counted():
 
 def test_without_dali_ours_is_absent_and_the_rest_goes_on(digits, monkeypatch):
     monkeypatch.setattr(bench_loader, "dali_missing", lambda: "nvidia-dali is not installed")
-    row = bench_loader.measure_way("decode", digits, bench_loader.Setting("cpu", 12, 32, 1), quick=True)
+    row = bench_loader.measure_way("decode", digits, bench_loader.Setting(CPU, 12, 32, 1), quick=True)
     assert row == {"absent": "nvidia-dali is not installed"}
 
 
@@ -43,7 +77,7 @@ def test_a_loader_that_fails_is_a_row(digits, monkeypatch):
         raise ValueError("in a worker:\nbad bits")
 
     monkeypatch.setitem(bench_loader.TIMM, "timm (PIL)", broken)
-    row = bench_loader.measure_way("timm (PIL)", digits, bench_loader.Setting("cpu", 12, 32, 1), quick=True)
+    row = bench_loader.measure_way("timm (PIL)", digits, bench_loader.Setting(CPU, 12, 32, 1), quick=True)
     assert row == {"failed": "bad bits"}
 
 

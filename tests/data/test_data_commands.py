@@ -158,7 +158,7 @@ def test_prepare_with_several_processes_writes_the_same_bytes(make_folder, tmp_p
 def test_prepare_refuses_what_it_cannot_do(make_folder, tmp_path):
     root = make_folder(train=2, val=1)
     assert refused("prepare", root, tmp_path / "x", "--per-shard", 0) == "--per-shard is 0, must be in [1, 1000000]"
-    assert refused("prepare", root, "x", "--qualty=3") == "unknown argument --qualty=3. Did you mean --quality?"
+    assert refused("prepare", root, "x", "--qualty=3") == "unknown flag --qualty. Did you mean --quality?"
     assert f"{root} is not empty" in refused("prepare", root, root)
     command("prepare", root, tmp_path / "out", "--workers", 1)
     assert "with other settings. Give another folder" in refused("prepare", root, tmp_path / "out", "--quality", 80)
@@ -255,11 +255,13 @@ def test_show_takes_recipes_and_flags(make_folder, tmp_path, capsys):
     command("show", "--recipe", tmp_path / "mine.py", "--data", root, "--epoch", 2, "--count", 4, "--out", sheet)
     assert "4 views of epoch 2" in capsys.readouterr().out
     assert Image.open(sheet).size[0] > 4 * 150
+    command("show", "--recipe", "deit3_small", "--data", root, "--image-size", 32, "--count", 2, "--out", sheet)
+    assert "batch 2048 is more than the 18 training images" in capsys.readouterr().out
     command("show", "--data", root, "--image-size", 24, "--count", 3, "--rand-augment", "none", "--out", sheet)
     assert "batch 1024 is more than the 18 training images; shown is batch 18" in capsys.readouterr().out
     assert "--epoch is 300, must be in [0, 299]" in refused("show", "--data", root, "--epoch", 300, "--out", sheet)
     assert "--count is 0" in refused("show", "--data", root, "--count", 0, "--out", sheet)
-    assert "no recipe file" in refused("show", "--data", root, "--recipe", tmp_path / "yours.py")
+    assert "no recipe " in refused("show", "--data", root, "--recipe", tmp_path / "yours.py")
     assert "defines no RECIPE" in refused("show", "--data", root, "--recipe", Path(__file__).parent / "conftest.py")
     assert "Did you mean --rand-augment?" in refused("show", "--data", root, "--rand-augmnt", "none")
     assert "Change --out" in refused("show", "--data", root, "--image-size", 24, "--count", 2, "--out", root)

@@ -1,0 +1,28 @@
+"""Collected only where the pretended device is installed (`python -m tests.rehearsal`); what its tests share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+if "tests.rehearsal.memory" not in sys.modules:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """Every test begins, and must end, on cuda:0 and its default stream, with no capture under way."""
+    import torch
+
+    from tests.rehearsal import capture, cuda
+
+    cuda.EVENTS.clear()
+    yield
+    broken, at = list(capture.ACTIVE), (torch.cuda.current_device(), torch.cuda.current_stream().stream_id)
+    while capture.ACTIVE:
+        capture.ACTIVE.pop().__exit__(None, None, None)
+    torch.cuda.set_stream(torch.cuda.default_stream(0))
+    assert at == (0, 0), "the test leaves this thread on another device or stream"
+    assert not broken, "the test leaves a capture under way"
