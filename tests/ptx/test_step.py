@@ -20,7 +20,7 @@ from tests.ptx.kernels import compiled_kernels, needs_engine
 
 pytestmark = needs_engine
 
-DEPTH, BATCH, STEPS, LR = 2, 4, 2, 1e-4
+DEPTH, BATCH, CLASSES, STEPS, LR = 2, 2, 10, 2, 1e-4
 RECIPE = replace(
     Recipe(), model="deit_tiny_patch16_224", batch=BATCH, mix_group=BATCH, drop_path=0.1, clip_norm=1.0, engine="flat",
 )  # fmt: skip
@@ -54,24 +54,22 @@ def launches_of_a_step(arch: int) -> Counter[str]:
 
 
 def a_batch(step: int) -> Batch:
-    """Random images, the first pair mixed by rectangle, the second by lambda, one image with an erased part."""
+    """A pair of random images, mixed by a rectangle, one with an erased part."""
     generator = torch.Generator().manual_seed(step)
     index = torch.arange(BATCH)
-    cut = index < 2
     return Batch(
-        step=step, micro=0, epoch=0, seed=RECIPE.seed, slots=index.numpy(), mixes=RECIPE.mixes, index=index,
-        view=index % 3, erased_pixels=30 * 40,
+        step=step, slots=index.numpy(), epoch=torch.tensor([0]), index=index, view=index % 3,
         images=torch.randint(256, (BATCH, 224, 224, 3), generator=generator, dtype=torch.uint8),
-        labels=torch.randint(1000, (BATCH,), generator=generator),
-        lam=torch.where(cut, 1 - 60 * 70 / 224**2, 0.3),
-        mix_box=torch.tensor([20, 30, 60, 70]) * cut[:, None],
+        labels=torch.randint(CLASSES, (BATCH,), generator=generator),
+        lam=torch.full((BATCH,), 1 - 60 * 70 / 224**2),
+        mix_box=torch.tensor([20, 30, 60, 70]).repeat(BATCH, 1),
         erase=torch.tensor([10, 40, 30, 40]) * (index == 1)[:, None],
     )  # fmt: skip
 
 
 def make(bf16: bool = True) -> Engine:
     torch.manual_seed(0)
-    model = create_model(RECIPE.model, drop_path=RECIPE.drop_path, depth=DEPTH, fused=True).train()
+    model = create_model(RECIPE.model, num_classes=CLASSES, drop_path=RECIPE.drop_path, depth=DEPTH, fused=True).train()
     world = World(0, 1, 0, 1, torch.device("cpu"))
     return make_engine(model, RECIPE, world, DropPath(model, RECIPE, BATCH), accumulation=1, bf16=bf16)
 
@@ -90,6 +88,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
 def test_a_step_launches_what_it_should_and_only_the_first_compiles(arch, compilations):
     with compiled_kernels(arch, races=True) as gpu:
@@ -100,5 +99,4 @@ def test_a_step_launches_what_it_should_and_only_the_first_compiles(arch, compil
             assert bool(compilations) == (step == 0), f"compiled in step {step}: {compilations}"
             gpu.launches.clear()
             compilations.clear()
-    # The first loss of fresh weights is ln 1000, where bf16's rounding of logits averages out over the classes.
-    assert found == pytest.approx(list(losses(make(bf16=False))), rel=2.0**-9)
+    assert found == pytest.approx(list(losses(make(bf16=False))), rel=2.0**-8)
