@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """True where Triton runs kernels in its interpreter; decided, as Triton does, when the kernels are imported."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+
+_UNFUSED = (
+    "Run the model unfused: accelerate(model).undo(), or create_model(..., fused=False) for one of deitfast's own"
+)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result", covariant=True)
@@ -36,11 +42,28 @@ def op(name: str) -> Callable[[Callable[Arguments, Result]], Op[Arguments, Resul
 
     The function is its own fake implementation: on tensors without data it takes its eager branch, which computes
     shapes, strides and dtypes as on data. A branch that reads values must ask `has_data` first.
+
+    Forward-mode differentiation is refused, which an op would pass over (its tangents would come out as zeros), and so
+    is backward where no formula is registered: for an op that is itself a backward that is differentiating twice.
     """
 
     def declare(function: Callable[Arguments, Result]) -> Op[Arguments, Result]:
-        made = torch.library.custom_op(f"deitfast::{name}", function, mutates_args=(), device_types=("cpu", "cuda"))
-        made.register_fake(function)
+        @functools.wraps(function)
+        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+                raise NotImplementedError(f"deitfast::{name} has no forward-mode derivative (jvp). {_UNFUSED}")
+            return function(*args, **kwargs)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        made = torch.library.custom_op(
+            f"deitfast::{name}", run, mutates_args=(), device_types=("cpu", "cuda"), schema=schema
+        )
+        made.register_fake(run)
+
+        def refuse(ctx: Any, *gradients: Any) -> NoReturn:
+            raise NotImplementedError(f"deitfast::{name} cannot be differentiated. {_UNFUSED}")
+
+        made.register_autograd(refuse)
         return cast(Op[Arguments, Result], made)
 
     return declare

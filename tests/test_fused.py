@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from deitfast.kernels.common import INTERPRETED
-from deitfast.model.deit import Block, DeiT, Kept
+from deitfast.model.deit import Block, DeiT, Kept, prefix_alone
 from deitfast.model.fused import FusedBlock, fuse, saved_bytes_per_token
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import images, outputs_and_gradients, perturb
@@ -84,6 +84,37 @@ def test_no_head_reads_more_than_the_prefix():
         tokens = model.forward_features(images(model, batch=3))
         both = model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])
         torch.testing.assert_close(logits, both / 2, rtol=1e-5, atol=1e-5)
+
+
+def _hook(block):
+    block.mlp.register_forward_hook(lambda module, given, out: None)
+
+
+def _adapter(block):
+    block.attn.qkv = torch.nn.Sequential(block.attn.qkv)
+
+
+def _other_mlp(block):
+    block.mlp = torch.nn.Sequential(block.mlp)
+
+
+def _patched(block):
+    block.attn.forward = block.attn.forward
+
+
+def _parametrised(block):
+    torch.nn.utils.parametrizations.weight_norm(block.mlp.fc1)
+
+
+@pytest.mark.parametrize("change", [_hook, _adapter, _other_mlp, _patched, _parametrised])
+def test_a_last_block_that_is_watched_or_changed_computes_all_tokens(change):
+    model = small_deit().eval()
+    expected, rows = model(images(model)), []
+    change(model.blocks[-1])
+    model.blocks[-1].norm2.register_forward_hook(lambda module, given, out: rows.append(out.shape[1]))
+    torch.testing.assert_close(model(images(model)), expected, rtol=1e-5, atol=1e-5)
+    assert rows == [10]
+    assert not prefix_alone(model.blocks[-1])
 
 
 def test_fuse_keeps_parameters_and_survives_copies():

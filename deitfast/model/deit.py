@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from deitfast.errors import DeitfastError
@@ -115,6 +116,9 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
+    computes_prefix = True
+    """Said by each class whose forward knows `prefix`, and not by one derived from it."""
+
     def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None, prefix: int | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D), or with `prefix` the first `prefix` tokens of it alone, (B, prefix, D)."""
         attn = self.attn if prefix is None else partial(self.attn.of_prefix, prefix=prefix)
@@ -134,6 +138,30 @@ def _add_branch(
         return to_BPD.index_add(0, index_K, branch(x_BND[index_K]).to(to_BPD.dtype), alpha=drop.scale)
     out_BPD = branch(x_BND)
     return to_BPD + out_BPD * drop[which, :, None, None].to(out_BPD.dtype)
+
+
+_OWN = (Attention, Mlp, LayerScale, nn.LayerNorm, nn.Linear, nn.Identity)
+
+
+def prefix_alone(block: nn.Module) -> bool:
+    """Whether `block` may leave out the tokens that no head reads: what is inside is ours, and nobody watches.
+
+    A hook would see fewer tokens, an adapter or another module in place of ours would not be called or might mix them.
+    """
+    if "computes_prefix" not in vars(type(block)):
+        return False
+    for module in block.modules():
+        inside = vars(module)
+        if module is not block and type(module) not in _OWN:
+            return False
+        if "forward" in inside or any(inside[kind] for kind in _HOOKS):
+            return False
+    return not _has_any_global_hook()
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo with this module.
+prefix_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class DeiT(nn.Module):
@@ -262,13 +290,14 @@ class DeiT(nn.Module):
         elif drop is None:
             drop = self.draw_keep(images.shape[0], images.device)
         x_BND = self.embed(images)
+        alone = prefix if prefix_alone(self.blocks[-1]) else None
         for i, block in enumerate(self.blocks):
-            arguments = None if drop is None else drop[i], prefix if block is self.blocks[-1] else None
+            arguments = None if drop is None else drop[i], alone if i == len(self.blocks) - 1 else None
             if self.recompute and torch.is_grad_enabled():
                 x_BND = checkpoint(block, x_BND, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BND = block(x_BND, *arguments)
-        return self.norm(x_BND)
+        return self.norm(x_BND[:, :prefix])
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor, ...]:
         """The features a head reads: (class token,) or (class token, distillation token), each (B, D)."""

@@ -18,7 +18,7 @@ from deitfast.data.manifest import read_manifest, write_manifest
 from deitfast.distributed import World, start
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import Engine, make_engine
-from deitfast.engine.memory import largest_micro_batch
+from deitfast.engine.memory import LARGEST_EVALUATED, largest_micro_batch
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
@@ -53,6 +53,11 @@ class Run:
     best: dict[str, Any] | None = None
 
     @property
+    def eval_batch(self) -> int:
+        """Images that a process evaluates at once."""
+        return min(self.micro_batch, LARGEST_EVALUATED)
+
+    @property
     def total_steps(self) -> int:
         return self.recipe.epochs * self.order.steps_per_epoch
 
@@ -83,7 +88,11 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
     model = world.agree(lambda: make_model(recipe, len(data.classes), depth)).to(world.device)
-    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16)))
+    teacher = None  # before the memory is measured that it leaves
+    if recipe.distillation != "none":
+        teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
+    teacher_bytes = teacher.image_bytes() if teacher else 0
+    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
     micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest))
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
@@ -95,11 +104,9 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         )
     )
     decode = world.share(decode)  # the pixels of the two differ a little: the same everywhere
-    teacher = None
-    if recipe.distillation != "none":
-        teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
+    if teacher:
         teacher.check(
-            data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, say=notes.append
+            data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, decode=decode, say=notes.append
         )  # fmt: skip
     engine = make_engine(model, recipe, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
     run = Run(
