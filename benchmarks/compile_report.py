@@ -12,6 +12,7 @@ and the tensor-core instructions it uses. The exit status is 1 where a kernel
 - needs more shared memory than a block may have, or more tensor memory than an SM has (Triton compiles both);
 - multiplies 16-bit matrices without the chip's own matrix instruction (on sm_90: wgmma);
 - has its wgmma serialised by ptxas (notes C7510 to C7519), which costs time without a spill;
+- divides blocks of 64-bit integers (a call of some 75 instructions each, where 32 bits take few);
 - does not compile.
 
 Arch 0 stands for the launch tables' safe default; it is compiled for sm_86, the smallest chip it must fit.
@@ -89,6 +90,7 @@ CHIPS = {
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
 _MATRIX_PRODUCT = re.compile(r"tt\.dot\b[^\n]*: tensor<[^>]*x(?:bf16|f16)\b")  # of 16-bit operands, in Triton's IR
+_LONG_DIVISION = re.compile(r"arith\.(?:div|rem)[su]i [^\n]*: tensor<[^>]*xi64>")
 _TENSOR_CORE = re.compile(r"[HQID]?MMA|[HQI]GMMA|UTC\w*MMA")
 
 
@@ -280,6 +282,8 @@ def _compile(case: Case, arch: int) -> Result:
     if serialised := re.search(r"\((C\d+)\)[^\n]*wgmma\.mma_async instructions are serialized due to ([^\n]*)", log):
         reason = serialised[2].split(" in the function")[0].split(" in function")[0]
         failures.append(f"wgmma serialised ({serialised[1]}: {reason})")
+    if divisions := len(_LONG_DIVISION.findall(compiled.asm["ttir"])):
+        failures.append(f"divides blocks of 64-bit integers {divisions} times")
     if _MATRIX_PRODUCT.search(compiled.asm["ttir"]) and not fnmatch.filter(tensor_core, chip.matrix):
         failures.append(f"matrix kernel without {chip.matrix} on sm_{chip.target}")
     return Result(

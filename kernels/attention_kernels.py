@@ -18,11 +18,15 @@ import triton.language as tl
 @triton.jit
 def load_tile(source, batch, head, row, N, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
               TMA: tl.constexpr):  # fmt: skip
-    """(ROWS, C) tile of one head from row `row` on. source: tensor (B, N, HEADS, D), or a descriptor of its (B, HEADS,
-    N, D) view with block (1, 1, ROWS, C), whose hardware does the masking.
+    """(ROWS, C) tile of one head from row `row` on. source: tensor (B, N, HEADS, D), or a descriptor, whose hardware
+    does the masking: of (B, N, HEADS * D) with block (1, ROWS, C) where D fills the tile, else of the (B, HEADS, N, D)
+    view with block (1, 1, ROWS, C), which ends with the head.
     """
     if TMA:
-        return source.load([batch, head, row, 0]).reshape(ROWS, C)
+        if C == D:
+            return source.load([batch, row, head * D]).reshape(ROWS, C)
+        else:
+            return source.load([batch, head, row, 0]).reshape(ROWS, C)
     else:
         rows = tl.arange(0, ROWS)
         channels = tl.arange(0, C)
@@ -38,7 +42,10 @@ def store_tile(target, tile, batch, head, row, N, HEADS: tl.constexpr, D: tl.con
                C: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """Write a (ROWS, C) tile where `load_tile` reads it, rounded to the dtype of `target`."""
     if TMA:
-        target.store([batch, head, row, 0], tile.to(target.dtype).reshape(1, 1, ROWS, C))
+        if C == D:
+            target.store([batch, row, head * D], tile.to(target.dtype).reshape(1, ROWS, C))
+        else:
+            target.store([batch, head, row, 0], tile.to(target.dtype).reshape(1, 1, ROWS, C))
     else:
         rows = tl.arange(0, ROWS)
         channels = tl.arange(0, C)

@@ -182,11 +182,11 @@ def _run(kernel: Any, entry: Launch, num_heads: int, head_dim: int, scale: float
             return None
         if not entry.tiles["TMA"]:
             return tensor
-        width = tensor.shape[-1]
-        shape = [batch, width // head_dim, tokens, head_dim]
-        return TensorDescriptor(
-            tensor, shape, [tokens * width, head_dim, width, 1], block_shape=[1, 1, rows, padded_dim]
-        )
+        width, block = tensor.shape[-1], [rows, padded_dim]
+        if padded_dim == head_dim:  # strides that rise from the inside out, as the CUDA manual has them
+            return TensorDescriptor(tensor, [batch, tokens, width], [tokens * width, width, 1], [1, *block])
+        shape, strides = [batch, width // head_dim, tokens, head_dim], [tokens * width, head_dim, width, 1]
+        return TensorDescriptor(tensor, shape, strides, [1, 1, *block])
 
     arguments = {name: tiled(name, x) if name in _BLOCK_ROWS else x for name, x in tensors.items()}
     scales = {"scale": scale, "scale_log2": scale * LOG2_E}

@@ -86,7 +86,8 @@ def linear_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_m = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
-    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    number = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # to divide: 64 bits are for offsets, and cost a call to divide
+    row = number.to(tl.int64)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -111,7 +112,7 @@ def linear_kernel(
 
     row_out = row
     if subset is not None:
-        row_out = subset_row(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), subset, rows_per_sample, row < M)
+        row_out = subset_row(number, subset, rows_per_sample, number < M)
 
     # In slices of columns, so that one slice's temporaries fit the registers beside the rest of the accumulator.
     slices = column_slices(acc, EPILOGUE_PARTS)
@@ -133,7 +134,7 @@ def linear_kernel(
         if gamma is not None:
             h *= tl.load(gamma + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
         if path_scale is not None:
-            h *= tl.load(path_scale + row // rows_per_sample, mask=row < M, other=0.0).to(tl.float32)[:, None]
+            h *= tl.load(path_scale + number // rows_per_sample, mask=number < M, other=0.0).to(tl.float32)[:, None]
         if subset is not None:
             h *= subset_scale
             offset = row_out[:, None] * N + column[None, :]
@@ -162,17 +163,19 @@ def scale_and_sum_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(tl.program_id(1) * BLOCK_M, M, tl.num_programs(1) * BLOCK_M):
-        row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        number = start + tl.arange(0, BLOCK_M)
+        row = number.to(tl.int64)
         mask = (row < M)[:, None] & (column < N)[None, :]
         offset = row[:, None] * N + column[None, :]
         row_dout = row
         if subset is not None:
-            row_dout = subset_row(row, subset, rows_per_sample, row < M)
+            row_dout = subset_row(number, subset, rows_per_sample, number < M)
         values = tl.load(dout + row_dout[:, None] * N + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if subset is not None:
             values *= subset_scale
         if path_scale is not None:
-            values *= tl.load(path_scale + row // rows_per_sample, mask=row < M, other=0.0).to(tl.float32)[:, None]
+            scale = tl.load(path_scale + number // rows_per_sample, mask=number < M, other=0.0).to(tl.float32)
+            values *= scale[:, None]
         sums += values
         if branch is not None:
             tl.store(branch + offset, values.to(branch.dtype.element_ty), mask=mask)

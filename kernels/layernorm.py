@@ -79,12 +79,13 @@ def layernorm_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_M
-    row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    number = first + tl.arange(0, BLOCK_M)
+    row = number.to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     mask = (row < M)[:, None] & (column < D)[None, :]
     row_x = row
     if subset is not None:
-        row_x = subset_row(row, subset, rows_per_sample, row < M)
+        row_x = subset_row(number, subset, rows_per_sample, number < M)
     values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
     row_mean = tl.sum(values, 1) / D
     centred = tl.where(mask, values - row_mean[:, None], 0.0)
@@ -127,11 +128,12 @@ def layernorm_bwd_kernel(
     dweight = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in tl.range(program * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
-        row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        number = start + tl.arange(0, BLOCK_M)
+        row = number.to(tl.int64)
         mask = (row < M)[:, None] & (column < D)[None, :]
         row_x = row
         if subset is not None:
-            row_x = subset_row(row, subset, rows_per_sample, row < M)
+            row_x = subset_row(number, subset, rows_per_sample, number < M)
         offset = row_x[:, None] * D + column[None, :]
         g = tl.load(dout + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)

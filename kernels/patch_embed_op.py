@@ -80,7 +80,8 @@ def patch_embed_fwd_kernel(
 ):
     tiles_d = tl.cdiv(D, BLOCK_D)
     tile_m, tile_d = tl.program_id(0) // tiles_d, tl.program_id(0) % tiles_d
-    row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    number = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = number.to(tl.int64)
     column = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -97,7 +98,7 @@ def patch_embed_fwd_kernel(
             b = tl.load(weight + b_offset, mask=b_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
 
-    image, patch = row // P, (row % P).to(tl.int32)
+    image, patch = (number // P).to(tl.int64), number % P
     first = out + image * (PREFIX + P) * D  # of each row's image
     # In slices of columns, so that one slice's temporaries fit the registers beside the rest of the accumulator.
     slices = column_slices(acc, EPILOGUE_PARTS)

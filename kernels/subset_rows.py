@@ -77,8 +77,9 @@ def check_subset(op: str, x: Tensor, path_scale: Tensor | None, subset: Tensor |
 
 @triton.jit
 def subset_row(row, subset, rows_per_sample, mask):
-    """The row of the batch that row `row` of the branch is, int64; subset (K,) int64."""
-    return tl.load(subset + row // rows_per_sample, mask=mask, other=0) * rows_per_sample + row % rows_per_sample
+    """The row of the batch, int64, that row `row` of the branch is, int32 (to divide 64 bits costs a call)."""
+    nth = row // rows_per_sample
+    return (tl.load(subset + nth, mask=mask, other=0) - nth) * rows_per_sample + row
 
 
 @triton.jit

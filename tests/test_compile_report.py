@@ -74,6 +74,10 @@ def test_each_fault_is_named(name, arch, failure):
     assert any(failure in found for found in result.failures), result
 
 
+def test_a_block_of_64_bit_divisions_is_named():
+    assert compile_launch(planted.division, 90).failures == ("divides blocks of 64-bit integers 1 times",)
+
+
 def test_the_verdict_is_the_same_from_tritons_cache():
     assert compile_matmul("serialised", 90).failures == compile_matmul("serialised", 90).failures
 

@@ -31,6 +31,13 @@ def row_sum_kernel(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def division_kernel(x_ptr, divisor, N: tl.constexpr):
+    """x (N,) int64 = 0, 1, ... divided by `divisor`."""
+    index = tl.arange(0, N).to(tl.int64)
+    tl.store(x_ptr + index, index // divisor)
+
+
+@triton.jit
 def not_a_kernel(x_ptr, N: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, N), tl.zeros((N + 1,), tl.float32))
 
@@ -58,6 +65,10 @@ def matmul(entry: Launch) -> None:
 def row_sum() -> None:
     x = torch.empty(256)
     launch(row_sum_kernel, (1,), Launch({"ROWS": 1, "COLUMNS": 256}, 1, 1), x_ptr=x, out_ptr=x)
+
+
+def division() -> None:
+    launch(division_kernel, (1,), Launch({"N": 128}, 4, 1), x_ptr=torch.empty(128, dtype=torch.int64), divisor=197)
 
 
 def uses() -> None:
