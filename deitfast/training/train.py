@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from deitfast.training.interrupt import EXIT_INTERRUPTED, StopRequest
 from deitfast.training.meter import Meter
 from deitfast.training.run import Run, begin, save, set_up
 from deitfast.training.run_folder import duration
-from deitfast.use.evaluate import Scores, evaluate
+from deitfast.use.evaluate import Scores, evaluate_each
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,17 @@ def train(
         begin(run, data, stated)
         with TrainLoader(
             run.train_data,
-            replace(recipe, decode=run.decode),
+            recipe,
             image_size=run.model.image_size,
             micro_batch=run.micro_batch,
             rank=run.world.rank,
-            world=run.world.size,
+            world_size=run.world.size,
             device=run.world.device,
             start_step=run.step,
             stop_step=run.total_steps,
             say=run.warn,
             bad_list=Path(recipe.out) / "bad.txt",
+            decoder=run.decode,
         ) as loader:
             try:
                 with StopRequest() as stop:
@@ -97,21 +99,21 @@ def loop(
     Raises SystemExit(75) after saving, once the processes have agreed that one of them got a SIGTERM: at once where
     there is one process, else at the next log step.
     """
-    recipe, world, plan = run.recipe, run.world, run.plan
+    recipe, world, order = run.recipe, run.world, run.order
     batches = iter(loader)
-    meter = Meter(recipe, world, loader, run.engine, stop, run.step, run.total_steps, plan.steps_per_epoch)
+    meter = Meter(recipe, world, loader, run.engine, stop, run.step, run.total_steps, order.steps_per_epoch)
     log_every = recipe.log_every or (50 if world.device.type == "cuda" else 1)
     last_step = run.total_steps if stop_at is None else min(stop_at, run.total_steps)
     saved_at, result = time.monotonic(), None
     run.model.train()
 
     while run.step < last_step:
-        lr = learning_rate(recipe, run.step, plan.steps_per_epoch)
+        lr = learning_rate(recipe, run.step, order.steps_per_epoch)
         run.engine(batches, run.step, lr)
         run.step += 1
 
         # Everything that waits for the device happens at log steps, and every pause is one.
-        epoch, in_epoch = divmod(run.step, plan.steps_per_epoch)
+        epoch, in_epoch = divmod(run.step, order.steps_per_epoch)
         epoch_ended, stopping = in_epoch == 0, run.step == last_step
         leaving = stop.received and world.size == 1
         if not (run.step % log_every == 0 or epoch_ended or stopping or leaving):
@@ -150,27 +152,20 @@ def out_of_memory(run: Run) -> DeitfastError:
 
 def evaluate_both(run: Run, images_per_second: float, limit: int | None) -> Result:
     """Scores of the raw and of the averaged weights."""
-
-    def scores() -> Scores:
-        return evaluate(
-            run.model, run.val_data, run.world, crop_ratio=run.recipe.eval_crop_ratio, batch=run.micro_batch,
-            workers=run.recipe.workers, bf16=run.bf16, limit=limit, decode=run.decode,
-        )  # fmt: skip
-
-    raw, averaged = scores(), None
-    if run.recipe.ema_decay:
-        with run.engine.averaged():
-            averaged = scores()
-    return Result(
-        run.step, raw, averaged, images_per_second, engine=run.engine.description, folder=Path(run.recipe.out)
-    )
+    weights = [contextlib.nullcontext, *([run.engine.averaged] if run.recipe.ema_decay else [])]
+    raw, *averaged = evaluate_each(
+        run.model, weights, run.val_data, run.world, crop_ratio=run.recipe.eval_crop_ratio, batch=run.eval_batch,
+        workers=run.recipe.workers, bf16=run.bf16, limit=limit, decode=run.decode,
+    )  # fmt: skip
+    ema = averaged[0] if averaged else None
+    return Result(run.step, raw, ema, images_per_second, engine=run.engine.description, folder=Path(run.recipe.out))
 
 
 def record(run: Run, result: Result) -> None:
     """Write the scores down, and the better of raw and averaged weights if they are the run's best so far."""
     if not run.folder:
         return
-    epoch = run.step // run.plan.steps_per_epoch
+    epoch = run.step // run.order.steps_per_epoch
     use_ema = result.ema is not None and result.ema.top1 > result.raw.top1
     top1 = result.ema.top1 if use_ema and result.ema else result.raw.top1
     values = {
