@@ -163,8 +163,8 @@ def linear_residual_inputs(draw: Draw, leading: tuple[int, ...], D: int, K: int,
 
 
 def layernorm_mlp_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, **activations: Any) -> Inputs:
-    tensors = mlp_gelu_inputs(draw, leading, D, H, **activations) | draw.norm("ln", D)
-    return tensors | {"gamma": draw.gamma(D), "keep": draw.keep(leading[0]) if leading else None}
+    branch = {**draw.norm("ln", D), "gamma": draw.gamma(D), "keep": draw.keep(leading[0]) if leading else None}
+    return mlp_gelu_inputs(draw, leading, D, H, **activations) | branch
 
 
 def layernorm_attention_inputs(draw: Draw, leading: tuple[int, ...], D: int, _: int = 0, **activations: Any) -> Inputs:

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deitfast.kernels.catalogue import Draw
 from deitfast.kernels.common import INTERPRETED
-from tests.kernels.linear_ops import OPS, Draw, Op, check, outputs_and_gradients
+from tests.kernels.linear_ops import OPS, Op, check, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, and the interpreter is slow")
