@@ -7,7 +7,7 @@ import torch
 
 from deitfast.kernels.catalogue import Draw, layernorm_qkv_inputs
 from deitfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
-from deitfast.kernels.layernorm_qkv import layernorm_qkv
+from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
 from tests.kernels.linear_ops import OPS, check
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
