@@ -304,7 +304,7 @@ def gathered(outputs: Sequence[Any], row: np.ndarray, output: np.ndarray, device
 
     # The outputs are in order on the current stream, and so are these copies. No DLPack: when a tensor dies that came
     # out of DALI by it, a thread of DALI's calls cudaDeviceSynchronize, which a capture under way does not survive.
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.current_stream(device)
     wholes = [o.as_tensor() for o in outputs]
     dense = torch.empty(len(wholes), *wholes[0].shape(), dtype=torch.uint8, device=device)
     for to, whole in zip(dense, wholes, strict=True):
@@ -344,13 +344,14 @@ def crop(images: Any, start: Any, shape: Any) -> Any:
     return fn.slice(images, start=start, shape=shape, axes=[0, 1])
 
 
-def resize(images: Any, size: Any) -> Any:
-    """Graph node: to `size` (height, width), integers; cubic with antialiasing, as PIL's bicubic."""
+def resize(images: Any, size: Any, interpolation: str = "bicubic") -> Any:
+    """Graph node: to `size` (height, width), integers; antialiased, as PIL's filter of that name."""
     from nvidia.dali import fn, types
 
     if not isinstance(size, list):
         size = fn.cast(size, dtype=types.DALIDataType.FLOAT)  # DALI takes sizes as floats
-    return fn.resize(images, size=size, interp_type=types.DALIInterpType.INTERP_CUBIC, antialias=True)
+    kind = {"bicubic": "CUBIC", "bilinear": "LINEAR", "lanczos": "LANCZOS3", "nearest": "NN"}[interpolation]
+    return fn.resize(images, size=size, interp_type=getattr(types.DALIInterpType, f"INTERP_{kind}"), antialias=True)
 
 
 def flip(images: Any, mirrored: Any) -> Any:
