@@ -205,7 +205,10 @@ def test_norm_that_is_not_finite_changes_nothing(optimizer: Optimizer, value: fl
 
 @pytest.mark.parametrize("optimizer", REFERENCES)
 def test_gradients_and_copy_in_half_precision(optimizer: Optimizer, device: torch.device, dtype: torch.dtype) -> None:
-    """A 16-bit gradient gives what its values in fp32 give, and the copy is the rounded weights."""
+    """A 16-bit gradient gives what its values in fp32 give, and the copy is the rounded weights.
+
+    To one rounding: the compiler may fuse a product and a sum in one of the two kernels and not in the other.
+    """
     name = "matrices and vectors"
     tensors = draw(name, device)
     flat = Flat(tensors, optimizer, dtype=dtype, copies=True, clip=0.01)
@@ -214,7 +217,8 @@ def test_gradients_and_copy_in_half_precision(optimizer: Optimizer, device: torc
         grads = [g.to(dtype) for g in gradients(name, device, step)]
         flat.update(grads, step)
         exact.update([g.float() for g in grads], step)
-    assert torch.equal(flat.buffers.master, exact.buffers.master)
+    for actual, expected in zip(flat.views(flat.buffers.master), exact.views(exact.buffers.master), strict=True):
+        assert float((actual - expected).abs().max()) <= ULP * float(expected.abs().max())
     assert flat.buffers.compute is not None
     assert torch.equal(flat.buffers.compute, flat.buffers.master.half())
 
