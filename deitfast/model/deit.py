@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from deitfast.errors import DeitfastError
@@ -47,6 +49,25 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x_BND), "b n (three h k) -> three b h n k", three=3, h=self.num_heads)
         out_BHNK = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(out_BHNK, "b h n k -> b n (h k)"))
+
+    def of_prefix(self, x_BND: Tensor, prefix: int) -> Tensor:
+        """The first `prefix` rows of `forward`, (B, prefix, D): all tokens give keys and values, those queries."""
+        (q_weight, kv_weight), (q_bias, kv_bias) = split_qkv(self.qkv.weight), split_qkv(self.qkv.bias)
+        q_BPD, kv_BNE = F.linear(x_BND[:, :prefix], q_weight, q_bias), F.linear(x_BND, kv_weight, kv_bias)
+        return self.proj(attend(q_BPD, kv_BNE, self.num_heads))
+
+
+def split_qkv(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight or bias of a packed q, k, v projection, (3D, ...), as that of q (D, ...) and of k and v (2D, ...)."""
+    q, kv = packed.split([packed.shape[0] // 3, packed.shape[0] // 3 * 2])
+    return q, kv
+
+
+def attend(q_BPD: Tensor, kv_BNE: Tensor, num_heads: int) -> Tensor:
+    """Attention of queries (B, P, D) to packed keys and values (B, N, 2D): (B, P, D)."""
+    q = rearrange(q_BPD, "b p (h k) -> b h p k", h=num_heads)
+    k, v = rearrange(kv_BNE, "b n (two h k) -> two b h n k", two=2, h=num_heads)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h p k -> b p (h k)")
 
 
 class Mlp(nn.Module):
@@ -95,20 +116,52 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None) -> Tensor:
-        x_BND = _add_branch(x_BND, lambda x: self.ls1(self.attn(self.norm1(x))), drop, 0)
-        return _add_branch(x_BND, lambda x: self.ls2(self.mlp(self.norm2(x))), drop, 1)
+    computes_prefix = True
+    """Said by each class whose forward knows `prefix`, and not by one derived from it."""
+
+    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None, prefix: int | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D), or with `prefix` the first `prefix` tokens of it alone, (B, prefix, D)."""
+        attn = self.attn if prefix is None else partial(self.attn.of_prefix, prefix=prefix)
+        x_BPD = x_BND[:, :prefix]
+        x_BPD = _add_branch(x_BPD, x_BND, lambda x: self.ls1(attn(self.norm1(x))), drop, 0)
+        return _add_branch(x_BPD, x_BPD, lambda x: self.ls2(self.mlp(self.norm2(x))), drop, 1)
 
 
-def _add_branch(x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Kept | None, which: int) -> Tensor:
-    """x + branch(x) under drop-path; `which`: 0 for the attention branch, 1 for the MLP branch."""
+def _add_branch(
+    to_BPD: Tensor, x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Kept | None, which: int
+) -> Tensor:
+    """to + branch(x) under drop-path; `which`: 0 for the attention branch, 1 for the MLP branch."""
     if drop is None:
-        return x_BND + branch(x_BND)
+        return to_BPD + branch(x_BND)
     if isinstance(drop, Kept):
         index_K = drop.index_2K[which]
-        return x_BND.index_add(0, index_K, branch(x_BND[index_K]).to(x_BND.dtype), alpha=drop.scale)
-    out_BND = branch(x_BND)
-    return x_BND + out_BND * drop[which, :, None, None].to(out_BND.dtype)
+        return to_BPD.index_add(0, index_K, branch(x_BND[index_K]).to(to_BPD.dtype), alpha=drop.scale)
+    out_BPD = branch(x_BND)
+    return to_BPD + out_BPD * drop[which, :, None, None].to(out_BPD.dtype)
+
+
+_OWN = (Attention, Mlp, LayerScale, nn.LayerNorm, nn.Linear, nn.Identity)
+
+
+def prefix_alone(block: nn.Module) -> bool:
+    """Whether `block` may leave out the tokens that no head reads: what is inside is ours, and nobody watches.
+
+    A hook would see fewer tokens, an adapter or another module in place of ours would not be called or might mix them.
+    """
+    if "computes_prefix" not in vars(type(block)):
+        return False
+    for module in block.modules():
+        inside = vars(module)
+        if module is not block and type(module) not in _OWN:
+            return False
+        if "forward" in inside or any(inside[kind] for kind in _HOOKS):
+            return False
+    return not _has_any_global_hook()
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo with this module.
+prefix_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class DeiT(nn.Module):
@@ -222,33 +275,43 @@ class DeiT(nn.Module):
         drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is kept, or a `Kept`
         (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
         """
+        return self._features(images, drop, None)
+
+    def prefix_features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None) -> Tensor:
+        """The class (and distillation) token of `forward_features`, (B, 1 or 2, D): all that the heads read.
+
+        The last block computes these rows alone; of the other tokens it needs keys and values, nothing else.
+        """
+        return self._features(images, drop, self.num_prefix_tokens)
+
+    def _features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None, prefix: int | None) -> Tensor:
         if not self.training:
             drop = None
         elif drop is None:
             drop = self.draw_keep(images.shape[0], images.device)
         x_BND = self.embed(images)
+        alone = prefix if prefix_alone(self.blocks[-1]) else None
         for i, block in enumerate(self.blocks):
-            one = None if drop is None else drop[i]
+            arguments = None if drop is None else drop[i], alone if i == len(self.blocks) - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, one, use_reentrant=False, preserve_rng_state=False)
+                x_BND = checkpoint(block, x_BND, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BND = block(x_BND, one)
-        return self.norm(x_BND)
+                x_BND = block(x_BND, *arguments)
+        return self.norm(x_BND[:, :prefix])
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor, ...]:
         """The features a head reads: (class token,) or (class token, distillation token), each (B, D)."""
-        x_BND = self.forward_features(images)
-        return tuple(x_BND[:, i] for i in range(self.num_prefix_tokens))
+        return self.prefix_features(images).unbind(1)
 
     def forward(
         self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, classes); for a distilled model in training both heads' logits. See `forward_features`."""
-        x_BND = self.forward_features(images, drop)
-        logits = self.head(x_BND[:, 0])
+        x_BPD = self.prefix_features(images, drop)
+        logits = self.head(x_BPD[:, 0])
         if not self.distilled:
             return logits
-        logits_dist = self.head_dist(x_BND[:, 1])
+        logits_dist = self.head_dist(x_BPD[:, 1])
         return (logits, logits_dist) if self.training else (logits + logits_dist) / 2
 
 

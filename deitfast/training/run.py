@@ -130,6 +130,8 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
 def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
     """Resume from the run folder and write down what is about to run."""
     run.world.agree(lambda: resume(run))
+    check_same_step(run)
+    run.engine.broadcast()  # equal already, but for a machine with other generators or files
     if run.folder:
         if run.recipe.allow_changes or not (run.folder.path / IMAGES).exists():
             write_manifest(run.folder.path / IMAGES, run.train_data)
@@ -235,6 +237,18 @@ def resume(run: Run) -> None:
     run.engine.load(found.tensors)
     run.step, run.best = found.step, found.state["best"]
     run.say(f"resuming {run.recipe.out} at step {run.step}")
+
+
+def check_same_step(run: Run) -> None:
+    """Raise DeitfastError where the processes would go on from different checkpoints."""
+    steps = run.world.gather(run.step)
+    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
+    if other is not None:
+        message = (
+            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[other]}. Give an --out that "
+            "all machines share"
+        )
+        raise DeitfastError(message if run.world.is_main else "")
 
 
 def introduce(run: Run, data: Dataset, stated: Recipe | None) -> None:
