@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from deitfast.kernels.common import INTERPRETED
-from deitfast.model.deit import Block, DeiT, Kept, prefix_alone
+from deitfast.model.deit import Block, DeiT, Subset, prefix_alone
 from deitfast.model.fused import FusedBlock, fuse, saved_bytes_per_token
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import images, outputs_and_gradients, perturb
@@ -30,10 +30,10 @@ def test_a_fused_model_is_as_near_to_float64_as_eager(options, training):
     fused = fuse(copy.deepcopy(eager))
     assert list(fused.state_dict()) == list(eager.state_dict())
     x = images(eager, batch=3)
-    keep = eager.draw_keep(3, x.device) if training else None
+    path_scale = eager.draw_path_scales(3, x.device) if training else None
     found = []
     for model in (exact, eager, fused):
-        model.prefix_features = lambda x, _=None, model=model: type(model).prefix_features(model, x, keep)
+        model.prefix_features = lambda x, _=None, model=model: type(model).prefix_features(model, x, path_scale)
         found.append(outputs_and_gradients(model, x.to(next(model.parameters()).dtype)))
     for name in found[1]:
         factor = 2.0 if name == "logits" else 3.0
@@ -43,7 +43,7 @@ def test_a_fused_model_is_as_near_to_float64_as_eager(options, training):
 DROPS = {
     "none": None,
     "each image": torch.tensor([[1.25, 0.0, 1.25, 0.0], [0.0, 1.25, 1.25, 0.0]]),
-    "subset": Kept(torch.tensor([[0, 2, 3], [1, 2, 3]]), 4 / 3),
+    "subset": Subset(torch.tensor([[0, 2, 3], [1, 2, 3]]), 4 / 3),
 }
 
 
@@ -153,11 +153,11 @@ def test_saved_bytes_per_token_are_what_autograd_saves(width, heads, mlp_ratio, 
     assert sum(saved.values()) == 2 * batch * tokens * expected
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept_out = blocks[0](x, Kept(torch.tensor([[0, 2], [1, 2]]), 1.5))
+        subset_out = blocks[0](x, Subset(torch.tensor([[0, 2], [1, 2]]), 1.5))
     stream, index = 2 * width * dtype.itemsize, 2 * 2 * 8  # x of both halves, whole; the samples' indices
     assert sum(saved.values()) == tokens * (batch * stream + 2 * (expected - stream)) + index
     assert out.grad_fn is not None
-    assert kept_out.grad_fn is not None
+    assert subset_out.grad_fn is not None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs kernels on CPU tensors")

@@ -93,8 +93,8 @@ class LayerScale(nn.Module):
         return x_BND * self.gamma
 
 
-class Kept(NamedTuple):
-    """Drop-path by subset: only these images run through a block's two branches, each scaled by batch / kept."""
+class Subset(NamedTuple):
+    """Drop-path by subset: only these images run through a block's two branches, each scaled by batch / K."""
 
     index_2K: Tensor  # int64, ascending: images of the batch that keep the attention branch, and the MLP branch
     scale: float
@@ -103,8 +103,8 @@ class Kept(NamedTuple):
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    drop: drop-path of one block. A tensor (2, B) scales the two residual branches of each image; `Kept` runs them for a
-    subset of the images only, and the others pass unchanged; None leaves the branches whole.
+    drop: drop-path of one block. A tensor (2, B) scales the two residual branches of each image; `Subset` runs them for
+    some of the images only, and the others pass unchanged; None leaves the branches whole.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, layer_scale: float | None) -> None:
@@ -119,7 +119,7 @@ class Block(nn.Module):
     computes_prefix = True
     """Said by each class whose forward knows `prefix`, and not by one derived from it."""
 
-    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None, prefix: int | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, drop: Tensor | Subset | None = None, prefix: int | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D), or with `prefix` the first `prefix` tokens of it alone, (B, prefix, D)."""
         attn = self.attn if prefix is None else partial(self.attn.of_prefix, prefix=prefix)
         x_BPD = x_BND[:, :prefix]
@@ -128,12 +128,12 @@ class Block(nn.Module):
 
 
 def _add_branch(
-    to_BPD: Tensor, x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Kept | None, which: int
+    to_BPD: Tensor, x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Subset | None, which: int
 ) -> Tensor:
     """to + branch(x) under drop-path; `which`: 0 for the attention branch, 1 for the MLP branch."""
     if drop is None:
         return to_BPD + branch(x_BND)
-    if isinstance(drop, Kept):
+    if isinstance(drop, Subset):
         index_K = drop.index_2K[which]
         return to_BPD.index_add(0, index_K, branch(x_BND[index_K]).to(to_BPD.dtype), alpha=drop.scale)
     out_BPD = branch(x_BND)
@@ -232,12 +232,12 @@ class DeiT(nn.Module):
         if self.distilled:
             yield "head_dist", self.head_dist
 
-    def draw_keep(self, batch: int, device: torch.device) -> Tensor | None:
+    def draw_path_scales(self, batch: int, device: torch.device) -> Tensor | None:
         """Drop-path scales (depth, 2, batch) in fp32 from torch's generator, or None where nothing is ever dropped."""
         if not any(self.drop_path_rates):
             return None
         uniform = torch.rand(len(self.blocks), 2, batch, device=device)
-        return keep_scales(uniform, self.drop_path_rates)
+        return path_scales(uniform, self.drop_path_rates)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), normalised, or their patches, to the tokens (B, N, D) that enter the first block.
@@ -269,26 +269,26 @@ class DeiT(nn.Module):
         missing = self.num_prefix_tokens - self.num_prefix_positions
         return F.pad(self.pos_embed, (0, 0, missing, 0)) if missing else self.pos_embed
 
-    def forward_features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None) -> Tensor:
         """Images (B, 3, S, S), normalised, or their patches (see `embed`) to normalised tokens (B, N, D).
 
-        drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is kept, or a `Kept`
-        (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
+        drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is not, or a
+        `Subset` (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
         """
         return self._features(images, drop, None)
 
-    def prefix_features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None) -> Tensor:
+    def prefix_features(self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None) -> Tensor:
         """The class (and distillation) token of `forward_features`, (B, 1 or 2, D): all that the heads read.
 
         The last block computes these rows alone; of the other tokens it needs keys and values, nothing else.
         """
         return self._features(images, drop, self.num_prefix_tokens)
 
-    def _features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None, prefix: int | None) -> Tensor:
+    def _features(self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None, prefix: int | None) -> Tensor:
         if not self.training:
             drop = None
         elif drop is None:
-            drop = self.draw_keep(images.shape[0], images.device)
+            drop = self.draw_path_scales(images.shape[0], images.device)
         x_BND = self.embed(images)
         alone = prefix if prefix_alone(self.blocks[-1]) else None
         for i, block in enumerate(self.blocks):
@@ -304,7 +304,7 @@ class DeiT(nn.Module):
         return self.prefix_features(images).unbind(1)
 
     def forward(
-        self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None
+        self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, classes); for a distilled model in training both heads' logits. See `forward_features`."""
         x_BPD = self.prefix_features(images, drop)
@@ -315,7 +315,7 @@ class DeiT(nn.Module):
         return (logits, logits_dist) if self.training else (logits + logits_dist) / 2
 
 
-def keep_scales(uniform: Tensor, drop_path_rates: list[float]) -> Tensor:
+def path_scales(uniform: Tensor, drop_path_rates: list[float]) -> Tensor:
     """Uniform draws (depth, 2, B) in [0, 1) to drop-path scales: 0 with the block's probability p, else 1 / (1 - p)."""
     p = torch.tensor(drop_path_rates, dtype=uniform.dtype, device=uniform.device)[:, None, None]
     return (uniform >= p) / (1 - p)
