@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deitfast.compiler import check_compiler
-from deitfast.errors import DeitfastError
+from deitfast.errors import EXIT_HOPELESS, DeitfastError, HopelessError
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
@@ -63,17 +63,20 @@ class World:
 
         If it raises DeitfastError anywhere, it does so everywhere, and only one process's error carries the message.
         """
-        result, error = None, None
+        result: T | None = None
+        error: DeitfastError | None = None
         for turn in (True, False):
             if (self.local_rank == 0) == turn and error is None:
                 try:
                     result = action()
                 except DeitfastError as raised:
-                    error = str(raised)
-            errors = self.gather(error)
-            if any(errors):
-                speaker = next(i for i, text in enumerate(errors) if text)
-                raise DeitfastError(str(errors[speaker]) if self.rank == speaker else "")
+                    error = raised
+            codes = self.gather(error.exit_code if error else 0)
+            if any(codes):
+                speaker = next(i for i, code in enumerate(codes) if code)
+                if error and self.rank == speaker:
+                    raise error
+                raise HopelessError("") if codes[speaker] == EXIT_HOPELESS else DeitfastError("")
         return result  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:

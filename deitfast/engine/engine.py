@@ -301,6 +301,8 @@ class FlatEngine:
         if self.flat.ema is not None:
             self.flat.load_ema(dict(tensors["ema"]))
         self.flat.refresh()
+        for counter in (self.skipped_in_row, self.skipped_most):
+            counter.zero_()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
