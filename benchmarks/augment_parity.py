@@ -190,7 +190,7 @@ def compare_loader(manifest: Manifest, count: int, device: str) -> bool:
         with TrainLoader(manifest, r, size, micro_batch=batch, device=device, stop_step=1) as loader:
             yielded[r] = next(iter(loader))
     whole, cropped = yielded[recipe], yielded[plain]
-    index, view, epoch = whole.index.cpu().numpy(), whole.view.cpu().numpy(), whole.epoch
+    index, view, epoch = whole.index.cpu().numpy(), whole.view.cpu().numpy(), int(whole.epoch)
     boxes = draws.random_resized_crop(manifest.width[index], manifest.height[index], index, epoch, view, recipe.seed)
     mirrored = draws.flip(index, epoch, view, recipe.seed)
     drawn = Augmentation(recipe, size, torch.device("cpu")).draw(index, epoch, view)

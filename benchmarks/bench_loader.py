@@ -117,7 +117,7 @@ def _ours(repeats: int, policy: bool, prepared: bool = False) -> Loader:
             stop_step=1_000_000,
         ) as batches:
             for batch in batches:
-                images = prepare_patches(batch, 16) if prepared else batch.images
+                images = prepare_patches(batch, recipe, 16) if prepared else batch.images
                 yield len(images)
 
     return loader

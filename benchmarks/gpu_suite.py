@@ -1,23 +1,27 @@
-"""One command that measures everything within its minutes, most valuable first, and ends with one page.
+"""One command for the first minutes on a GPU: is it right, how fast is it, what is to be done next; ends with one page.
 
     python -m benchmarks.gpu_suite --out DIR [--minutes 8] [--only step breakdown ...] [--data IMAGENET]
     python -m benchmarks.gpu_suite --device cpu --quick --out DIR
 
-tests       pytest of the kernels on this device: what is wrong need not be fast
+verify      the tests that say most on this device (verify): what is wrong need not be fast
 roof        the measured matmul rate and bandwidth
+questions   what decides the next work: captures, partial sums, tiles, stages, decoders (questions)
 step        ours beside every peer and the ablation (bench_train_step)
+smoke       training itself: steps, a capture, a save, a resume, an evaluation; decoded on the CPU and on the GPU
 breakdown   one profiled step by kind of kernel
+tune        launches of the matrix products and of attention at DeiT-B (tune)
+attention, mlp_gelu, layernorm_qkv, block, input, optimizer     each op beside its baselines (micro, bench_optimizer)
+tests       every test that needs a GPU (verify --all)
 curves      loss curves of the engine beside eager bf16 and fp32 (loss_curves)
-layernorm_qkv, attention, mlp_gelu, block_ops, input, optimizer    each op beside its baselines
 inference   images/s and latency beside timm and Hugging Face
 loader      the input pipeline beside timm's
 
-DIR/results.json is whole at every moment and holds all rows; DIR/page.md and three PNGs are made from it at the end;
-DIR/log.txt keeps what the parts printed. Each part is a process with a time limit of its own, so a crash or a hang
-ends that part alone. The same command goes on where it stopped: finished parts are not repeated while the sources are
-the same, and rows of peers are kept as long as machine and versions are.
+DIR/results.json is whole at every moment and holds all rows, DIR/page.md follows it part by part and at the end has
+three PNGs; DIR/log.txt keeps what the parts printed. Each part is a process with a time limit of its own, so a crash or
+a hang ends that part alone, and its rows up to then are kept. The same command goes on where it stopped: finished parts
+are not repeated while the sources are the same, and rows of peers are kept as long as machine and versions are.
 
-Exit status 1 where the tests failed or a result was refused, 2 without the device.
+Exit status 1 where a test failed or a result was refused, 2 without the device.
 """
 
 from __future__ import annotations
@@ -36,44 +40,63 @@ from typing import Any
 from benchmarks.bench_train_step import job_of, machine, ratios, reusable, run_worker
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, load
-from benchmarks.measuring.processes import run_limited
+from benchmarks.measuring.processes import Finished, run_limited
 from benchmarks.reporting.page import write_page
 from benchmarks.reporting.record import facts, gpu_state
 
-QUICK_TESTS = ["tests/kernels/test_layernorm_qkv.py", "tests/kernels/test_mlp.py", "-x", "-m", "not slow and not gpu"]
 OPS = {
     "attention": ("attention",),
     "mlp_gelu": ("mlp_gelu",),
     "layernorm_qkv": ("layernorm_qkv", "layernorm"),
-    "block_ops": ("block", "layernorm_mlp", "linear_residual"),
+    "block": ("block", "layernorm_attention", "layernorm_mlp", "linear_residual"),
 }
+NOT_KEPT = {"theme", "device", "quick", "facts", "rows", "finished", "compile_verdicts"}
+"""What is not taken over of a part's own file: the suite has it, or it is long and can be had again."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One part. weight: its share of the time that is left when it starts, beside the parts that follow.
 
-    command: arguments after `python -m`; quick: further ones with --quick.
+    command: arguments after `python -m`; quick: further ones with --quick. data: takes --data. plain: no command of
+    ours, so its row is what it printed last.
     """
 
     name: str
     weight: float
     command: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()
+    data: bool = False
+    plain: bool = False
+
+
+def smoke(decode: str) -> tuple[str, ...]:
+    return "deitfast", "train", "recipes/deit_tiny.py", "--smoke", "--decode", decode
 
 
 PARTS = (
-    Part("tests", 2.0),
-    Part("roof", 0.5),
+    Part("verify", 3.0, ("benchmarks.verify",)),
+    Part("roof", 0.7),
+    Part("questions", 1.2, ("benchmarks.questions",)),
     Part("step", 6.0, ("benchmarks.bench_train_step",)),
+    Part("smoke", 1.5, smoke("cpu"), data=True, plain=True),
+    Part("smoke, GPU decoder", 1.0, smoke("gpu"), data=True, plain=True),
     Part("breakdown", 1.0, ("benchmarks.breakdown",)),
+    Part("tune", 1.5, ("benchmarks.tune", "--only", "gemm", "attention", "--models", "B"), ("--models", "Ti")),
     *(Part(name, 0.5, ("benchmarks.micro", *ops), ("--no-compile",)) for name, ops in OPS.items()),
     Part("input", 0.3, ("benchmarks.micro", "input_patches", "patch_embed")),
     Part("optimizer", 0.3, ("benchmarks.bench_optimizer",)),
-    Part("curves", 1.5, ("benchmarks.loss_curves",)),
+    Part("tests", 2.5, ("benchmarks.verify", "--all")),
+    Part("curves", 1.5, ("benchmarks.loss_curves",), data=True),
     Part("inference", 1.0, ("benchmarks.bench_inference",)),
-    Part("loader", 1.0, ("benchmarks.bench_loader",)),
+    Part("loader", 1.0, ("benchmarks.bench_loader",), data=True),
 )
+"""First whether it is right, then the number that this project is about, then what says where the time goes and what to
+change, then all the rest."""
+
+
+def parts_for(device: str) -> tuple[Part, ...]:
+    return tuple(part for part in PARTS if device == "cuda" or "GPU" not in part.name)
 
 
 class Results:
@@ -117,59 +140,71 @@ class Results:
 
 
 def run_part(part: Part, results: Results, options: argparse.Namespace, seconds: float, log: Any) -> None:
-    """Run one part within `seconds`, taking its rows over as they come."""
+    """Run one part within `seconds`, taking its rows over as they come, also when the suite itself is ended."""
     start = time.monotonic()
     # Steps measured earlier that still hold outlive a run that is cut off before it comes to them.
     earlier = reusable([results.path], results.data["facts"], options.quick) if part.name == "step" else {}
-    kept = list(earlier.values())
-    kept_keys = [row["key"] for row in kept]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "rows.json"
 
-        def rows() -> list[dict[str, Any]]:
-            found = load(out)["rows"] if out.exists() else []
-            measured = [row["key"] for row in found if "ms" in row]
-            return [row for row in found if row["key"] in measured or row["key"] not in kept_keys] + [
-                row for row in kept if row["key"] not in measured
-            ]
-
-        def tick(_: str) -> None:
-            if found := rows():
-                results.put(part.name, found, status="running", seconds=time.monotonic() - start)
+        def take_over(status: str, problem: str | None = None) -> None:
+            rows, notes = _found(out, list(earlier.values()))
+            if "roofs" in notes:  # of this very run, should the roof's own part have found none
+                results.data.setdefault("roofs", notes.pop("roofs"))
+            if rows or status != "running":
+                state = {"status": status, "seconds": time.monotonic() - start, "problem": problem, "notes": notes}
+                results.put(part.name, rows, **state)
 
         command = _command(part, results, options, seconds, Path(scratch), out)
-        finished = run_limited([sys.executable, "-m", *command], seconds, tick)
-        log.write(f"== {part.name}: python -m {' '.join(command)}\n{finished.out}\n{finished.err[-20000:]}\n")
-        log.flush()
-        found = rows()
-    # Status 1 of a benchmark is a refused result: measured, and told by its row.
-    ended = finished.status == 0 or (finished.status == 1 and part.command and found)
-    unmeasured = any("skipped" in row for row in found)
-    status = "cut off" if finished.status is None else "failed" if not ended else "partly" if unmeasured else "done"
-    if part.name == "tests":
-        found = [{"key": {"op": "tests"}, "status": finished.status, "tail": finished.out.strip().splitlines()[-1:]}]
-    problem = None if ended else finished.problem
-    results.put(part.name, found, status=status, seconds=finished.seconds, problem=problem)
+        try:
+            finished = run_limited([sys.executable, "-m", *command], seconds, lambda _: take_over("running"))
+        except BaseException:
+            take_over("cut off", "the suite was ended")
+            raise
+        if part.plain:
+            out.write_text(json.dumps({"theme": "plain", "facts": {}, "rows": [_last_words(part, finished)]}))
+        status = _status(part, finished, _found(out, [])[0])
+        take_over(status, finished.problem if status in ("failed", "cut off") else None)
+    log.write(f"== {part.name}: python -m {' '.join(command)}\n{finished.out}\n{finished.err[-20000:]}\n")
+    log.flush()
+
+
+def _found(out: Path, kept: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows that a part has written so far with those `kept` that it has not measured again, and its notes."""
+    data = load(out) if out.exists() else {"rows": []}
+    measured = [row["key"] for row in data["rows"] if "ms" in row]
+    kept_keys = [row["key"] for row in kept]
+    rows = [row for row in data["rows"] if row["key"] in measured or row["key"] not in kept_keys]
+    notes = {name: value for name, value in data.items() if name not in NOT_KEPT}
+    return rows + [row for row in kept if row["key"] not in measured], notes
+
+
+def _status(part: Part, finished: Finished, found: Sequence[dict[str, Any]]) -> str:
+    if finished.status is None:
+        return "cut off"
+    # Status 1 of a benchmark is a refused result or a failed test: measured, and told by its row.
+    if finished.status != 0 and not (finished.status == 1 and found and not part.plain):
+        return "failed"
+    return "partly" if any("skipped" in row for row in found) else "done"
+
+
+def _last_words(part: Part, finished: Finished) -> dict[str, Any]:
+    lines = finished.out.strip().splitlines()
+    row = {"key": {"op": "smoke", "part": part.name}, "answer": lines[-1] if lines else ""}
+    return row if finished.status == 0 else row | {"failed": finished.problem}
 
 
 def _command(
     part: Part, results: Results, options: argparse.Namespace, seconds: float, scratch: Path, out: Path
 ) -> list[str]:
-    if part.name == "tests":
-        return [
-            "pytest",
-            "-q",
-            *(
-                ["-m", "gpu", "tests/kernels", "tests/test_step.py", "--maxfail=20"]
-                if _on_gpu(options)
-                else QUICK_TESTS
-            ),
-        ]
+    data = ["--data", options.data] if part.data else []
+    if part.plain:
+        tiny = [word.replace("deit_tiny", "deit_digits") if options.quick else word for word in part.command]
+        return [*tiny, *data, "--device", options.device, "--out", str(scratch / "run")]
     command = [*part.command, "--device", options.device, "--out", str(out), "--minutes", f"{(seconds - 5) / 60:.2f}"]
+    command += data
     if options.quick:
         command += ["--quick", *part.quick]
-    if part.name in ("loader", "curves"):
-        command += ["--data", options.data]
     if part.name == "step":
         earlier = scratch / "earlier.json"
         earlier.write_text(results.path.read_text())
@@ -177,10 +212,6 @@ def _command(
         if roof := results.data.get("roofs"):
             command += ["--roof", f"{roof['tflops']},{roof['gbps']}"]
     return command
-
-
-def _on_gpu(options: argparse.Namespace) -> bool:
-    return options.device == "cuda"
 
 
 def measure_roof(results: Results, options: argparse.Namespace, seconds: float) -> None:
@@ -193,63 +224,70 @@ def measure_roof(results: Results, options: argparse.Namespace, seconds: float) 
     results.put("roof", [], status=status, seconds=time.monotonic() - start, problem=found.get("failed"))
 
 
+def write_results(results: Results, folder: Path, plots: Sequence[str] = ()) -> None:
+    """The page as of now."""
+    (folder / "page.md").write_text(write_page(results.data, plots))
+
+
 def finish(results: Results, folder: Path) -> None:
     """Page and plots; a suite without matplotlib ends with the page alone."""
     results.data["finished"] = {"date": facts(results.data["device"])["date"], "gpu_state": gpu_state()}
     results.write()
+    write_results(results, folder)
     try:
         from benchmarks.reporting.plots import draw_all
 
-        plots = draw_all(results.data, folder)
+        write_results(results, folder, draw_all(results.data, folder))
     except ImportError as problem:
         print(f"gpu_suite: no plots: {problem}", file=sys.stderr)
-        plots = []
-    (folder / "page.md").write_text(write_page(results.data, plots))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite")
     arguments(parser)
     parser.set_defaults(out=None)
-    parser.add_argument("--only", nargs="+", choices=names, help="parts; also repeats finished ones")
-    parser.add_argument("--data", default="digits", help="images for loader and curves; default: the packaged digits")
+    parser.add_argument("--only", nargs="+", choices=[p.name for p in PARTS], help="parts; also repeats finished ones")
+    parser.add_argument("--data", default="digits", help="images for training and loader; default: the packaged digits")
     options = parser.parse_args(argv)
     if options.out is None:
         parser.error("--out DIR is needed")
     if not ready("gpu_suite", options.device):
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running part too
-    budget = Budget(options.minutes)
     try:
         results = Results(options.out, options.device, options.quick)
     except ValueError as problem:
         print(f"gpu_suite: {problem}", file=sys.stderr)
         return 2
-    chosen = [part for part in PARTS if part.name in options.only] if options.only else list(PARTS)
-    waiting = [part for part in chosen if options.only or not results.done(part.name)]
+    chosen = [part for part in parts_for(options.device) if not options.only or part.name in options.only]
     try:
-        with open(options.out / "log.txt", "a") as log:
-            for i, part in enumerate(waiting):
-                share = part.weight / sum(later.weight for later in waiting[i:])
-                seconds = (budget.left - 15) * share  # the page and the plots need their time too
-                if seconds < 5:
-                    print(f"{part.name}: no time left", flush=True)
-                    continue
-                if part.name == "roof":
-                    measure_roof(results, options, seconds)
-                else:
-                    run_part(part, results, options, seconds, log)
-                state = results.data["parts"][part.name]
-                why = f": {state['problem']}" if state.get("problem") else ""
-                print(f"{part.name}: {state['status']} in {state['seconds']:.0f} s{why}", flush=True)
+        run_all([part for part in chosen if options.only or not results.done(part.name)], results, options)
     finally:
         finish(results, options.out)
     rows = results.data["rows"]
     print("\n".join(ratios([row for row in rows if row["key"].get("op") == "train_step"])))
     print(f"{options.out / 'page.md'}")
-    bad = any("refused" in row for row in rows) or results.data["parts"].get("tests", {}).get("status") == "failed"
-    return 1 if bad else 0
+    return int(any("refused" in row or (row["key"].get("op") == "tests" and "failed" in row) for row in rows))
+
+
+def run_all(waiting: Sequence[Part], results: Results, options: argparse.Namespace) -> None:
+    """The parts one after another, each with its share of what is left of the minutes."""
+    budget = Budget(options.minutes)
+    with open(options.out / "log.txt", "a") as log:
+        for i, part in enumerate(waiting):
+            share = part.weight / sum(later.weight for later in waiting[i:])
+            seconds = (budget.left - 15) * share  # the page and the plots need their time too
+            if seconds < 5:
+                print(f"{part.name}: no time left", flush=True)
+                continue
+            if part.name == "roof":
+                measure_roof(results, options, seconds)
+            else:
+                run_part(part, results, options, seconds, log)
+            write_results(results, options.out)
+            state = results.data["parts"][part.name]
+            why = f": {state['problem']}" if state.get("problem") else ""
+            print(f"{part.name}: {state['status']} in {state['seconds']:.0f} s{why}", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,13 @@ def first_line(error: BaseException) -> str:
     return text[0] if text else type(error).__name__
 
 
+def unknown_argument(argument: str, flags: Iterable[str]) -> DeitfastError:
+    """What to raise for an argument that a command does not know, with the nearest of its flags."""
+    name = argument.split("=", 1)[0]
+    kind = "flag" if name.startswith("-") else "argument"
+    return DeitfastError(f"unknown {kind} {name}.{did_you_mean(name, flags) or ' --help lists the flags.'}")
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """` Did you mean X?` for the choice nearest to `name`, the first of equals; empty where none is near."""
 

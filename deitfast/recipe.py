@@ -14,7 +14,8 @@ from typing import Any
 from deitfast.errors import DeitfastError
 
 PAPER_TRAIN_IMAGES = 1_281_167
-_RAND_AUGMENT = re.compile(r"none|three|rand-m\d+(\.\d+)?(-mstd\d+(\.\d+)?)?(-inc1)?")
+RAND_AUGMENT = re.compile(r"rand-m(\d+(?:\.\d+)?)(?:-mstd(\d+(?:\.\d+)?))?(-inc1)?")
+"""timm's notation: magnitude, its standard deviation, and whether effects grow with the magnitude."""
 
 
 def _paper(default: Any, help: str, paper: Any = None) -> Any:
@@ -160,7 +161,7 @@ class Recipe:
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise DeitfastError(f"{flag(name)} is {getattr(self, name)!r}, must be one of {', '.join(valid)}")
-        if not _RAND_AUGMENT.fullmatch(self.rand_augment):
+        if self.rand_augment not in ("none", "three") and not RAND_AUGMENT.fullmatch(self.rand_augment):
             raise DeitfastError(
                 f"--rand-augment is {self.rand_augment!r}, must be none, three, or timm's notation such as "
                 "rand-m9-mstd0.5-inc1"
@@ -170,12 +171,7 @@ class Recipe:
             raise DeitfastError(f"{given} needs {missing}: the one does nothing without the other")
         if self.optimizer == "lamb" and self.engine == "plain":
             raise DeitfastError("--engine plain has no LAMB: PyTorch ships none. Use --engine flat")
-        if self.mixes and (self.batch % 2 or self.micro_batch % 2 or self.mix_group % 2):
-            odd = next(n for n in ("batch", "micro_batch", "mix_group") if getattr(self, n) % 2)
-            raise DeitfastError(
-                f"{flag(odd)} is {getattr(self, odd)}, odd, but mixup and cutmix mix pairs. "
-                "Make it even, or give --mixup 0 --cutmix 0"
-            )
+        self.refuse_odd(batch=self.batch, micro_batch=self.micro_batch, mix_group=self.mix_group)
         if self.warmup_epochs > self.epochs:
             raise DeitfastError(f"--warmup-epochs {self.warmup_epochs:g} exceeds --epochs {self.epochs}. Lower it")
         if self.loss == "bce" and self.smoothing:
@@ -190,6 +186,25 @@ class Recipe:
     def mixes(self) -> bool:
         """Whether images are mixed in pairs."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
+
+    @property
+    def unit(self) -> int:
+        """Images that stay together in a micro-batch: the two of a pair, where pairs are mixed."""
+        return 2 if self.mixes else 1
+
+    @property
+    def fuses(self) -> bool | None:
+        """`fused` as `create_model` takes it."""
+        return {"yes": True, "no": False, "auto": None}[self.fused]
+
+    def refuse_odd(self, **counts: int) -> None:
+        """Raise DeitfastError for the first of these numbers of images, by setting, that cuts through a mixed pair."""
+        for name, count in counts.items():
+            if count % self.unit:
+                raise DeitfastError(
+                    f"{flag(name)} is {count}, odd, but mixup and cutmix mix pairs. Make it even, or give --mixup 0 "
+                    "--cutmix 0"
+                )
 
     def deviations(self, train_images: int | None = None, stated: Recipe | None = None) -> list[str]:
         """Each way in which this run is not the DeiT paper's or, where `stated` is given, not that recipe file's."""

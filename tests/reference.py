@@ -6,6 +6,8 @@ from types import ModuleType
 
 import torch
 
+from deitfast.data import Targets
+
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -39,3 +41,11 @@ def import_torchvision() -> ModuleType:
     import torchvision
 
     return torchvision
+
+
+def dense(targets: Targets, classes: int) -> torch.Tensor:
+    """Soft targets as a float32 (m, classes) matrix, whose rows sum to 1."""
+    mixture = torch.zeros(len(targets.labels), classes)
+    mixture.scatter_add_(1, targets.labels[:, None], targets.lam[:, None])
+    mixture.scatter_add_(1, targets.partner_labels[:, None], 1 - targets.lam[:, None])
+    return (1 - targets.smoothing) * mixture + targets.smoothing / classes

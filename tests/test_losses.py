@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from deitfast.data import Targets
-from deitfast.engine.losses import distillation_loss, soft_cross_entropy, training_loss
-from deitfast.kernels.loss import mixed_bce_reference
+from deitfast.engine.losses import base_loss, distillation_loss, training_loss
 from deitfast.recipe import Recipe
+from tests.reference import dense
 
 IMAGES, CLASSES = 6, 9
 
@@ -36,8 +36,8 @@ def test_cross_entropy_equals_timms_on_dense_targets(timm, smoothing: float) -> 
     from timm.loss import SoftTargetCrossEntropy
 
     targets = mixture(smoothing)
-    expected = SoftTargetCrossEntropy()(draw().double(), targets.dense(CLASSES).double()).float()
-    torch.testing.assert_close(soft_cross_entropy(draw(), targets), expected, rtol=1e-6, atol=1e-6)
+    expected = SoftTargetCrossEntropy()(draw().double(), dense(targets, CLASSES).double()).float()
+    torch.testing.assert_close(base_loss(draw(), targets, Recipe()), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_binary_cross_entropy_equals_timms_with_threshold_zero(timm) -> None:
@@ -45,9 +45,7 @@ def test_binary_cross_entropy_equals_timms_with_threshold_zero(timm) -> None:
 
     targets = mixture(0.0)
     theirs = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
-    expected = theirs(draw().double(), targets.dense(CLASSES).double()).float()
-    reference = mixed_bce_reference(draw(), targets.labels, targets.partner_labels, targets.lam)
-    torch.testing.assert_close(reference, expected, rtol=1e-6, atol=1e-6)
+    expected = theirs(draw().double(), dense(targets, CLASSES).double()).float()
     bce = training_loss(draw(), targets, replace(Recipe(), loss="bce", smoothing=0.0))
     torch.testing.assert_close(bce, expected, rtol=1e-6, atol=1e-6)
 
@@ -81,7 +79,7 @@ def test_the_two_losses_share_by_alpha_and_read_their_own_heads(kind: str, alpha
     recipe = replace(Recipe(), distillation=kind, teacher="x", distillation_alpha=alpha, distillation_tau=2.0)
     head, head_dist = draw(3).requires_grad_(), draw(4).requires_grad_()
     loss = training_loss((head, head_dist), targets, recipe, teacher)
-    base, of_teacher = soft_cross_entropy(head, targets), distillation_loss(head_dist, teacher, kind, 2.0)
+    base, of_teacher = base_loss(head, targets, Recipe()), distillation_loss(head_dist, teacher, kind, 2.0)
     torch.testing.assert_close(loss, (1 - alpha) * base + alpha * of_teacher)
     loss.backward()
     assert bool(head.grad.any()) == (alpha < 1)
@@ -91,14 +89,14 @@ def test_the_two_losses_share_by_alpha_and_read_their_own_heads(kind: str, alpha
 def test_a_model_of_one_head_gives_it_both_losses() -> None:
     targets, teacher, logits = mixture(0.1), draw(2), draw(3)
     recipe = replace(Recipe(), distillation="hard", teacher="x")
-    expected = (soft_cross_entropy(logits, targets) + distillation_loss(logits, teacher, "hard")) / 2
+    expected = (base_loss(logits, targets, Recipe()) + distillation_loss(logits, teacher, "hard")) / 2
     torch.testing.assert_close(training_loss(logits, targets, recipe, teacher), expected)
 
 
 def test_without_a_teacher_a_distilled_model_trains_what_is_evaluated() -> None:
     targets = mixture(0.1)
     both = training_loss((draw(1), draw(2)), targets, Recipe())
-    torch.testing.assert_close(both, soft_cross_entropy((draw(1) + draw(2)) / 2, targets))
+    torch.testing.assert_close(both, base_loss((draw(1) + draw(2)) / 2, targets, Recipe()))
     with pytest.raises(ValueError, match=r"distils \(hard\), but no teacher's logits"):
         training_loss((draw(1), draw(2)), targets, replace(Recipe(), distillation="hard", teacher="x"))
 

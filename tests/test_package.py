@@ -5,10 +5,12 @@ from __future__ import annotations
 import email
 import email.message
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -88,7 +90,9 @@ def test_the_metadata_says_what_a_stranger_asks(metadata: email.message.Message)
     assert {url.split(",")[0] for url in metadata.get_all("Project-URL")} >= {"Source", "Issues"}
     text = metadata.get_payload()
     assert text.startswith("# deitfast")
-    assert "](docs/" not in text  # relative links lead nowhere on a package index
+    targets = re.findall(r'(?:\]\(|src="|srcset="|href=")([^)" #]+)', text)
+    assert targets
+    assert not [path for path in targets if (ROOT / path).exists()]  # relative links lead nowhere on a package index
 
 
 @pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
@@ -120,3 +124,53 @@ def test_the_source_distribution_holds_a_whole_checkout_whose_tests_run(built: P
     code = "import deitfast; print(deitfast.__file__)"
     assert str(unpacked) in run(sys.executable, "-c", code, cwd=unpacked)
     run(sys.executable, "-m", "pytest", "tests/test_layering.py", "tests/test_readme.py", cwd=unpacked)
+
+
+SCRIPT = """\
+from dataclasses import replace
+import deitfast
+from deitfast.recipes.deit_digits import RECIPE
+result = deitfast.train(replace(RECIPE, epochs=1, warmup_epochs=0, workers=1))
+print(f"top-1 {result.raw.top1:.2f} % on {result.raw.images} images")
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment with the wheel, over the packages that are present, without this checkout."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    packages = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
+    (site / "present.pth").write_text("\n".join(packages))
+    assert str(site) in run(python, "-c", "import deitfast; print(deitfast.__file__)", cwd=folder)
+    return folder / "bin"
+
+
+@pytest.mark.slow
+def test_the_wheel_proves_itself_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    said = run(installed / "deitfast", "train", "deit_base", "--data", "digits", "--smoke", cwd=tmp_path)
+    assert "smoke test passed: deit_base_patch16_224" in said
+    assert not list(tmp_path.iterdir())
+    assert "deit_tiny_patch16_224" in run(installed / "deitfast", "models", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_five_lines_of_a_strangers_python_train_and_are_type_checked(installed: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train_digits.py"
+    script.write_text(SCRIPT)
+    assert "% on 360 images" in run(installed / "python", script, cwd=tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"train_digits.py", "runs"}
+    planted = "reveal_type(result)\nreveal_type(deitfast.create_model)\ndeitfast.train(RECIPE, lrr=3)\n"
+    script.write_text(SCRIPT + planted)
+    cache = tmp_path / "cache"
+    if (ROOT / ".mypy_cache").is_dir():  # what is known of torch already: to read all of it takes a minute
+        shutil.copytree(ROOT / ".mypy_cache", cache)
+    mypy = [installed / "python", "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", cache]
+    checked = subprocess.run([*mypy, script], cwd=tmp_path, capture_output=True, text=True, timeout=280).stdout
+    assert 'Revealed type is "deitfast.training.train.Result"' in checked
+    assert "deitfast.model.deit.DeiT" in checked
+    assert 'Unexpected keyword argument "lrr" for "train"' in checked
+    assert "Found 1 error in 1 file" in checked

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from deitfast.data import Plan, draws
+from deitfast.data import Order, draws
 from deitfast.data.augmentation import Augmentation
 from deitfast.engine.optim import learning_rate, parameter_groups
 from deitfast.model.factory import create_model
@@ -226,8 +226,8 @@ def test_mixing_erasing_flips_and_copies_happen_as_often_as_stated(name: str) ->
     assert (lam < 1).mean() > 0.97  # every group is mixed; a few boxes are empty or lambdas round to 1
     assert cut.mean() == pytest.approx(facts["mix_switch"], abs=0.04)
     assert lam[~cut & (lam < 1)].var() == pytest.approx(1 / (4 * (2 * facts["mixup"] + 1)), rel=0.1)  # Beta's
-    plan = Plan(20_480, recipe.batch, recipe.repeats, 0, recipe.mix_group)
-    images, copies, _ = plan.slots(0)
+    order = Order.of(20_480, recipe)
+    images, copies, _ = order.slots(0)
     assert len(np.unique(images)) == pytest.approx(recipe.batch / facts["repeats"], rel=0.02)
     assert set(copies) == set(range(facts["repeats"]))
     policy = Augmentation(recipe, 224, torch.device("cpu"))

@@ -57,9 +57,8 @@ def batches(recipe: Recipe, micro_batch: int, world: World, steps: int) -> Itera
             index = torch.arange(n)[part]
             tensors = {"images": images, "labels": labels, "lam": lam, "mix_box": mix_box, "erase": erase}
             yield Batch(
-                step=step, micro=micro, epoch=step // 3, seed=recipe.seed, slots=index.numpy(), mixes=recipe.mixes,
+                step=step, slots=index.numpy(), epoch=torch.tensor([step // 3], device=world.device),
                 index=index.to(world.device), view=(index % 3).to(world.device),
-                erased_pixels=int((erase[part, 2] * erase[part, 3]).sum()),
                 **{name: tensor[part].contiguous().to(world.device) for name, tensor in tensors.items()},
             )  # fmt: skip
 

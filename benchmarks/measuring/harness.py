@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.reporting.record import Device, Recorder, facts, gpu_state, load
+from deitfast.cuda_graph import capture
 from deitfast.errors import first_line
 
 __all__ = [
@@ -98,23 +99,6 @@ def rotating(make_inputs: Callable[[], T], device: Device, most: int = 64) -> li
     return sets + [make_inputs() for _ in range(min(count, most) - 1)]
 
 
-def _graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as a replay of a CUDA graph; raises RuntimeError where it cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what libraries set up once a stream may not happen during the capture
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, stream=side):
-            run()
-    except Exception:
-        torch.cuda.set_stream(before)  # where the end of a capture fails, its stream stays the current one
-        raise
-    return graph.replay
-
-
 def measure(
     call: Callable[..., object],
     *,
@@ -146,7 +130,7 @@ def measure(
             for lap in eager:
                 lap()
 
-        laps = [_graphed(lap_over_all)]
+        laps = [capture(lap_over_all)[0].replay]
     scratch = None
     if flush and on_cuda and sets is None:
         scratch = torch.empty(2 * l2_bytes(device), dtype=torch.int8, device=device)

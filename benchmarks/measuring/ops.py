@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deitfast.data import batch as augment
 from deitfast.kernels import catalogue
 from deitfast.kernels.attention import attention_reference
 from deitfast.kernels.catalogue import Draw, Op, Shape, Tensors
@@ -84,41 +81,15 @@ def _block_reference(x: Tensor, heads: int, keep: Tensor, **t: Tensor) -> Tensor
     return layernorm_mlp_reference(x, *norm, *fc1, *fc2, EPS, residual=True, keep=keep)
 
 
-# The batch as patches ------------------------------------------------------------------------------------------------
-
-
-def _with_erased(op: Op) -> Op:
-    """The op and one more input, for the way in steps: how many pixels are erased, which a loader knows on the host."""
-
-    def inputs(draw: Draw, shape: Shape) -> Tensors:
-        tensors = op.inputs(draw, shape)
-        return tensors | {"erased": (tensors["erase"][:, 2] * tensors["erase"][:, 3]).sum().cpu()}
-
-    def without(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda erased, **arguments: function(**arguments)
-
-    return replace(
-        op,
-        function=without(op.function),
-        reference=without(op.reference),
-        inputs=inputs,
-        constants=op.constants | {"erased"},
-    )
-
-
-OPS = (
-    catalogue.OPS
-    | {"input_patches": _with_erased(catalogue.OPS["input_patches"])}
-    | {
-        "layernorm": Op(
-            "layernorm",
-            _layernorm,
-            _layernorm_reference,
-            lambda draw, s: {"x": draw.activations(*s.leading, s.width), **draw.norm("ln", s.width)},
-        ),
-        "block": Op("block", _block, _block_reference, _block_inputs, options=lambda s: {"heads": s.heads}),
-    }
-)
+OPS = catalogue.OPS | {
+    "layernorm": Op(
+        "layernorm",
+        _layernorm,
+        _layernorm_reference,
+        lambda draw, s: {"x": draw.activations(*s.leading, s.width), **draw.norm("ln", s.width)},
+    ),
+    "block": Op("block", _block, _block_reference, _block_inputs, options=lambda s: {"heads": s.heads}),
+}
 
 
 # The least work ------------------------------------------------------------------------------------------------------
@@ -253,26 +224,12 @@ def ways(op: Op, device: str) -> dict[str, Way | Absent]:
         found |= {name: _with_backend(op.reference, backend) for name, backend in SDPA.items()}
         found["flash-attn 2"] = _flash_attn("flash_attn", device)
         found["flash-attn 3"] = _flash_attn("flash_attn_interface", device)
-    if op.name == "input_patches":
-        found["in steps"] = _input_in_steps
     if op.name in ("layernorm", "layernorm_qkv"):
         found["liger"] = _liger(op.name, device)
     # Without a GPU the compiler's front half is rehearsed: generating C++ takes minutes and says nothing about a GPU.
     backend = "inductor" if device == "cuda" else "aot_eager"
     found[COMPILED] = torch.compile(op.reference, fullgraph=True, dynamic=False, backend=backend)
     return found
-
-
-def _input_in_steps(
-    images: Tensor, like: Tensor, erased: Tensor, patch_size: int, mixes: bool, mean: Any, std: Any, **t: Any
-) -> Tensor:
-    """The package's eager steps, which draw noise for the erased pixels alone, then patches."""
-    x = augment.normalise(images, mean, std)
-    drawn = {name: t[name] for name in ("erase", "index", "view", "seed")}
-    augment.erase(x, cast(Any, SimpleNamespace(**drawn, erased_pixels=int(erased), epoch=catalogue.EPOCH)))
-    if mixes:
-        x = augment.mix(x, t["lam"], t["mix_box"])
-    return rearrange(x, "m c (y p) (x q) -> m (y x) (c p q)", p=patch_size, q=patch_size).to(like.dtype)
 
 
 def _with_backend(reference: Way, backend: SDPBackend) -> Way:

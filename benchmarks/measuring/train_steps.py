@@ -25,11 +25,13 @@ from benchmarks.measuring.peers_models import build, logits_of, reference_state,
 from benchmarks.reporting.record import clocks
 from benchmarks.roofline import CLASSES
 from deitfast.data import Batch, Targets, prepare
+from deitfast.data.batch import targets
 from deitfast.distributed import World
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import FlatEngine, make_engine
-from deitfast.engine.losses import soft_cross_entropy, training_loss
+from deitfast.engine.losses import training_loss
 from deitfast.engine.optim import Ema, make_optimizer
+from deitfast.kernels.loss import mixed_cross_entropy_reference
 from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 
@@ -89,7 +91,7 @@ class TrainStep:
 
     def prepare(self) -> None:
         """Data, optimiser and average."""
-        self.images, self.targets = prepare(synthetic_batch(self.job), Recipe())
+        self.images, self.targets = prepare(synthetic_batch(self.job), _mixing(self.job))
         self.optimizer = make_optimizer(self.model, Recipe())
         self.ema = Ema(self.model, Recipe().ema_decay) if self.job.ema else None
         self.run: Any = torch.compile(self.model, mode=self.job.compile) if self.job.compile else self.model
@@ -133,23 +135,21 @@ class EngineStep(TrainStep):
     def prepare(self) -> None:
         job = self.job
         self.recipe = replace(
-            Recipe(), batch=job.batch, engine=job.engine, ema_decay=Recipe().ema_decay if job.ema else 0.0,
+            _mixing(job), batch=job.batch, engine=job.engine, ema_decay=Recipe().ema_decay if job.ema else 0.0,
             drop_path=job.drop_path, drop_path_form=job.drop_path_form,
         )  # fmt: skip
-        if job.batch % 2:
-            self.recipe = replace(self.recipe, mixup=0.0, cutmix=0.0)
         engine = make_engine(
             self.model, self.recipe, World(0, 1, 0, 1, self.device), DropPath(self.model, self.recipe, job.batch),
             accumulation=1, bf16=job.precision == "bf16",
         )  # fmt: skip
         assert isinstance(engine, FlatEngine)
-        self.engine, self.batch = engine, synthetic_batch(job)
-        self.inputs = engine.inputs(self.batch)
+        batch = synthetic_batch(job)
+        self.engine, self.batch = engine, replace(batch, drop=engine.drop_path.draw(batch))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         self.engine.flat.zero_grad()
-        outputs, targets, _ = self.engine.forward(self.inputs)
-        return training_loss(outputs, targets, self.recipe), logits_of(outputs)
+        outputs, _ = self.engine.forward(self.batch)
+        return training_loss(outputs, targets(self.batch, self.recipe), self.recipe), logits_of(outputs)
 
     def update(self) -> None:
         self.engine.flat.update(torch.from_numpy(self.engine.flat.scalars(self.recipe.lr, 0)).to(self.device))
@@ -165,6 +165,16 @@ def make_train_step(job: Job) -> TrainStep:
     return EngineStep(job) if job.engine else TrainStep(job)
 
 
+def soft_cross_entropy(logits: Tensor, soft: Targets) -> Tensor:
+    """The loss as a loop in eager PyTorch has it, on dense targets."""
+    return mixed_cross_entropy_reference(logits.float(), soft.labels, soft.partner_labels, soft.lam, soft.smoothing)
+
+
+def _mixing(job: Job) -> Recipe:
+    """The paper's recipe, without mixing where the images of a batch do not pair."""
+    return Recipe() if job.batch % 2 == 0 else replace(Recipe(), mixup=0.0, cutmix=0.0)
+
+
 def synthetic_batch(job: Job) -> Batch:
     """Random images and mixup draws, on the device; the same on every machine."""
     variant, m = find_variant(job.model), job.batch
@@ -176,10 +186,8 @@ def synthetic_batch(job: Job) -> Batch:
     index, view, none = torch.arange(m), torch.zeros(m, dtype=torch.int64), torch.zeros(m, 4, dtype=torch.int64)
     tensors = (t.to(job.device) for t in (images, labels, index, view, none, lam, none.clone()))
     images, labels, index, view, erase, lam, mix_box = tensors
-    return Batch(
-        step=0, micro=0, epoch=0, seed=0, images=images, labels=labels, slots=np.arange(m), index=index, view=view,
-        erase=erase, erased_pixels=0, lam=lam, mix_box=mix_box, mixes=m % 2 == 0,
-    )  # fmt: skip
+    epoch = torch.zeros(1, dtype=torch.int64, device=job.device)
+    return Batch(images, labels, index, view, epoch, erase, lam, mix_box, step=0, slots=np.arange(m))
 
 
 def gradient_norm(model: torch.nn.Module) -> float:
@@ -190,12 +198,12 @@ def gradient_norm(model: torch.nn.Module) -> float:
 def reference(job: Job, chunk: int = 32) -> Reference:
     """Loss, gradient norm and logits of our eager model in fp32, accumulated over chunks of the same batch."""
     model = build("ours", job.model, reference_state(job.model), fused=False).to(job.device)
-    images, targets = prepare(synthetic_batch(job), Recipe())
+    images, soft = prepare(synthetic_batch(job), _mixing(job))
     total, logits = 0.0, torch.empty(0)
     for start in range(0, job.batch, chunk):
         part = slice(start, start + chunk)
         outputs = model(images[part])
-        share = Targets(targets.labels[part], targets.partner_labels[part], targets.lam[part], targets.smoothing)
+        share = Targets(soft.labels[part], soft.partner_labels[part], soft.lam[part], soft.smoothing)
         loss = soft_cross_entropy(outputs, share) * (len(outputs) / job.batch)
         loss.backward()
         total += float(loss.detach())

@@ -32,6 +32,7 @@ def write_page(results: dict[str, Any], plots: Iterable[str] = ()) -> str:
     lines = [f"# Training speed on {facts['gpu'] or 'a CPU'}", ""]
     if not on_gpu:
         lines += ["A rehearsal on CPU: it shows that everything runs, and says nothing of a GPU.", ""]
+    lines += ["## Is it right?", "", *tests_told(rows_of(results, "tests")), *answers(rows_of(results, "smoke")), ""]
     lines += ["## Goals", "", goal_table(steps if on_gpu else []), "", "## Training step", "", step_table(steps), ""]
     lines += [f"{text}." for text in ratios(steps)] + [""]
     lines += ["Every way of a model takes the same weights, batch, loss, optimiser and average, without drop-path,"]
@@ -45,6 +46,9 @@ def write_page(results: dict[str, Any], plots: Iterable[str] = ()) -> str:
     if parts:
         whole = parts[-1]["key"]
         lines += ["", f"{whole['model']}, batch {whole['batch']}, {whole['way']}. The budget is a plan, not a result."]
+    lines += ["", "## Questions", "", *answers(rows_of(results, "question"))]
+    if tables := results["parts"].get("tune", {}).get("notes", {}).get("tables"):
+        lines += ["", "## Launches to commit", "", "```", *tables, "```"]
     lines += ["", "## Ops", "", op_table([row for row in results["rows"] if "pass" in row["key"]])]
     lines += ["", "## Loss curves", "", curves_verdict(rows_of(results, "loss_curves"))]
     lines += ["", "## Inference", "", inference_table(rows_of(results, "inference"))]
@@ -110,6 +114,29 @@ def op_table(rows: Sequence[Row]) -> str:
             key = row["key"]
             lines.append(f"| {key['op']} | {key['model']} | | | {key.get('way', '')} | {_reason(row)} | | | |")
     return "\n".join(lines)
+
+
+def tests_told(rows: Sequence[Row]) -> list[str]:
+    """The counts of each run of the tests, and every test that failed."""
+    lines = []
+    for row in rows:
+        if "counts" in row:
+            counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(row["counts"].items()))
+            lines.append(f"- {row['key']['scope']} tests: {counts}")
+        elif "failed" in row:
+            lines.append(f"- FAILED `{row['key']['test']}`: {row['failed']}")
+    return lines or [f"- tests: {NOT_MEASURED}"]
+
+
+def answers(rows: Sequence[Row]) -> list[str]:
+    """A line a row: what was asked, and what came out, in words and where it was timed in milliseconds."""
+    lines = []
+    for row in rows:
+        asked = ", ".join(str(value) for name, value in row["key"].items() if name != "op")
+        told = [f"{row['ms']:.4f} ms"] if "ms" in row else []
+        told += [text for text in (row.get("answer"), _reason(row)) if text]
+        lines.append(f"- {asked}: {'; '.join(told)}")
+    return lines or [f"- {NOT_MEASURED}"]
 
 
 def loader_table(rows: Sequence[Row]) -> str:

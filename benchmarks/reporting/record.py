@@ -209,6 +209,12 @@ class Recorder:
         self.rows.append(dict(row))
         self._write()
 
+    def replace(self, row: Mapping[str, Any]) -> None:
+        """Put a row in the place of the one that has its key; at the end where there is none."""
+        place = next((i for i, old in enumerate(self.rows) if old["key"] == row["key"]), len(self.rows))
+        self.rows[place : place + 1] = [dict(row)]
+        self._write()
+
     def note(self, name: str, value: Any) -> None:
         """Set a top-level entry, such as the measured roof."""
         if name in ("theme", "device", "quick", "facts", "rows", "finished"):

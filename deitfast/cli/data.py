@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deitfast.cli.recipes import load_recipe
-from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.errors import DeitfastError, did_you_mean, unknown_argument
 
 if TYPE_CHECKING:
     from deitfast.data import Manifest
@@ -66,7 +66,7 @@ def _strict(parser: argparse.ArgumentParser, action: Callable[[Any], None]) -> C
     def run(args: argparse.Namespace, unknown: list[str]) -> None:
         if unknown:
             flags = [s for known in parser._actions for s in known.option_strings]
-            raise DeitfastError(f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
+            raise unknown_argument(unknown[0], flags)
         action(args)
 
     return run

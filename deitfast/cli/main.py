@@ -9,7 +9,7 @@ from typing import NoReturn
 from deitfast.cli.data import add_data
 from deitfast.cli.model import add_use
 from deitfast.cli.train import add_train
-from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded
 
 
@@ -35,7 +35,7 @@ def _dispatch(arguments: Sequence[str] | None) -> None:
         return
     if unknown and known.command not in ("train", "data"):  # these name wrong flags themselves
         flags = [s for action in commands.choices[known.command]._actions for s in action.option_strings]
-        raise DeitfastError(f"unknown argument {unknown[0]}.{did_you_mean(unknown[0].split('=')[0], flags)}")
+        raise unknown_argument(unknown[0], flags)
     known.run(known, unknown)
 
 

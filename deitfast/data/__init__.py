@@ -17,7 +17,7 @@ from deitfast.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch, Targets, nor
 from deitfast.data.eval_loader import EvalLoader
 from deitfast.data.manifest import Manifest
 from deitfast.data.quarantine import TooManyBadFiles
-from deitfast.data.sampler import Plan
+from deitfast.data.sampler import Order
 from deitfast.data.sources import Dataset, imagenet_classes, open_dataset
 from deitfast.data.train_loader import TrainLoader
 
@@ -28,7 +28,7 @@ __all__ = [
     "Dataset",
     "EvalLoader",
     "Manifest",
-    "Plan",
+    "Order",
     "Targets",
     "TooManyBadFiles",
     "TrainLoader",

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from deitfast.data.philox import JITTER, RANDAUGMENT, THREE_AUGMENT, normal_pair, uniforms
+from deitfast.recipe import RAND_AUGMENT
 
 OPS = (
     "none",
@@ -89,7 +89,7 @@ class RandAugment:
     @classmethod
     def parse(cls, notation: str) -> RandAugment:
         """Raises ValueError for text that is not of the form."""
-        match = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)(?:-mstd(\d+(?:\.\d+)?))?(-inc1)?", notation)
+        match = RAND_AUGMENT.fullmatch(notation)
         if match is None:
             raise ValueError(f"RandAugment {notation!r} is not of the form rand-m9-mstd0.5-inc1")
         return cls(float(match[1]), float(match[2] or 0), match[3] is not None)

@@ -1,51 +1,61 @@
-"""The device stage: normalise, erase, mix; in one kernel to patches (`prepare_patches`), or in steps to images.
+"""A micro-batch, and what the device makes of it: normalised, erased, mixed patches or images, and soft targets.
 
-Order as in DeiT: (crop, flip, RandAugment: done before, on uint8) -> normalise -> erase -> mixup or cutmix. The steps
-are plain PyTorch on any device, without waiting for it and without a loop over samples: the kernel's reference.
+Order as in DeiT: (crop, flip, RandAugment: done before, on uint8) -> normalise -> erase -> mixup or cutmix.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from deitfast.data.philox import NOISE, counter, normal_pair, philox4x32, unit
-from deitfast.kernels.input import input_patches
+from deitfast.kernels.input import input_patches, input_patches_reference
 
 if TYPE_CHECKING:
     from deitfast.recipe import Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_TENSORS = ("images", "labels", "index", "view", "epoch", "erase", "lam", "mix_box")
 
 
 @dataclass
 class Batch:
     """One micro-batch of a training step: m samples, of which rows s and s xor 1 are a mixup pair.
 
-    images: uint8 (m, H, W, 3), after crop, flip and the policy, on the device. labels: int64 (m,), on the device. The
-    device stage (`augment`) reads the rest: small tensors on the device, one row a sample.
+    What changes from step to step is in tensors, all on one device, so that a CUDA graph can replay what reads them.
     """
 
-    step: int  # global optimisation step
-    micro: int  # which micro-batch of this process in the step
-    epoch: int
-    seed: int
-    images: torch.Tensor
-    labels: torch.Tensor
-    slots: np.ndarray  # int64 (m,), slots of the global batch
+    images: torch.Tensor  # uint8 (m, H, W, 3), after crop, flip and augmentation
+    labels: torch.Tensor  # int64 (m,)
     index: torch.Tensor  # int64 (m,), image in the manifest (its replacement, where one is unreadable)
     view: torch.Tensor  # int64 (m,), copy of repeated augmentation
+    epoch: torch.Tensor  # int64 (1,)
     erase: torch.Tensor  # int64 (m, 4), erased rectangle (top, left, height, width), zeros where there is none
-    erased_pixels: int  # sum of the rectangles' areas, known on the host
     lam: torch.Tensor  # float32 (m,), weight of the own label
     mix_box: torch.Tensor  # int64 (m, 4), rectangle that cutmix takes from the partner, zeros for mixup
-    mixes: bool  # whether the recipe mixes at all
+    step: int  # global optimisation step
+    slots: np.ndarray  # int64 (m,), slots of the global batch
+    drop: list[torch.Tensor] = field(default_factory=list)  # drop-path of the model's blocks, drawn by the engine
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in _TENSORS] + self.drop
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; to a GPU through pinned memory, without waiting."""
+        return self._each(lambda tensor: to_device(tensor, device))
+
+    def clone(self) -> Batch:
+        """The same in memory of its own: a graph's static input."""
+        return self._each(torch.Tensor.clone)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in _TENSORS}
+        return replace(self, drop=[change(tensor) for tensor in self.drop], **changed)
 
 
 @dataclass
@@ -60,67 +70,34 @@ class Targets:
     lam: torch.Tensor
     smoothing: float
 
-    def dense(self, num_classes: int) -> torch.Tensor:
-        """The same as a float32 (m, num_classes) matrix, whose rows sum to 1."""
-        off = self.smoothing / num_classes
-        target = torch.full((len(self.labels), num_classes), off, device=self.labels.device)
-        lam = self.lam[:, None]
-        target.scatter_add_(1, self.labels[:, None], (1 - self.smoothing) * lam)
-        return target.scatter_add_(1, self.partner_labels[:, None], (1 - self.smoothing) * (1 - lam))
+
+def targets(batch: Batch, recipe: Recipe) -> Targets:
+    """The soft targets that belong to a batch's mixed images."""
+    partners = batch.labels.unflatten(0, (-1, 2)).flip(1).flatten() if recipe.mixes else batch.labels
+    return Targets(batch.labels, partners, batch.lam, recipe.smoothing)
 
 
-def prepare(
-    batch: Batch,
-    recipe: Recipe,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, Targets]:
-    """Network input of a training micro-batch, (m, 3, H, W) computed in float32, returned in `dtype`; its targets."""
-    x = normalise(batch.images, mean, std)
-    if batch.erased_pixels:
-        erase(x, batch)
-    if batch.mixes:
-        x = mix(x, batch.lam, batch.mix_box)
-    return x.to(dtype), targets(batch, recipe.smoothing)
+def prepare(batch: Batch, recipe: Recipe, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Targets]:
+    """Network input of a training micro-batch, (m, 3, H, W) of `dtype`, in eager PyTorch; its targets."""
+    side = batch.images.shape[1]
+    return _patches(input_patches_reference, batch, recipe, side, dtype).view(-1, 3, side, side), targets(batch, recipe)
 
 
-def prepare_patches(
-    batch: Batch,
-    patch_size: int,
-    dtype: torch.dtype = torch.float32,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> torch.Tensor:
+def prepare_patches(batch: Batch, recipe: Recipe, patch_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The images of `prepare` as patches (m, H / patch_size * W / patch_size, 3 * patch_size**2) of `dtype`.
 
     Patches are row by row, each in the order of `conv.weight.flatten(1)`: channel, y, x. One kernel on CUDA.
     """
-    return input_patches(
-        batch.images,
-        batch.erase,
-        batch.mix_box,
-        batch.lam,
-        batch.index,
-        batch.view,
-        torch.full((1,), batch.epoch, dtype=torch.int64, device=batch.images.device),
-        seed=batch.seed,
-        patch_size=patch_size,
-        mean=mean,
-        std=std,
-        dtype=dtype,
-        mixes=batch.mixes,
-    )
+    return _patches(input_patches, batch, recipe, patch_size, dtype)
 
 
-def targets(batch: Batch, smoothing: float) -> Targets:
-    """The soft targets that belong to the mixed images of a batch."""
-    return mixed_targets(batch.labels, batch.lam, batch.mixes, smoothing)
-
-
-def mixed_targets(labels: torch.Tensor, lam: torch.Tensor, mixes: bool, smoothing: float) -> Targets:
-    """The same from its parts; `mixes`: whether rows are mixed with their partners at all."""
-    return Targets(labels, partner_rows(labels) if mixes else labels, lam, smoothing)
+def _patches(
+    make: Callable[..., torch.Tensor], batch: Batch, recipe: Recipe, patch_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return make(
+        batch.images, batch.erase, batch.mix_box, batch.lam, batch.index, batch.view, batch.epoch,
+        seed=recipe.seed, patch_size=patch_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, mixes=recipe.mixes,
+    )  # fmt: skip
 
 
 def normalise(
@@ -136,50 +113,6 @@ def normalise(
     return x.mul_(scale).add_(shift).to(dtype)
 
 
-def erase(x: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Fill each sample's rectangle with N(0, 1) noise, per pixel and channel, in place.
-
-    The noise of pixel (y, x) is the Philox block y * W + x of the sample's NOISE stream: one normal a channel.
-    """
-    top, left, height, width = batch.erase.unbind(1)
-    # One row for each erased pixel of the batch; the total is known on the host, so nothing waits for the device.
-    area = height * width
-    sample = torch.arange(len(x), device=x.device).repeat_interleave(area, output_size=batch.erased_pixels)
-    first = area.cumsum(0) - area
-    k = torch.arange(batch.erased_pixels, device=x.device) - first[sample]
-    row, column = top[sample] + k // width[sample], left[sample] + k % width[sample]
-
-    word = counter(NOISE, row * x.shape[3] + column)
-    epoch = torch.full((1,), batch.epoch, dtype=torch.int64, device=x.device)
-    words = philox4x32(batch.index[sample], epoch, batch.view[sample], word, batch.seed)
-    u = [unit(w).double() for w in words]
-    red, green = normal_pair(u[0], u[1], torch)
-    blue, _ = normal_pair(u[2], u[3], torch)
-    x[sample, :, row, column] = torch.stack([red, green, blue], dim=1).to(x.dtype)
-    return x
-
-
-def mix(x: torch.Tensor, lam: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
-    """Mixup or cutmix of every sample with its partner, the neighbour in its pair (row xor 1).
-
-    x: (m, 3, H, W). lam: float32 (m,), weight of the own image for mixup. box: int64 (m, 4) (top, left, height, width):
-    where it is not empty, the sample takes the rectangle from its partner and keeps the rest (cutmix).
-    """
-    partner = partner_rows(x)
-    top, left, height, width = (b[:, None, None, None] for b in box.unbind(1))
-    cut = height * width > 0
-    y = torch.arange(x.shape[2], device=x.device)[:, None]
-    z = torch.arange(x.shape[3], device=x.device)
-    inside = (y >= top) & (y < top + height) & (z >= left) & (z < left + width)
-    own = torch.where(cut, (~inside).to(x.dtype), lam.to(x.dtype)[:, None, None, None])
-    return x * own + partner * (1 - own)
-
-
-def partner_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows with the two of each pair exchanged; the number of rows is even."""
-    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-
-
 def _channels(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
     return _channels_on(like.device, tuple(values))
 
@@ -191,7 +124,9 @@ def _channels_on(device: torch.device, values: tuple[float, ...]) -> torch.Tenso
         return torch.tensor(values, dtype=torch.float32).to(device).view(1, -1, 1, 1)
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """The array as a tensor on the device; for a GPU through pinned memory, without waiting."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    tensor = array if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    if tensor.device == device or device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

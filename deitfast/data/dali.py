@@ -13,6 +13,7 @@ capture_error_mode="thread_local".
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import threading
@@ -73,6 +74,7 @@ class Runner(Generic[F]):
         device: torch.device,
         threads: int,
     ) -> None:
+        check_build(device)
         self.quarantine, self.prepare, self.count = quarantine, prepare, count
         self.graph, self.collect = graph, collect
         self.parameters, self.max_batch, self.threads, self.device = parameters, max_batch, threads, device
@@ -237,6 +239,30 @@ class Runner(Generic[F]):
 def thread_count(workers: int) -> int:
     """DALI threads of this process: `workers`, or this machine's cores shared by torchrun's processes on it."""
     return workers or max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def check_build(device: torch.device) -> None:
+    """Raise DeitfastError where DALI is built for a newer CUDA than the driver of a GPU knows; a CPU needs none."""
+    if device.type != "cuda":
+        return
+    from nvidia.dali import __cuda_version__  # 13.4.92 as 13492
+
+    built, known = int(str(__cuda_version__)[:2]), _cuda_of_driver()
+    if known and built > known:
+        raise DeitfastError(
+            f"DALI is built for CUDA {built} and this machine's driver knows CUDA {known}. Update the driver, or "
+            f"install DALI's other build: pip install 'deitfast[cuda{known}]'"
+        )
+
+
+def _cuda_of_driver() -> int:
+    """The newest major version of CUDA that the driver knows; 0 where there is no driver to ask."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value // 1000
 
 
 def _device_index(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deitfast.data.dali import Feed, Runner, decode_to_gpu, gathered, resize
+from deitfast.data.dali import Feed, Runner, check_build, decode_to_gpu, gathered, resize
 from deitfast.data.manifest import Manifest
 from deitfast.data.quarantine import Quarantine
 from deitfast.errors import DeitfastError
@@ -33,6 +33,7 @@ def choose_decoder(
         if decode == "gpu":
             raise DeitfastError("--decode gpu needs a GPU, and this run is on the CPU. Use --decode cpu or auto")
         return "cpu"
+    check_build(device)
     if decode != "auto":
         return decode
     speed = {where: _images_per_second(manifest, image_size, device, where, threads) for where in ("gpu", "cpu")}

@@ -38,7 +38,7 @@ class EvalLoader:
         crop_ratio: float = 0.875,
         batch: int = 256,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         device: torch.device | str = "cpu",
         workers: int = 0,
         decode: str = "auto",
@@ -50,7 +50,7 @@ class EvalLoader:
         self.manifest, self.image_size, self.crop_ratio, self.batch = manifest, image_size, crop_ratio, batch
         self.device = torch.device(device)
         self._on_cpu = self.device.type == "cpu"
-        self.first, self.last = (len(manifest) * r // world for r in (rank, rank + 1))
+        self.first, self.last = (len(manifest) * r // world_size for r in (rank, rank + 1))
         # An iteration needs its own pipeline: DALI does not rewind.
         self._threads = thread_count(workers)
         self._quarantine = Quarantine(manifest, 0, bad_limit * len(manifest), say or say_to_stderr)

@@ -21,11 +21,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deitfast.data.philox import ORDER, counter, philox4x32
 from deitfast.errors import DeitfastError
+
+if TYPE_CHECKING:
+    from deitfast.recipe import Recipe
 
 
 @lru_cache(maxsize=2)  # a loader reads ahead across the border of two epochs
@@ -54,7 +58,7 @@ def slot_order(batch: int, mix_group: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Order:
     """The order of a training run over `n` images in global batches of `batch` slots.
 
     repeats: copies of an image in a row (1: none; DeiT uses 3). mix_group: entries that share one mixup lambda, even.
@@ -77,6 +81,11 @@ class Plan:
                 f"{self.n} training images do not fill one batch of {self.batch}. "
                 f"Use --batch {max(self._length // 2 * 2, 2)} or less, or more images"
             )
+
+    @classmethod
+    def of(cls, images: int, recipe: Recipe) -> Order:
+        """The order of a recipe's run over so many images."""
+        return cls(images, recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group)
 
     @property
     def _length(self) -> int:

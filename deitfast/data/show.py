@@ -11,7 +11,7 @@ import torch
 
 from deitfast.data.batch import IMAGENET_MEAN, IMAGENET_STD, Batch, prepare
 from deitfast.data.manifest import Manifest
-from deitfast.data.sampler import Plan
+from deitfast.data.sampler import Order
 from deitfast.data.train_loader import TrainLoader
 from deitfast.errors import DeitfastError
 
@@ -37,9 +37,9 @@ def contact_sheet(
         raise DeitfastError(f"--epoch is {epoch}, must be in [0, {recipe.epochs - 1}]: epochs are counted from 0")
     if not 1 <= count <= 1024:
         raise DeitfastError(f"--count is {count}, must be in [1, 1024]")
-    steps = Plan(len(manifest), recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group).steps_per_epoch
-    unit = 2 if recipe.mixes else 1
-    micro = max(m for m in range(unit, min(64, recipe.batch) + 1, unit) if recipe.batch % m == 0)
+    steps = Order.of(len(manifest), recipe).steps_per_epoch
+    units = range(recipe.unit, min(64, recipe.batch) + 1, recipe.unit)
+    micro = max(m for m in units if recipe.batch % m == 0)
     views: list[np.ndarray] = []
     captions: list[list[str]] = []
     first, stop = epoch * steps, (epoch + 1) * steps
@@ -65,8 +65,8 @@ def _captions(loader: TrainLoader, batch: Batch, mixed: bool) -> list[list[str]]
     """Lines for each view: its file and view, its class, its operations and, where mixed, what it is mixed with."""
     manifest, index, view = loader.manifest, batch.index.numpy(), batch.view.numpy()
     operations = ["unchanged"] * len(index)
-    if loader.policy.active:
-        operations = loader.policy.captions(loader.policy.draw(index, batch.epoch, view))
+    if loader.augmentation.active:
+        operations = loader.augmentation.captions(loader.augmentation.draw(index, int(batch.epoch), view))
     lines = []
     for s, i in enumerate(index.tolist()):
         name = manifest.name(i).split("/")[-1]

@@ -9,7 +9,7 @@ it runs ahead of the consumer. A file that became unreadable since the scan is r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,13 @@ import torch
 from deitfast.data import dali, draws
 from deitfast.data.augmentation import Augmentation
 from deitfast.data.augmentation_draws import AugmentationDraws
-from deitfast.data.batch import Batch, to_device
+from deitfast.data.batch import Batch
 from deitfast.data.cpu_ops import Workers, decoded, resized_crop
 from deitfast.data.dali import Feed, Runner, gathered, thread_count
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import Manifest
 from deitfast.data.quarantine import Quarantine
-from deitfast.data.sampler import Plan
+from deitfast.data.sampler import Order
 from deitfast.errors import DeitfastError
 from deitfast.errors import say as say_to_stderr
 
@@ -36,16 +36,17 @@ if TYPE_CHECKING:
 class TrainLoader:
     """Iterates over this process's micro-batches from `start_step` up to (not including) `stop_step`, in order.
 
-    The process `rank` of `world` owns slots [rank * batch / world, (rank + 1) * batch / world) of every global
-    batch and cuts them into micro-batches in turn. `plan` describes the order; `seconds_waiting` is host time blocked
+    The process `rank` of `world_size` owns slots [rank * batch / world_size, (rank + 1) * batch / world_size) of every
+    global batch and cuts them into micro-batches in turn. `order` says which; `seconds_waiting` is host time blocked
     on data so far. It can be iterated once. Use it as a context manager, or call close().
 
     say: gets a line for each file that became unreadable, from the consuming thread; None: stderr. bad_list: file in
-    which they are all listed. `quarantined` holds those that this process has met.
+    which they are all listed. `quarantined` holds those that this process has met. decoder: gpu or cpu, where it has
+    been chosen already.
 
-    Raises DeitfastError for a batch that world and micro_batch do not divide, and for an odd one with mixup or cutmix.
-    While iterating, a single process raises TooManyBadFiles beyond the recipe's bad_limit; of several processes none
-    knows the sum, so the caller compares it and stops them together.
+    Raises DeitfastError for a batch that world_size and micro_batch do not divide, and for an odd one with mixup or
+    cutmix. While iterating, a single process raises TooManyBadFiles beyond the recipe's bad_limit; of several processes
+    none knows the sum, so the caller compares it and stops them together.
     """
 
     def __init__(
@@ -55,31 +56,31 @@ class TrainLoader:
         image_size: int,
         micro_batch: int,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         device: torch.device | str = "cpu",
         start_step: int = 0,
         stop_step: int | None = None,
         say: Callable[[str], None] | None = None,
         bad_list: Path | None = None,
+        decoder: str | None = None,
     ) -> None:
         self.recipe, self.manifest, self.image_size = recipe, manifest, image_size
         self.device = torch.device(device)
-        self.mixes = recipe.mixes
         say = say or say_to_stderr
-        _check_batch(recipe.batch, world, micro_batch, self.mixes)
-        self.plan = Plan(len(manifest), recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group)
+        _check_batch(recipe, world_size, micro_batch)
+        self.order = Order.of(len(manifest), recipe)
         self.start_step = start_step
-        self.stop_step = self.plan.steps_per_epoch if stop_step is None else stop_step
+        self.stop_step = self.order.steps_per_epoch if stop_step is None else stop_step
         self.micro_batch = micro_batch
-        self.micro_per_step = recipe.batch // world // micro_batch
-        self.policy = Augmentation(recipe, image_size, self.device)
-        limit = recipe.bad_limit * len(manifest) if world == 1 else float("inf")
+        self.micro_per_step = recipe.batch // world_size // micro_batch
+        self.augmentation = Augmentation(recipe, image_size, self.device)
+        limit = recipe.bad_limit * len(manifest) if world_size == 1 else float("inf")
         self._quarantine = Quarantine(manifest, recipe.seed, limit, say, bad_list)
         self._groups = -(-recipe.batch // recipe.mix_group)
-        self._first_slot = rank * (recipe.batch // world)
+        self._first_slot = rank * (recipe.batch // world_size)
         threads = thread_count(recipe.workers)
         self._on_cpu = self.device.type == "cpu"
-        self._decoder = choose_decoder(recipe.decode, manifest, image_size, self.device, threads, say)
+        self._decoder = decoder or choose_decoder(recipe.decode, manifest, image_size, self.device, threads, say)
         self._workers = Workers(threads if self._on_cpu else 1)
         self._runner: Runner[_TrainFeed] = Runner(
             self._quarantine,
@@ -119,30 +120,14 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         for feed, images in self._runner:
             self._quarantine.check()
-            device = self.device
-            yield Batch(
-                step=feed.step,
-                micro=feed.micro,
-                epoch=feed.epoch,
-                seed=self.recipe.seed,
-                images=images,
-                labels=to_device(self.manifest.label[feed.index], device),
-                slots=feed.slots,
-                index=to_device(feed.index, device),
-                view=to_device(feed.view, device),
-                erase=to_device(feed.erase, device),
-                erased_pixels=int((feed.erase[:, 2] * feed.erase[:, 3]).sum()),
-                lam=to_device(feed.lam, device),
-                mix_box=to_device(feed.mix_box, device),
-                mixes=self.mixes,
-            )
+            yield replace(feed.batch.to(self.device), images=images)
 
     def _prepare(self, i: int) -> _TrainFeed:
         """Read the bytes and draw the parameters of micro-batch i of this loader."""
         r, manifest = self.recipe, self.manifest
         step, micro = self.start_step + i // self.micro_per_step, i % self.micro_per_step
         slots = self._first_slot + micro * self.micro_batch + np.arange(self.micro_batch)
-        index, view, epoch = self.plan.slots(step)
+        index, view, epoch = self.order.slots(step)
         index, encoded = self._quarantine.resolve(index[slots])
         view = view[slots]
         lam, mix_box = draws.mix(
@@ -170,16 +155,19 @@ class TrainLoader:
             row=row,
             box=box[view, row],
             mirrored=mirrored[view, row],
-            step=step,
-            micro=micro,
-            epoch=epoch,
-            slots=slots,
-            index=index,
-            view=view,
-            erase=draws.random_erasing(self.image_size, index, epoch, view, r.seed, r.erase),
-            lam=lam[slots // r.mix_group],
-            mix_box=mix_box[slots // r.mix_group],
-            policy=self.policy.draw(index, epoch, view) if self.policy.active else None,
+            augmentation=self.augmentation.draw(index, epoch, view) if self.augmentation.active else None,
+            batch=Batch(
+                images=_NOT_YET,
+                labels=torch.from_numpy(manifest.label[index]),
+                index=torch.from_numpy(index),
+                view=torch.from_numpy(view),
+                epoch=torch.tensor([epoch]),
+                erase=torch.from_numpy(draws.random_erasing(self.image_size, index, epoch, view, r.seed, r.erase)),
+                lam=torch.from_numpy(lam[slots // r.mix_group]),
+                mix_box=torch.from_numpy(mix_box[slots // r.mix_group]),
+                step=step,
+                slots=slots,
+            ),
         )
 
     def _graph_cpu(self, encoded: Any, start: Any, shape: Any) -> list[Any]:
@@ -198,43 +186,35 @@ class TrainLoader:
             for s in range(part.start, part.stop):
                 image = decoded(outputs[0], int(feed.row[s]))
                 batch[s] = resized_crop(image, feed.box[s], self.image_size, bool(feed.mirrored[s]))
-            if feed.policy is not None:
-                batch[part] = self.policy.apply(batch[part], feed.policy[part])
+            if feed.augmentation is not None:
+                batch[part] = self.augmentation.apply(batch[part], feed.augmentation[part])
 
         self._workers.share(make, len(batch))
         return batch
 
     def _collect_gpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:
-        batch = gathered(outputs, feed.row, feed.view, self.device)
-        return batch if feed.policy is None else self.policy.apply(batch, feed.policy)
+        images = gathered(outputs, feed.row, feed.batch.view.numpy(), self.device)
+        return images if feed.augmentation is None else self.augmentation.apply(images, feed.augmentation)
 
 
 @dataclass
 class _TrainFeed(Feed):
-    """The feed of a training micro-batch, with what `Batch` needs of it (numpy)."""
+    """The feed of a training micro-batch."""
 
     row: np.ndarray  # which of the distinct images
     box: np.ndarray  # int32 (m, 4), the crop in what the CPU decoded (top, left, height, width)
     mirrored: np.ndarray
-    step: int
-    micro: int
-    epoch: int
-    slots: np.ndarray
-    index: np.ndarray
-    view: np.ndarray
-    erase: np.ndarray
-    lam: np.ndarray
-    mix_box: np.ndarray
-    policy: AugmentationDraws | None  # None where the policy does nothing
+    augmentation: AugmentationDraws | None  # None where it does nothing
+    batch: Batch  # on the host, without its images
 
 
-def _check_batch(batch: int, world: int, micro_batch: int, mixes: bool) -> None:
-    if mixes and (batch % 2 or micro_batch % 2):
-        what = f"batch {batch}" if batch % 2 else f"micro-batch {micro_batch}"
+_NOT_YET = torch.empty(0)
+
+
+def _check_batch(recipe: Recipe, world_size: int, micro_batch: int) -> None:
+    recipe.refuse_odd(batch=recipe.batch, micro_batch=micro_batch)
+    if micro_batch < 1 or recipe.batch % (world_size * micro_batch):
         raise DeitfastError(
-            f"{what} is odd, but mixup and cutmix mix pairs. Make it even, or give --mixup 0 --cutmix 0"
-        )
-    if micro_batch < 1 or batch % (world * micro_batch):
-        raise DeitfastError(
-            f"batch {batch} is not a multiple of {world} processes x micro-batch {micro_batch}. Change --micro-batch"
+            f"batch {recipe.batch} is not a multiple of {world_size} processes x micro-batch {micro_batch}. "
+            "Change --micro-batch"
         )

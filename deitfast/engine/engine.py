@@ -13,16 +13,16 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from deitfast.data import Batch, Targets, prepare
-from deitfast.data.batch import IMAGENET_MEAN, IMAGENET_STD, input_patches, mixed_targets, to_device
+from deitfast.cuda_graph import capture, on_stream
+from deitfast.data.batch import Batch, prepare, prepare_patches, targets, to_device
 from deitfast.distributed import World
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.flat import FlatState
@@ -108,11 +108,11 @@ class PlainEngine:
             batch = next(batches)
             reduce_now = self.world.size == 1 or micro == self.accumulation - 1
             with contextlib.nullcontext() if reduce_now else self.trained.no_sync():  # type: ignore[operator]
-                images, targets = prepare(batch, self.recipe)
+                images, soft_targets = prepare(batch, self.recipe)
+                teacher_logits = self.teacher(images) if self.teacher else None
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                     outputs = self.trained(images, self.drop_path.arrange(self.drop_path.draw(batch)))
-                teacher_logits = self.teacher(images) if self.teacher else None
-                loss = training_loss(outputs, targets, self.recipe, teacher_logits) / self.accumulation
+                loss = training_loss(outputs, soft_targets, self.recipe, teacher_logits) / self.accumulation
                 loss.backward()
             self.loss_sum += loss.detach() / self.world.size
         if self.recipe.clip_norm:
@@ -153,28 +153,6 @@ class PlainEngine:
         pass
 
 
-@dataclass
-class Inputs:
-    """A micro-batch as the device sees it: everything that changes from step to step, in tensors."""
-
-    images: Tensor  # uint8 (m, H, W, 3)
-    labels: Tensor  # int64 (m,)
-    index: Tensor  # int64 (m,)
-    view: Tensor  # int64 (m,)
-    epoch: Tensor  # int64 (1,)
-    erase: Tensor  # int64 (m, 4)
-    lam: Tensor  # float32 (m,)
-    mix_box: Tensor  # int64 (m, 4)
-    drop: list[Tensor]  # of DropPath.draw
-
-    def tensors(self) -> list[Tensor]:
-        return [t for f in fields(self) for t in _as_list(getattr(self, f.name))]
-
-    def clone(self) -> Inputs:
-        """The same in memory of its own: a graph's static input."""
-        return Inputs(*(_clone(getattr(self, f.name)) for f in fields(self)))
-
-
 class FlatEngine:
     """The engine of flat buffers, captured as a CUDA graph where `captures` says so."""
 
@@ -201,7 +179,7 @@ class FlatEngine:
         # for it: the steps before the capture run on the stream of the capture.
         self._stream = torch.cuda.Stream(device) if captures else None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._static: tuple[list[Inputs], Tensor] | None = None
+        self._static: tuple[list[Batch], Tensor] | None = None
         self._ends: deque[torch.cuda.Event] = deque()
 
     def close(self) -> None:  # NCCL does not end while a graph holds its collectives
@@ -210,12 +188,12 @@ class FlatEngine:
         self._graph = self._static = None
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
-        inputs = [self.inputs(next(batches)) for _ in range(self.accumulation)]
+        inputs = [self._with_drop_path(next(batches)) for _ in range(self.accumulation)]
         scalars = to_device(self.flat.scalars(lr, step), self.world.device)
         if self.captures and self._graph is None and self.steps_run >= UNCAPTURED_STEPS:
             self._capture(inputs, scalars)
         if self._graph is None or self._static is None:
-            with self._side_stream():
+            with on_stream(self._stream):
                 self.run(inputs, scalars)
         else:
             static, static_scalars = self._static
@@ -235,7 +213,10 @@ class FlatEngine:
         if len(self._ends) > _AHEAD:
             self._ends.popleft().synchronize()
 
-    def run(self, inputs: list[Inputs], scalars: Tensor) -> None:
+    def _with_drop_path(self, batch: Batch) -> Batch:
+        return replace(batch, drop=self.drop_path.draw(batch))
+
+    def run(self, inputs: list[Batch], scalars: Tensor) -> None:
         """The step itself: no host read, no shape that depends on data. scalars: of FlatState.scalars."""
         flat = self.flat
         flat.zero_grad()
@@ -260,27 +241,21 @@ class FlatEngine:
         self.skipped_in_row.copy_(torch.where(finite, 0.0, self.skipped_in_row + 1))
         torch.maximum(self.skipped_most, self.skipped_in_row, out=self.skipped_most)
 
-    def forward(self, inputs: Inputs) -> tuple[Tensor | tuple[Tensor, Tensor], Targets, Tensor]:
-        """The model's outputs for a micro-batch, their targets, and the patches (m, P, 3 * patch * patch) it saw."""
-        recipe = self.recipe
-        patches_BPK = input_patches(
-            inputs.images, inputs.erase, inputs.mix_box, inputs.lam, inputs.index, inputs.view, inputs.epoch,
-            seed=recipe.seed, patch_size=self.model.patch_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-            dtype=self.dtype, mixes=recipe.mixes,
-        )  # fmt: skip
-        targets = mixed_targets(inputs.labels, inputs.lam, recipe.mixes, recipe.smoothing)
-        return self.compute(patches_BPK, self.drop_path.arrange(inputs.drop)), targets, patches_BPK
-
-    def loss(self, inputs: Inputs) -> Tensor:
-        """Mean loss of a micro-batch, fp32 scalar."""
-        outputs, targets, patches_BPK = self.forward(inputs)
+    def forward(self, batch: Batch) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
+        """The model's outputs for a micro-batch, and the teacher's logits."""
+        patches_BPK = prepare_patches(batch, self.recipe, self.model.patch_size, self.dtype)
         teacher_logits = None
-        if self.teacher:
+        if self.teacher:  # first: what it takes is free again when the student's activations come
             patch = self.model.patch_size
             side = self.model.image_size // patch
             images = rearrange(patches_BPK, "b (y x) (c p q) -> b c (y p) (x q)", y=side, c=3, p=patch)
             teacher_logits = self.teacher(images)
-        return training_loss(outputs, targets, self.recipe, teacher_logits)
+        return self.compute(patches_BPK, self.drop_path.arrange(batch.drop)), teacher_logits
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a micro-batch, fp32 scalar."""
+        outputs, teacher_logits = self.forward(batch)
+        return training_loss(outputs, targets(batch, self.recipe), self.recipe, teacher_logits)
 
     def pop_loss(self) -> tuple[Tensor, Tensor]:
         loss, skipped = self.loss_sum.clone(), self.skipped_sum.clone()
@@ -312,42 +287,9 @@ class FlatEngine:
         finally:
             self.flat.swap_ema()
 
-    def inputs(self, batch: Batch) -> Inputs:
-        """What the device needs of a batch, drop-path drawn."""
-        device = batch.images.device
-        epoch = to_device(np.array([batch.epoch]), device)
-        return Inputs(
-            batch.images, batch.labels, batch.index, batch.view, epoch, batch.erase, batch.lam, batch.mix_box,
-            self.drop_path.draw(batch),
-        )  # fmt: skip
-
-    @contextlib.contextmanager
-    def _side_stream(self) -> Iterator[None]:
-        """The capture's stream, after what is queued and before what will be; nothing where none is captured."""
-        if self._stream is None:
-            yield
-            return
-        before = torch.cuda.current_stream(self.world.device)
-        self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):
-            yield
-        before.wait_stream(self._stream)
-
-    def _capture(self, inputs: list[Inputs], scalars: Tensor) -> None:
+    def _capture(self, inputs: list[Batch], scalars: Tensor) -> None:
         """Record the step into a graph; it does not run yet."""
         self._static = [one.clone() for one in inputs], scalars.clone()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph has a memory pool of its own
-        graph = torch.cuda.CUDAGraph()
-        # Threads of the data loader call CUDA meanwhile: only this thread's calls belong to the capture.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self.run(*self._static)
-        self._graph = graph
-
-
-def _clone(value: Any) -> Any:
-    return [t.clone() for t in value] if isinstance(value, list) else value.clone()
-
-
-def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:
-    return value if isinstance(value, list) else [value]
+        self._graph, _ = capture(partial(self.run, *self._static), self._stream)

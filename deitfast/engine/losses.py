@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from deitfast.recipe import Recipe
 
 
-def soft_cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
-    """Mean cross-entropy of logits (B, C) with smoothed mixtures of two labels; fp32 scalar. The eager reference.
-
-    The target of an image is (1 - s) (lam onehot(label) + (1 - lam) onehot(partner)) + s / C, with s the smoothing.
-    """
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    of_label = log_p.gather(1, targets.labels[:, None]).squeeze(1)
-    of_partner = log_p.gather(1, targets.partner_labels[:, None]).squeeze(1)
-    of_mixture = targets.lam * of_label + (1 - targets.lam) * of_partner
-    return -((1 - targets.smoothing) * of_mixture + targets.smoothing * log_p.mean(-1)).mean()
-
-
 def base_loss(logits: Tensor, targets: Targets, recipe: Recipe) -> Tensor:
     """What the labels ask of logits (B, C): the recipe's loss as a fused op; fp32 scalar."""
     if recipe.loss == "bce":

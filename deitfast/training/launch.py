@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded
 from deitfast.recipe import Recipe, flag
 
@@ -44,10 +44,7 @@ def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", descr
             parser.add_argument(flag(f.name), type=type(f.default), default=value, help=text, metavar="")
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
-        name = unknown[0].split("=", 1)[0]
-        hint = did_you_mean(name, (flag(f.name) for f in fields(Recipe))) or " --help lists the flags."
-        kind = "flag" if name.startswith("-") else "argument"
-        raise DeitfastError(f"unknown {kind} {name}.{hint}")
+        raise unknown_argument(unknown[0], (flag(f.name) for f in fields(Recipe)))
     return replace(base, **vars(known))
 
 

@@ -78,7 +78,7 @@ class Meter:
         """The lines of a window. waits: by process, share of the window in which it waited for data."""
         run, folder, step, best = self.run, self.run.folder, self.run.step, self.run.best
         assert folder
-        speed, epoch = steps_per_second * self.recipe.batch, step / run.plan.steps_per_epoch
+        speed, epoch = steps_per_second * self.recipe.batch, step / run.order.steps_per_epoch
         stall = round(run.saver.stall, 3) if run.saver else 0.0
         waiting = max(waits)
         by_process = {"data_waits": [round(w, 4) for w in waits]} if len(waits) > 1 else {}

@@ -59,7 +59,7 @@ def _write_down(run: Run) -> None:
         ) from error
     saved = run.step or None
     folder.reached.write(Reached(run.step, saved, running=True))
-    retention = Retention(run.recipe.keep, run.recipe.keep_every * run.plan.steps_per_epoch)
+    retention = Retention(run.recipe.keep, run.recipe.keep_every * run.order.steps_per_epoch)
     run.saver = Saver(folder.checkpoints, retention, run.say, folder.note, partial(run.fault, "failed save"))
     run.saver.saved = saved
 
@@ -76,10 +76,10 @@ def resume(run: Run) -> None:
     if found is None:
         _refuse_to_lose(run)
         return
-    if found.state["steps_per_epoch"] != run.plan.steps_per_epoch and not run.recipe.allow_changes:
+    if found.state["steps_per_epoch"] != run.order.steps_per_epoch and not run.recipe.allow_changes:
         raise DeitfastError(
             f"{run.recipe.out} was trained with {found.state['steps_per_epoch']} steps an epoch, the data now gives "
-            f"{run.plan.steps_per_epoch}: the data changed. Change --out, or give --allow-changes"
+            f"{run.order.steps_per_epoch}: the data changed. Change --out, or give --allow-changes"
         )
     _take_up(run, found)
     run.say(f"resuming {run.recipe.out} at step {run.step}")
@@ -112,7 +112,7 @@ def save(run: Run, *, wait: bool = False) -> None:
     state: dict[str, Any] = {
         "recipe": asdict(run.recipe),
         "best": run.best,
-        "steps_per_epoch": run.plan.steps_per_epoch,
+        "steps_per_epoch": run.order.steps_per_epoch,
         "evaluated": run.evaluated,
     }
     run.saver.save(run.step, tensors, state)

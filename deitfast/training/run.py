@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from deitfast.data import Dataset, Manifest, Plan, open_dataset
+from deitfast.data import Dataset, Manifest, Order, open_dataset
 from deitfast.data.dali import thread_count
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import read_manifest
 from deitfast.distributed import World, start
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import Engine, make_engine
-from deitfast.engine.memory import largest_micro_batch
+from deitfast.engine.memory import LARGEST_EVALUATED, largest_micro_batch
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
@@ -41,7 +41,7 @@ class Run:
     world: World
     train_data: Manifest
     val_data: Manifest
-    plan: Plan
+    order: Order
     micro_batch: int
     accumulation: int
     bf16: bool
@@ -58,13 +58,18 @@ class Run:
     best: dict[str, Any] | None = None
 
     @property
+    def eval_batch(self) -> int:
+        """Images that a process evaluates at once."""
+        return min(self.micro_batch, LARGEST_EVALUATED)
+
+    @property
     def total_steps(self) -> int:
-        return self.recipe.epochs * self.plan.steps_per_epoch
+        return self.recipe.epochs * self.order.steps_per_epoch
 
     @property
     def evaluation_due(self) -> bool:
         """Whether an evaluation belongs after the present step, whatever was done already."""
-        epoch, in_epoch = divmod(self.step, self.plan.steps_per_epoch)
+        epoch, in_epoch = divmod(self.step, self.order.steps_per_epoch)
         return self.step > 0 and (
             self.step == self.total_steps or (in_epoch == 0 and epoch % self.recipe.eval_every == 0)
         )
@@ -113,11 +118,15 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     scanned = data.train
     train_data = world.agree(lambda: run_images(recipe, scanned, notes.append))
     images = len(train_data)
-    plan = world.agree(lambda: Plan(images, recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group))
+    order = world.agree(lambda: Order.of(images, recipe))
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
     model = world.agree(lambda: make_model(recipe, len(data.classes), depth)).to(world.device)
-    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16)))
+    teacher = None  # before the memory is measured that it leaves
+    if recipe.distillation != "none":
+        teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
+    teacher_bytes = teacher.image_bytes() if teacher else 0
+    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
     micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest))
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
@@ -129,11 +138,9 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         )
     )
     decode = world.share(decode)  # the pixels of the two differ a little: the same everywhere
-    teacher = None
-    if recipe.distillation != "none":
-        teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
+    if teacher:
         teacher.check(
-            data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, say=notes.append
+            data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, decode=decode, say=notes.append
         )  # fmt: skip
     engine = make_engine(model, recipe, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
     run = Run(
@@ -141,7 +148,7 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         world=world,
         train_data=train_data,
         val_data=data.val,
-        plan=plan,
+        order=order,
         micro_batch=micro_batch,
         accumulation=accumulation,
         bf16=bf16,
@@ -201,7 +208,7 @@ def make_model(recipe: Recipe, classes: int, depth: int | None = None) -> DeiT:
         layer_scale=recipe.layer_scale or None,
         reset_head=recipe.reset_head,
         depth=depth,
-        fused={"yes": True, "no": False, "auto": None}[recipe.fused],
+        fused=recipe.fuses,
     )
 
 
@@ -210,7 +217,7 @@ def split_batch(recipe: Recipe, world: World, largest: int) -> tuple[int, int]:
 
     largest: images that fit into memory at once, where the recipe leaves the micro-batch open.
     """
-    unit = 2 if recipe.mixes else 1
+    unit = recipe.unit
     share, rest = divmod(recipe.batch, world.size)
     if rest or share % unit:
         even = "even " if unit == 2 else ""
@@ -234,7 +241,7 @@ def split_batch(recipe: Recipe, world: World, largest: int) -> tuple[int, int]:
 
 def introduce(run: Run, data: Dataset, stated: Recipe | None) -> None:
     """Say what is about to run, and how it differs from the recipe's file or from the paper."""
-    recipe, world, plan = run.recipe, run.world, run.plan
+    recipe, world, order = run.recipe, run.world, run.order
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     run.say(
         f"{recipe.model}: {parameters:.2f} M parameters, {run.model.image_size} px, {len(data.classes)} classes, "
@@ -242,7 +249,7 @@ def introduce(run: Run, data: Dataset, stated: Recipe | None) -> None:
     )
     run.say(
         f"{recipe.data}: {len(run.train_data):,} training and {len(run.val_data):,} validation images; an epoch has "
-        f"{plan.steps_per_epoch} steps over {plan.distinct_per_epoch:,} distinct images"
+        f"{order.steps_per_epoch} steps over {order.distinct_per_epoch:,} distinct images"
     )
     run.say(
         f"batch {recipe.batch} = {world.size} process(es) x {run.accumulation} accumulated x {run.micro_batch}; "

@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError
 
 from deitfast.board import board
 from deitfast.data import TooManyBadFiles, TrainLoader
 from deitfast.distributed import start
 from deitfast.engine.engine import UNCAPTURED_STEPS
 from deitfast.engine.optim import learning_rate
-from deitfast.errors import EXIT_INTERRUPTED, DeitfastError, HopelessError, first_line
+from deitfast.errors import EXIT_INTERRUPTED, DeitfastError, HopelessError
 from deitfast.guard import restarts_left
-from deitfast.model.weights import save_weights
 from deitfast.recipe import Recipe
+from deitfast.training.evaluation import Result, evaluate_both, record
 from deitfast.training.interrupt import Agreement, StopRequest
 from deitfast.training.meter import Meter
 from deitfast.training.resume import Diverged, begin, is_saved, record_error, roll_back, save, save_or_tell
 from deitfast.training.run import Run, set_up
 from deitfast.training.run_folder import duration
 from deitfast.training.watch import SAVE, Watch
-from deitfast.use.evaluate import Scores, evaluate
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run ended with.
-
-    raw, ema: scores of the weights and of their average, which is None where none is kept. images_per_second: of the
-    training steps. engine: how the steps ran, in words. folder: where everything lies.
-    """
-
-    step: int
-    raw: Scores
-    ema: Scores | None
-    images_per_second: float
-    engine: str
-    folder: Path
+from deitfast.use.evaluate import Interrupted
 
 
 def train(
@@ -86,7 +68,7 @@ def _until_done(run: Run, stop: StopRequest, stop_at: int | None, eval_images: i
         try:
             return _with_loader(run, stop, stop_at, eval_images)
         except Diverged as error:
-            if diverged and error.step <= diverged.step + run.plan.steps_per_epoch:
+            if diverged and error.step <= diverged.step + run.order.steps_per_epoch:
                 told = f"{error} This is the second time: not again" if run.folder else ""
                 raise HopelessError(told) from error
             roll_back(run, error)
@@ -96,16 +78,17 @@ def _until_done(run: Run, stop: StopRequest, stop_at: int | None, eval_images: i
 def _with_loader(run: Run, stop: StopRequest, stop_at: int | None, eval_images: int | None) -> Result | None:
     with TrainLoader(
         run.train_data,
-        replace(run.recipe, decode=run.decode),
+        run.recipe,
         image_size=run.model.image_size,
         micro_batch=run.micro_batch,
         rank=run.world.rank,
-        world=run.world.size,
+        world_size=run.world.size,
         device=run.world.device,
         start_step=run.step,
         stop_step=run.total_steps,
         say=run.warn,
         bad_list=Path(run.recipe.out) / "bad.txt",
+        decoder=run.decode,
     ) as loader:
         watch = Watch(
             board(), run.world.rank, run.world.size, run.step, patience=run.recipe.patience,
@@ -144,7 +127,7 @@ def loop(
         meter.resume()
 
     while run.step < last_step:
-        lr = learning_rate(recipe, run.step, run.plan.steps_per_epoch)
+        lr = learning_rate(recipe, run.step, run.order.steps_per_epoch)
         run.engine(batches, run.step, lr)
         run.step += 1
         run.reached()
@@ -152,7 +135,7 @@ def loop(
 
         # Everything that waits for the device happens at log steps, and every pause is one.
         signal = agreement.decided(run.step)
-        epoch_ended, stopping = run.step % run.plan.steps_per_epoch == 0, run.step == last_step
+        epoch_ended, stopping = run.step % run.order.steps_per_epoch == 0, run.step == last_step
         if not (run.step % log_every == 0 or epoch_ended or stopping or signal):
             continue
         meter.log(lr)
@@ -166,12 +149,18 @@ def loop(
     return result
 
 
-def pause_to_evaluate(
-    run: Run, meter: Meter, watch: Watch, agreement: Agreement, eval_images: int | None
-) -> Result | None:
-    """Evaluate and write it down."""
-    with watch.during("an evaluation"):
-        result = evaluate_both(run, meter.images_per_second, eval_images)
+def pause_to_evaluate(run: Run, meter: Meter, watch: Watch, agreement: Agreement, limit: int | None) -> Result:
+    """Evaluate and write it down; a signal in between is followed at the next batch."""
+
+    def asked_to_stop() -> bool:
+        watch.alive()
+        return agreement.wanted() is not None
+
+    try:
+        with watch.during("an evaluation"):
+            result = evaluate_both(run, meter.images_per_second, limit, asked_to_stop)
+    except Interrupted:
+        leave(run, agreement.wanted() or "a signal to another process", watch)
     run.evaluated = run.step
     record(run, result)
     return result
@@ -206,63 +195,6 @@ def out_of_memory(run: Run) -> DeitfastError:
     return DeitfastError(
         f"out of memory at micro-batch {run.micro_batch} ({total - free:.1f} of {total:.1f} GB in use). {remedy}"
     )
-
-
-def evaluate_both(run: Run, images_per_second: float, limit: int | None) -> Result:
-    """Scores of the raw and of the averaged weights."""
-
-    def scores() -> Scores:
-        return evaluate(
-            run.model, run.val_data, run.world, crop_ratio=run.recipe.eval_crop_ratio, batch=run.micro_batch,
-            workers=run.recipe.workers, bf16=run.bf16, limit=limit, decode=run.decode,
-        )  # fmt: skip
-
-    raw, averaged = scores(), None
-    if run.recipe.ema_decay:
-        with run.engine.averaged():
-            averaged = scores()
-    return Result(
-        run.step, raw, averaged, images_per_second, engine=run.engine.description, folder=Path(run.recipe.out)
-    )
-
-
-def record(run: Run, result: Result) -> None:
-    """Write the scores down, and the better of raw and averaged weights if they are the run's best so far.
-
-    To be called on every process.
-    """
-    state = run.engine.tensors()
-    if not run.folder:
-        return
-    epoch = run.step // run.plan.steps_per_epoch
-    use_ema = result.ema is not None and result.ema.top1 > result.raw.top1
-    top1 = result.ema.top1 if use_ema and result.ema else result.raw.top1
-    values = {
-        "top1": result.raw.top1,
-        "top5": result.raw.top5,
-        "val_loss": result.raw.loss,
-        "images": result.raw.images,
-    }
-    if result.ema:
-        values |= {"ema_top1": result.ema.top1, "ema_top5": result.ema.top5, "ema_val_loss": result.ema.loss}
-    run.folder.metrics(step=run.step, epoch=epoch, **values)
-    ema_text = f", ema {result.ema.top1:.2f} %" if result.ema else ""
-    run.say(f"epoch {epoch}: top-1 {result.raw.top1:.2f} %{ema_text} on {result.raw.images:,} images")
-    if run.best is None or top1 > run.best["top1"]:
-        best = {"top1": top1, "epoch": epoch, "weights": "ema" if use_ema else "raw"}
-        metadata = {
-            "model": run.recipe.model,
-            "image_size": str(run.model.image_size),
-            "eval_crop_ratio": str(run.recipe.eval_crop_ratio),
-            "classes": json.dumps(run.val_data.classes),
-            **{key: str(value) for key, value in best.items()},
-        }
-        try:
-            save_weights(run.folder.path / "best" / "model.safetensors", state["ema" if use_ema else "model"], metadata)
-            run.best = best
-        except (OSError, SafetensorError) as error:  # the best ones of before stay, and so does their score
-            run.faults.add("failed save", run.step, what=first_line(error))
-            run.say(f"the best weights so far could not be written: {first_line(error)}. Training goes on")
 
 
 def conclude(run: Run, result: Result) -> None:

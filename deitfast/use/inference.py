@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deitfast.compiler import check_compiler
+from deitfast.cuda_graph import capture
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
@@ -104,15 +105,7 @@ class Predictor:
 
     def _capture(self, size: int) -> _Graph:
         images = torch.zeros(size, self.image_size, self.image_size, 3, dtype=torch.uint8, device=self.device)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # compiles kernels and sets up libraries, which a capture may not
-            self._run(images)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # DALI's threads may allocate meanwhile: only this thread's calls count.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            logits = self._run(images)
+        graph, logits = capture(lambda: self._run(images), device=self.device)
         return _Graph(images, logits, graph)
 
 

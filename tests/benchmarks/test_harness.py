@@ -117,11 +117,16 @@ class FakeCuda:
                 fake.lap()
 
         class Stream:
+            device = None
+
+            def __init__(self, device=None):
+                pass
+
             def wait_stream(self, other):
                 pass
 
         @contextlib.contextmanager
-        def capture(graph, stream):
+        def capture(graph, stream, capture_error_mode):
             fake.captures += 1
             fake.capturing = True
             try:

@@ -31,7 +31,7 @@ def test_the_quick_path_times_every_way_in_both_directions(op, tmp_path, capsys)
     assert micro.main([op, *QUICK, "--out", str(out)]) == 0
     data = load(out)
     timed = {(row["key"]["op"], row["key"]["way"], row["key"]["pass"]) for row in data["rows"] if "ms" in row}
-    for way in ("fused", "eager", "torch.compile", *["in steps"] * (op == "input_patches")):
+    for way in ("fused", "eager", "torch.compile"):
         assert (op, way, "forward") in timed
         assert ((op, way, "forward+backward") in timed) == (op != "input_patches")
     for row in data["rows"]:
@@ -69,7 +69,6 @@ def test_what_cannot_be_captured_is_compared_with_the_fused_op_launched_from_the
         "fused": None,
         "fused, from the host": None,
         "eager": 3.0,
-        "in steps": 2.0,
         "torch.compile": 2.0,
     }
 
@@ -266,13 +265,11 @@ def test_every_site_is_right_on_cpu_and_its_candidates_reach_the_kernel(site):
     before = site.current(90)
     for candidate in (site.candidates[0], site.candidates[-1]):
         with site.apply(90, candidate):
-            for case in site.cases(90):
-                assert candidate.launch is not None
-                assert case.num_warps == candidate.launch.num_warps
-                assert case.num_stages == candidate.launch.num_stages
-                changed = {name: v for name, v in candidate.launch.tiles.items() if v and name in case.constexprs}
-                assert changed.items() <= dict(case.constexprs).items()
-            assert site.cases(90) or candidate.launch is None
+            cases = [case.traits() for case in site.cases(90)]
+            if candidate.launch is not None:
+                tiles = {name: value for name, value in candidate.launch.tiles.items() if value and name != "TMA"}
+                wanted = {name: str(value) for name, value in (tiles | candidate.launch.options()).items()}
+                assert any(wanted.items() <= case.items() for case in cases)
     assert str(site.current(90)) == str(before), "the package's table is as it was"
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
+import sys
 
 import pytest
 
 from benchmarks import gpu_suite, readme
 from benchmarks.gpu_suite import Part, Results
+from benchmarks.measuring import processes
+from benchmarks.measuring.processes import Finished
 from benchmarks.reporting.page import NOT_MEASURED, goals, write_page
 from benchmarks.reporting.plots import draw_all
 from benchmarks.reporting.record import ROOT
@@ -55,6 +59,10 @@ ROWS = [
     op_row("eager", 3.0),
     part_row("GEMM forward", 60.0, True),
     part_row("attention", 20.0, False),
+    {"key": {"op": "tests", "scope": "telling"}, "counts": {"passed": 3, "failed": 1}},
+    {"key": {"op": "tests", "scope": "telling", "test": "tests/x.py::test_y"}, "failed": "off by one"},
+    {"key": {"op": "question", "question": "wgrad", "way": "fp32 sums"}, "ms": 1.5, "answer": "distance 1e-3"},
+    {"key": {"op": "question", "question": "nccl"}, "failed": "took longer than 60 s"},
     {
         "key": {"op": "loader", "way": "decode", "decode": "cpu", "threads": 16},
         "absent": "no DALI",
@@ -94,6 +102,10 @@ def test_the_page_tells_everything(results):
         "| GEMM forward | 60.0 | 42.0 | 55 | OVER | k 60.0 |",
         "| attention | B | 197 | 64 | forward | 1.0000 | 50 | eager 3.0000 | 3.00 x |",
         "| decode | cpu | 16 | absent: no DALI |",
+        "- telling tests: 1 failed, 3 passed",
+        "- FAILED `tests/x.py::test_y`: off by one",
+        "- wgrad, fp32 sums: 1.5000 ms; distance 1e-3",
+        "- nccl: failed: took longer than 60 s",
         "![throughput](throughput.png)",
     ):
         assert words in page
@@ -162,6 +174,92 @@ def test_steps_measured_earlier_outlive_a_run_that_is_cut_off(tmp_path, monkeypa
     assert results.data["rows"] == []
 
 
+ROWS_THEN_HANG = """
+import json, sys, time
+rows = [{"key": {"op": "x"}, "ms": 1.0}]
+with open(sys.argv[1], "w") as out:
+    roofs = {"tflops": 1.0, "gbps": 2.0}
+    json.dump({"theme": "x", "facts": {}, "rows": rows, "verdict": "fine so far", "roofs": roofs}, out)
+print("told", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def hanging_part(tmp_path, monkeypatch) -> Part:
+    """A part that writes a row and hangs."""
+    script = tmp_path / "hang.py"
+    script.write_text(ROWS_THEN_HANG)
+    runner = f"import runpy, sys; sys.argv[1:] = sys.argv[2:]; runpy.run_path({str(script)!r})"
+    monkeypatch.setattr(gpu_suite, "_command", lambda *a: ["benchmarks.readme", "--x", str(a[-1])])
+
+    def run_limited(command, seconds, tick):
+        return processes.run_limited([sys.executable, "-c", runner, "", command[-1]], seconds, tick)
+
+    monkeypatch.setattr(gpu_suite, "run_limited", run_limited)
+    return Part("hang", 1.0, ("x",))
+
+
+def test_a_part_that_is_killed_keeps_its_rows(tmp_path, hanging_part):
+    results, log = Results(tmp_path, "cpu", True), io.StringIO()
+    gpu_suite.run_part(hanging_part, results, argparse.Namespace(device="cpu", quick=True), 6, log)
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["rows"] == [{"key": {"op": "x"}, "ms": 1.0, "part": "hang"}]
+    assert data["parts"]["hang"]["status"] == "cut off"
+    assert data["parts"]["hang"]["notes"] == {"verdict": "fine so far"}
+    assert data["roofs"] == {"tflops": 1.0, "gbps": 2.0}
+    assert "told" in log.getvalue()
+
+
+def test_a_suite_that_is_ended_keeps_the_rows_of_the_part_it_was_at(tmp_path, monkeypatch, hanging_part):
+    run_limited = gpu_suite.run_limited
+
+    def ended(command, seconds, tick):
+        def once_there(out):
+            if "told" in out:
+                raise SystemExit(143)
+
+        return run_limited(command, seconds, once_there)
+
+    monkeypatch.setattr(gpu_suite, "run_limited", ended)
+    monkeypatch.setattr(gpu_suite, "PARTS", (hanging_part, Part("never", 1.0, ("x",))))
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--device", "cpu", "--quick", "--minutes", "20", "--out", str(tmp_path)])
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert [row["key"] for row in data["rows"]] == [{"op": "x"}]
+    assert {name: part["status"] for name, part in data["parts"].items()} == {"hang": "cut off"}
+    assert data["finished"]
+    assert "part hang: cut off in" in (tmp_path / "page.md").read_text()
+
+
+def test_first_it_is_verified_then_what_is_most_worth_knowing():
+    names = [part.name for part in gpu_suite.PARTS]
+    assert names[:4] == ["verify", "roof", "questions", "step"]
+    for part in gpu_suite.PARTS:
+        if part.command:
+            assert importlib.util.find_spec(part.command[0]), part.name
+    assert "GPU decoder" not in " ".join(part.name for part in gpu_suite.parts_for("cpu"))
+    assert gpu_suite.parts_for("cuda") == gpu_suite.PARTS
+
+
+def test_training_itself_is_a_part_whose_last_words_count(tmp_path, monkeypatch):
+    results, options = Results(tmp_path, "cpu", True), argparse.Namespace(device="cpu", quick=True, data="digits")
+    part = next(part for part in gpu_suite.PARTS if part.name == "smoke")
+    command = gpu_suite._command(part, results, options, 60.0, tmp_path, tmp_path / "rows.json")
+    assert command[:3] == ["deitfast", "train", "recipes/deit_digits.py"]
+    assert (ROOT / command[2]).exists()
+    for status, out, row in (
+        (0, "step 3\nsmoke test passed\n", {"answer": "smoke test passed"}),
+        (2, "", {"answer": "", "failed": "exit status 2: error: no data"}),
+    ):
+        finished = Finished(status, out, "error: no data", 9.0)
+        monkeypatch.setattr(gpu_suite, "run_limited", lambda *_, finished=finished: finished)
+        gpu_suite.run_part(part, results, options, 60.0, io.StringIO())
+        (found,) = results.data["rows"]
+        assert found == {"key": {"op": "smoke", "part": "smoke"}, "part": "smoke", **row}
+        assert results.data["parts"]["smoke"]["status"] == ("done" if status == 0 else "failed")
+
+
 def test_a_crash_and_a_hang_end_their_part_alone(tmp_path, monkeypatch, capsys):
     scripts = {"crash": "raise SystemExit('boom')", "hang": "import time; time.sleep(60)", "fine": "pass"}
     monkeypatch.setattr(gpu_suite, "PARTS", tuple(Part(name, 0.02 if name == "hang" else 1.0) for name in scripts))
@@ -188,7 +286,9 @@ def test_a_crash_and_a_hang_end_their_part_alone(tmp_path, monkeypatch, capsys):
 def test_the_quick_suite_ends_with_one_page(tmp_path, monkeypatch, capsys):
     small = ("--model", MODEL, "--batch", "4")
     parts = (
+        Part("verify", 2.0, ("benchmarks.verify",)),
         Part("roof", 1.0),
+        Part("questions", 1.0, ("benchmarks.questions",), ("--only", "wgrad")),
         Part("step", 6.0, ("benchmarks.bench_train_step",), ("--models", MODEL, "--ways", "ours", "timm")),
         Part("breakdown", 1.0, ("benchmarks.breakdown",), small),
         Part("attention", 1.0, ("benchmarks.micro", "attention"), ("--no-compile",)),
@@ -202,7 +302,10 @@ def test_the_quick_suite_ends_with_one_page(tmp_path, monkeypatch, capsys):
     assert {name: part["status"] for name, part in data["parts"].items()} == dict.fromkeys(
         [p.name for p in parts], "done"
     )
-    assert {row["part"] for row in data["rows"]} == {"step", "breakdown", "attention", "loader"}
+    assert {row["part"] for row in data["rows"]} == {"verify", "questions", "step", "breakdown", "attention", "loader"}
+    page = (tmp_path / "page.md").read_text()
+    assert " passed" in page.split("## Is it right?")[1].split("##")[0]
+    assert "fp32 sums" in page.split("## Questions")[1].split("##")[0]
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.json", "log.txt", "page.md", "throughput.png", "roofline.png", "breakdown.png",
     }  # fmt: skip

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,32 +10,29 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, Targets, normalise
-from deitfast.data import batch as augment
-from deitfast.data.batch import Batch
+from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, Batch, Targets, normalise, prepare
+from deitfast.data.batch import prepare_patches
 from deitfast.kernels.common import INTERPRETED
+from deitfast.recipe import Recipe
+from tests.reference import dense
 
 M, SIZE = 16, 24
+RECIPE = replace(Recipe(), seed=5, smoothing=0.1)
 
 
-def make_batch(erase: torch.Tensor | None = None, seed: int = 5, epoch: int = 2) -> Batch:
+def make_batch(erase: torch.Tensor | None = None, epoch: int = 2) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    erase = torch.zeros(M, 4, dtype=torch.int64) if erase is None else erase
     return Batch(
-        step=0,
-        micro=0,
-        epoch=epoch,
-        seed=seed,
         images=torch.randint(0, 256, (M, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator),
         labels=torch.randint(0, 7, (M,), generator=generator),
-        slots=np.arange(M),
         index=torch.arange(M) + 100,
         view=torch.arange(M) % 3,
-        erase=erase,
-        erased_pixels=int((erase[:, 2] * erase[:, 3]).sum()),
+        epoch=torch.tensor([epoch]),
+        erase=torch.zeros(M, 4, dtype=torch.int64) if erase is None else erase,
         lam=torch.ones(M),
         mix_box=torch.zeros(M, 4, dtype=torch.int64),
-        mixes=True,
+        step=0,
+        slots=np.arange(M),
     )
 
 
@@ -65,18 +61,18 @@ def test_mixing_is_timms(timm, monkeypatch, cutmix):
     from timm.data.mixup import Mixup
 
     lam, (top, left, height, width) = (0.3, (0, 0, 0, 0)) if not cutmix else (1 - 9 * 14 / SIZE**2, (3, 10, 9, 14))
-    x, labels = torch.randn(M, 3, SIZE, SIZE), torch.randint(0, 7, (M,))
+    batch = make_batch()
+    x = normalise(batch.images)
     mixer = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=7)
     monkeypatch.setattr(mixer, "_params_per_batch", lambda: (lam, cutmix))
     box = (top, top + height, left, left + width)
     monkeypatch.setattr("timm.data.mixup.cutmix_bbox_and_lam", lambda *_, **__: (box, lam))
-    expected, expected_targets = mixer(from_pairs(x).clone(), from_pairs(labels))
+    expected, expected_targets = mixer(from_pairs(x).clone(), from_pairs(batch.labels))
 
-    lams = torch.full((M,), lam)
-    result = augment.mix(x, lams, torch.tensor([[top, left, height, width]]).expand(M, 4))
-    assert torch.allclose(result, by_pairs(expected), atol=1e-6)
-    targets = Targets(labels, labels.view(-1, 2).flip(1).flatten(), lams, 0.1)
-    assert torch.allclose(targets.dense(7), by_pairs(expected_targets), atol=1e-6)
+    batch.lam, batch.mix_box = torch.full((M,), lam), torch.tensor([[top, left, height, width]]).repeat(M, 1)
+    images, targets = prepare(batch, RECIPE)
+    assert torch.allclose(images, by_pairs(expected), atol=1e-6)
+    assert torch.allclose(dense(targets, 7), by_pairs(expected_targets), atol=1e-6)
 
 
 def test_dense_targets_are_timms(timm):
@@ -85,7 +81,7 @@ def test_dense_targets_are_timms(timm):
     labels = torch.tensor([0, 3, 3, 1])  # flipping pairs 0 with 3, 1 with 2: equal labels as well
     for lam, smoothing in ((0.7, 0.1), (1.0, 0.0), (0.0, 0.3)):
         expected = mixup_target(labels, 5, lam, smoothing)
-        ours = Targets(labels, labels.flip(0), torch.full((4,), lam), smoothing).dense(5)
+        ours = dense(Targets(labels, labels.flip(0), torch.full((4,), lam), smoothing), 5)
         assert torch.allclose(ours, expected, atol=1e-6)
         assert torch.allclose(ours.sum(1), torch.ones(4))
 
@@ -95,30 +91,31 @@ def test_erasing_fills_exactly_the_rectangle_with_noise():
     boxes[1] = torch.tensor([2, 3, 10, 20])
     boxes[4] = torch.tensor([0, 0, 23, 23])
     boxes[5] = torch.tensor([23, 22, 1, 1])
-    x = torch.full((M, 3, SIZE, SIZE), 100.0)
-    augment.erase(x, make_batch(boxes))
-    for i in range(M):
-        top, left, height, width = boxes[i].tolist()
-        inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
-        inside[top : top + height, left : left + width] = True
-        assert (x[i][:, ~inside] == 100).all()
-        assert (x[i][:, inside].abs() < 10).all()
-    noise = x[x < 50].numpy()
+    batch, plain = make_batch(boxes), replace(RECIPE, mixup=0.0, cutmix=0.0)
+    batch.images.fill_(255)
+    white = normalise(batch.images[:1])[0, :, :1, :1]
+    x, _ = prepare(batch, plain)
+    erased = torch.zeros(M, SIZE, SIZE, dtype=torch.bool)
+    for i, (top, left, height, width) in enumerate(boxes.tolist()):
+        erased[i, top : top + height, left : left + width] = True
+    assert torch.equal((x - white).abs().amax(1) > 1e-5, erased)
+    assert x.abs().amax() < 10
+    noise = x.permute(0, 2, 3, 1)[erased].flatten().numpy()
     assert stats.kstest(noise, "norm").pvalue > 0.01
     red, green, blue = (x[4, c, :23, :23].flatten().numpy() for c in range(3))
     assert max(abs(np.corrcoef(a, b)[0, 1]) for a, b in ((red, green), (red, blue), (green, blue))) < 0.15
 
 
 def test_noise_belongs_to_the_sample_not_to_its_row():
-    boxes = torch.tensor([[2, 3, 10, 12]]).repeat(M, 1)
-    whole = augment.erase(torch.zeros(M, 3, SIZE, SIZE), make_batch(boxes))
+    boxes, plain = torch.tensor([[2, 3, 10, 12]]).repeat(M, 1), replace(RECIPE, mixup=0.0, cutmix=0.0)
+    whole, _ = prepare(make_batch(boxes), plain)
     batch = make_batch(boxes)
     rows = [9, 2, 5]
-    batch.index, batch.view, batch.erase = batch.index[rows], batch.view[rows], batch.erase[rows]
-    batch.erased_pixels = 3 * 120
-    assert torch.equal(augment.erase(torch.zeros(3, 3, SIZE, SIZE), batch), whole[rows])
-    for other in (make_batch(boxes, seed=6), make_batch(boxes, epoch=3)):
-        assert not torch.equal(augment.erase(torch.zeros(M, 3, SIZE, SIZE), other), whole)
+    batch.images, batch.index, batch.view = batch.images[rows], batch.index[rows], batch.view[rows]
+    batch.erase, batch.mix_box, batch.lam = batch.erase[rows], batch.mix_box[rows], batch.lam[rows]
+    assert torch.equal(prepare(batch, plain)[0], whole[rows])
+    for other in (prepare(make_batch(boxes), replace(plain, seed=6)), prepare(make_batch(boxes, epoch=3), plain)):
+        assert not torch.equal(other[0], whole)
 
 
 def mixed_batch() -> Batch:
@@ -137,22 +134,20 @@ def mixed_batch() -> Batch:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_patches_are_the_unfolded_images(patch, mixes, dtype):
     """On CPU to the bit; in the interpreter the noise is computed in fp32 too, and bf16 is cut, not rounded."""
-    batch = dataclasses.replace(mixed_batch(), mixes=mixes)
-    images, soft = augment.prepare(batch, SimpleNamespace(smoothing=0.1))
+    batch, recipe = mixed_batch(), RECIPE if mixes else replace(RECIPE, mixup=0.0, cutmix=0.0)
+    images, soft = prepare(batch, recipe)
     expected = F.unfold(images, patch, stride=patch).transpose(1, 2).to(dtype)
-    patches = augment.prepare_patches(batch, patch, dtype)
+    patches = prepare_patches(batch, recipe, patch, dtype)
     assert patches.dtype == dtype
     if INTERPRETED:
         torch.testing.assert_close(patches, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     else:
         assert torch.equal(patches, expected)
-    same = augment.targets(batch, 0.1)
-    assert torch.equal(same.dense(7), soft.dense(7))
     assert torch.equal(soft.partner_labels, batch.labels[torch.arange(M) ^ 1] if mixes else batch.labels)
 
 
 def test_patches_and_weight_are_the_patch_convolution():
-    images, _ = augment.prepare(mixed_batch(), SimpleNamespace(smoothing=0.0))
+    images, _ = prepare(mixed_batch(), RECIPE)
     conv = torch.nn.Conv2d(3, 10, kernel_size=8, stride=8)
-    rows = F.linear(augment.prepare_patches(mixed_batch(), 8), conv.weight.flatten(1), conv.bias)
+    rows = F.linear(prepare_patches(mixed_batch(), RECIPE, 8), conv.weight.flatten(1), conv.bias)
     torch.testing.assert_close(rows, conv(images).flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)

@@ -158,7 +158,7 @@ def test_prepare_with_several_processes_writes_the_same_bytes(make_folder, tmp_p
 def test_prepare_refuses_what_it_cannot_do(make_folder, tmp_path):
     root = make_folder(train=2, val=1)
     assert refused("prepare", root, tmp_path / "x", "--per-shard", 0) == "--per-shard is 0, must be in [1, 1000000]"
-    assert refused("prepare", root, "x", "--qualty=3") == "unknown argument --qualty=3. Did you mean --quality?"
+    assert refused("prepare", root, "x", "--qualty=3") == "unknown flag --qualty. Did you mean --quality?"
     assert f"{root} is not empty" in refused("prepare", root, root)
     command("prepare", root, tmp_path / "out", "--workers", 1)
     assert "with other settings. Give another folder" in refused("prepare", root, tmp_path / "out", "--quality", 80)

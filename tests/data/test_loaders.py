@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deitfast.data import EvalLoader, Manifest, Plan, TrainLoader, dali, decoder, draws, open_dataset, prepare
+from deitfast.data import EvalLoader, Manifest, Order, TrainLoader, dali, decoder, draws, open_dataset, prepare
 from deitfast.data.augmentation import Augmentation
 from deitfast.data.batch import Batch
 from deitfast.data.eval_loader import eval_geometry
@@ -50,7 +50,7 @@ def rows(batch: Batch, settings: Recipe) -> dict[tuple, dict]:
     tensors["input"], targets = prepare(batch, settings)
     tensors["partner"] = targets.partner_labels
     return {
-        (batch.step, int(slot)): {name: t[i].numpy() for name, t in tensors.items()} | {"epoch": batch.epoch}
+        (batch.step, int(slot)): {name: t[i].numpy() for name, t in tensors.items()} | {"epoch": int(batch.epoch)}
         for i, slot in enumerate(batch.slots)
     }
 
@@ -67,7 +67,7 @@ def test_processes_and_micro_batches_do_not_matter(digits, repeats, policy):
     settings = recipe(repeats=repeats, rand_augment=policy, color_jitter=0.3)
     whole = run(digits, settings, micro=32, stop_step=2)
     assert len(whole) == 64
-    plan = Plan(len(digits), 32, repeats, settings.seed, 16)
+    plan = Order(len(digits), 32, repeats, settings.seed, 16)
     for step in range(2):
         index, view, _ = plan.slots(step)
         assert [int(whole[step, s]["index"]) for s in range(32)] == index.tolist()
@@ -126,7 +126,7 @@ def pil_views(manifest: Manifest, batch: Batch, settings: Recipe, size: int) -> 
     images = []
     for i, view in zip(batch.index.tolist(), batch.view.tolist(), strict=True):
         image = Image.open(io.BytesIO(manifest.read(i).tobytes())).convert("RGB")
-        at = (np.array([i]), batch.epoch, np.array([view]), settings.seed)
+        at = (np.array([i]), int(batch.epoch), np.array([view]), settings.seed)
         scale = (settings.crop_min, settings.crop_max)
         box = draws.random_resized_crop(manifest.width[[i]], manifest.height[[i]], *at, scale)[0]
         top, left, height, width = box.tolist()
@@ -219,6 +219,18 @@ def test_where_images_are_decoded(digits, monkeypatch):
         TrainLoader(digits, recipe(decode="gpu"), SIZE, 32)
 
 
+@pytest.mark.parametrize(("known", "fits"), [(12, False), (13, True), (14, True), (0, True)])
+def test_a_driver_older_than_dalis_build_is_told_which_build_to_install(monkeypatch, known: int, fits: bool) -> None:
+    monkeypatch.setattr("nvidia.dali.__cuda_version__", 13492)  # 13.4.92
+    monkeypatch.setattr(dali, "_cuda_of_driver", lambda: known)
+    dali.check_build(torch.device("cpu"))
+    if fits:
+        dali.check_build(torch.device("cuda", 0))
+        return
+    with pytest.raises(DeitfastError, match=rf"built for CUDA 13 .* knows CUDA {known}.*deitfast\[cuda{known}\]"):
+        dali.check_build(torch.device("cuda", 0))
+
+
 def check_eval_pixels(manifest: Manifest, size: int, ratio: float) -> None:
     transforms = import_torchvision().transforms
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -261,7 +273,7 @@ def test_eval_sees_every_image_once_in_order(digits, world, ratio):
     manifest = digits.head(20)
     pixels, labels = [], []
     for rank in range(world):
-        loader = EvalLoader(manifest, 16, ratio, batch=4, rank=rank, world=world, workers=1)
+        loader = EvalLoader(manifest, 16, ratio, batch=4, rank=rank, world_size=world, workers=1)
         batches = list(loader)
         assert len(batches) == len(loader)
         pixels += [images for images, _ in batches]
@@ -269,7 +281,7 @@ def test_eval_sees_every_image_once_in_order(digits, world, ratio):
     assert torch.cat(labels).tolist() == manifest.label.tolist()
     whole = torch.cat([images for images, _ in EvalLoader(manifest, 16, ratio, batch=20, workers=1)])
     assert torch.equal(torch.cat(pixels), whole)
-    assert list(EvalLoader(manifest.head(2), 16, rank=0, world=3)) == []  # a share may be empty
+    assert list(EvalLoader(manifest.head(2), 16, rank=0, world_size=3)) == []  # a share may be empty
 
 
 def test_exif_orientation_is_ignored_and_gray_becomes_rgb(tmp_path):
@@ -291,14 +303,14 @@ def test_exif_orientation_is_ignored_and_gray_becomes_rgb(tmp_path):
 
 def test_errors_of_batches(digits):
     for settings, micro, world, expected in (
-        (recipe(batch=33), 33, 1, "batch 33 is odd, but mixup and cutmix mix pairs"),
-        (recipe(batch=36), 9, 1, "micro-batch 9 is odd"),
+        (recipe(batch=33), 33, 1, "--batch is 33, odd, but mixup and cutmix mix pairs"),
+        (recipe(batch=36), 9, 1, "--micro-batch is 9, odd"),
         (recipe(), 12, 1, "batch 32 is not a multiple of 1 processes x micro-batch 12"),
         (recipe(), 16, 3, "batch 32 is not a multiple of 3 processes x micro-batch 16"),
         (recipe(batch=2048), 2048, 1, "1437 training images do not fill one batch of 2048"),
     ):
         with pytest.raises(DeitfastError, match=expected):
-            TrainLoader(digits, settings, SIZE, micro, world=world)
+            TrainLoader(digits, settings, SIZE, micro, world_size=world)
 
 
 def test_an_odd_batch_without_mixing(digits):

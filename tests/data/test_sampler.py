@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from deitfast.data.sampler import Plan, permutation, slot_order
+from deitfast.data.sampler import Order, permutation, slot_order
 from deitfast.errors import DeitfastError
 
 
@@ -23,7 +23,7 @@ def original_sampler(order: np.ndarray, world: int, rank: int) -> np.ndarray:
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize(("n", "batch"), [(1437, 64), (1024, 256), (777, 96)])
 def test_repeated_augmentation_shows_what_the_original_does(n, batch, world):
-    plan = Plan(n, batch, repeats=3, seed=11)
+    plan = Order(n, batch, repeats=3, seed=11)
     order = permutation(n, 11, 0)
     ranks = [original_sampler(order, world, r) for r in range(world)]
     per_rank = batch // world
@@ -37,12 +37,12 @@ def test_repeated_augmentation_shows_what_the_original_does(n, batch, world):
 
 
 def test_without_repeats_every_image_once_an_epoch_and_epochs_differ():
-    plan = Plan(60, 20, seed=1)
+    plan = Order(60, 20, seed=1)
     epochs = [np.concatenate([plan.slots(3 * e + s)[0] for s in range(3)]) for e in range(2)]
     assert all(sorted(e.tolist()) == list(range(60)) for e in epochs)
     assert not np.array_equal(*epochs)
     assert plan.slots(3)[2] == plan.epoch(3) == 1
-    assert not np.array_equal(epochs[0], Plan(60, 20, seed=2).slots(0)[0])
+    assert not np.array_equal(epochs[0], Order(60, 20, seed=2).slots(0)[0])
 
 
 def test_permutation_is_uniform():
@@ -65,21 +65,21 @@ def test_slots_are_pair_major_inside_mix_groups(batch, group):
 
 
 def test_copies_of_an_image_are_never_a_pair():
-    plan = Plan(1000, 256, repeats=3)
+    plan = Order(1000, 256, repeats=3)
     for step in range(plan.steps_per_epoch):
         index = plan.slots(step)[0].reshape(-1, 2)
         assert (index[:, 0] != index[:, 1]).all()
 
 
 def test_counts():
-    imagenet = Plan(1_281_167, 1024, repeats=3)
+    imagenet = Order(1_281_167, 1024, repeats=3)
     assert imagenet.steps_per_epoch == 1_281_024 // 1024
     assert imagenet.distinct_per_epoch == 427_008
-    assert Plan(100, 50, repeats=3).steps_per_epoch == 2  # fewer than 256 images are not cut
+    assert Order(100, 50, repeats=3).steps_per_epoch == 2  # fewer than 256 images are not cut
 
 
 def test_too_few_images_for_a_batch():
     with pytest.raises(DeitfastError, match=r"40 training images do not fill one batch of 64\. Use --batch 40 or less"):
-        Plan(40, 64)
+        Order(40, 64)
     with pytest.raises(DeitfastError, match="mix group 3 must be even"):
-        Plan(40, 4, mix_group=3)
+        Order(40, 4, mix_group=3)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,7 +61,7 @@ class Launched:
     def end(self) -> None:
         """Leave nothing behind, whatever came before."""
         for pid in [*self.workers(), self.process.pid]:
-            with suppress_gone():
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
         self._file.close()
@@ -133,8 +133,9 @@ def until(
     return time.monotonic() - began
 
 
-def until_step(run: Launched, step: int) -> None:
-    until(lambda: reached(run.out)["step"] >= step and reached(run.out)["running"], f"at step {step}", run)
+def until_step(run: Launched, step: int) -> float:
+    """Wait until `step` is done; the seconds it took."""
+    return until(lambda: reached(run.out)["step"] >= step, f"at step {step}", run)
 
 
 def state(out: Path) -> dict[str, str]:
@@ -194,11 +195,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-@contextmanager
-def suppress_gone() -> Iterator[None]:
-    try:
-        yield
-    except ProcessLookupError:
-        pass

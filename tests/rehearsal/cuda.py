@@ -19,8 +19,8 @@ PROPERTIES = SimpleNamespace(
     total_memory=TOTAL_BYTES, L2_cache_size=50 << 20, name="Pretended H100", major=9, minor=0,
     multi_processor_count=132, uuid="0",
 )  # fmt: skip
-MEMORY = {"free": 84_900_000_000, "reserved": 0, "allocated": 0}
-"""What mem_get_info, memory_reserved and memory_allocated say."""
+MEMORY = {"free": 84_900_000_000, "cached": 0}
+"""What mem_get_info says is free, and what torch holds of the rest without using it, in bytes."""
 
 EVENTS: list[tuple[str, int, int, str]] = []
 """(what, stream, event or other stream, thread) of every order between streams, in the order of the calls."""
@@ -110,7 +110,7 @@ def install() -> None:
     always: dict[str, Any] = {
         "is_available": True, "is_initialized": True, "_is_compiled": True, "is_bf16_supported": True,
         "_is_in_bad_fork": False, "_lazy_init": None, "manual_seed": None, "manual_seed_all": None,
-        "reset_peak_memory_stats": None, "get_device_properties": PROPERTIES, "get_device_capability": (9, 0),
+        "get_device_properties": PROPERTIES, "get_device_capability": (9, 0),
         "get_device_name": PROPERTIES.name,
     }  # fmt: skip
     made: dict[str, Callable[..., Any]] = {name: _constant(value) for name, value in always.items()}
@@ -133,8 +133,13 @@ def install() -> None:
         "empty_cache": lambda: refuse_in_capture("cudaFree"),
         "mem_get_info": lambda device=None: (MEMORY["free"], TOTAL_BYTES),
     }
-    for name in ("memory_reserved", "memory_allocated"):
-        made[name] = made[f"max_{name}"] = lambda device=None, name=name: MEMORY[name.removeprefix("memory_")]
+    made |= {
+        "memory_allocated": lambda device=None: DEVICE.bytes_allocated(),
+        "max_memory_allocated": lambda device=None: DEVICE.bytes_peak(),
+        "memory_reserved": lambda device=None: DEVICE.bytes_allocated() + MEMORY["cached"],
+        "max_memory_reserved": lambda device=None: DEVICE.bytes_peak() + MEMORY["cached"],
+        "reset_peak_memory_stats": lambda device=None: DEVICE.bytes_reset_peak(),
+    }
     for name, value in made.items():
         setattr(torch.cuda, name, value)
     for module, names in ((torch.cuda.streams, ("Stream", "Event")), (torch.cuda.graphs, ("CUDAGraph", "graph"))):

@@ -135,13 +135,32 @@ c10::Registerer<std::string, std::unique_ptr<CUDAHooksInterface>, CUDAHooksArgs>
 
 // Memory and tensors --------------------------------------------------------------------------------------------------
 
+std::atomic<int64_t> allocated{0}, peak{0};  // bytes
+
+void count(int64_t bytes) {
+  int64_t now = allocated += bytes;
+  for (int64_t most = peak; now > most && !peak.compare_exchange_weak(most, now);) {
+  }
+}
+
+struct Block {
+  void* memory;
+  int64_t bytes;
+};
+
+void release(void* block) {
+  auto* b = static_cast<Block*>(block);
+  allocated -= b->bytes;
+  c10::free_cpu(b->memory);
+  delete b;
+}
+
 struct HostMemory final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    void* p = bytes ? c10::alloc_cpu(bytes) : nullptr;
-    return {p, p, raw_deleter(), on(get_device())};
-  }
-  c10::DeleterFnPtr raw_deleter() const override {
-    return [](void* p) { if (p) c10::free_cpu(p); };
+    if (!bytes) return {nullptr, on(get_device())};
+    count(bytes);
+    void* p = c10::alloc_cpu(bytes);
+    return {p, new Block{p, static_cast<int64_t>(bytes)}, release, on(get_device())};
   }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { memcpy(to, from, bytes); }
 };
@@ -182,8 +201,12 @@ Tensor on_host(const Tensor& t) {
 // The pretended tensor over the memory of a CPU tensor.
 Tensor wrap(const Tensor& t, DeviceIndex device) {
   if (!t.defined() || t.is_cuda()) return t;
-  auto* keep = new Tensor(t);
-  c10::DataPtr pointer(t.storage().mutable_data(), keep, [](void* k) { delete static_cast<Tensor*>(k); }, on(device));
+  count(t.storage().nbytes());
+  auto let_go = [](void* kept) {
+    allocated -= static_cast<Tensor*>(kept)->storage().nbytes();
+    delete static_cast<Tensor*>(kept);
+  };
+  c10::DataPtr pointer(t.storage().mutable_data(), new Tensor(t), let_go, on(device));
   c10::Storage storage(c10::Storage::use_byte_size_t(), t.storage().nbytes(), std::move(pointer), nullptr, false);
   auto out = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), kKeys, t.dtype());
   out.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
@@ -334,6 +357,9 @@ int64_t stream_get(int d) { return streams[d]; }
 int64_t stream_new() { return next_stream++; }
 int64_t copies_to_device() { return to_device; }
 int64_t copies_to_host() { return to_host; }
+int64_t bytes_allocated() { return allocated; }
+int64_t bytes_peak() { return peak; }
+void bytes_reset_peak() { peak = allocated.load(); }
 
 // torch/csrc/cuda/Module.cpp, THCPModule_setStream_wrap
 void stream_set(int64_t id, int d) {

@@ -56,7 +56,8 @@ def load() -> ctypes.CDLL:
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     device = ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
-    for name in ("stream_get", "stream_new", "copies_to_device", "copies_to_host"):
+    numbers = "stream_get stream_new copies_to_device copies_to_host bytes_allocated bytes_peak"
+    for name in numbers.split():
         getattr(device, name).restype = ctypes.c_int64
     device.stream_set.argtypes = [ctypes.c_int64, ctypes.c_int]
     return device

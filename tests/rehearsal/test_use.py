@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deitfast.cli import main as cli
+from deitfast.cli import train as training
 from deitfast.cli.main import main
 from deitfast.errors import DeitfastError
 from deitfast.model.acceleration import accelerate
 from deitfast.model.factory import create_model, load_model
-from deitfast.training.run_folder import environment
+from deitfast.training.environment import environment
 from deitfast.use import images
 from deitfast.use.inference import Predictor, pick_device
 from deitfast.use.predict import Classifier
@@ -122,7 +122,7 @@ def test_an_accelerated_model_gives_what_its_own_blocks_give(monkeypatch: pytest
 
 def test_a_process_is_started_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(cli, "_launch", started.append)
+    monkeypatch.setattr(training, "_launch", started.append)
     main(["train", "recipes/deit_digits.py"])
     assert "--nproc-per-node=4" in started[0]
 
