@@ -48,10 +48,10 @@ def environment() -> dict[str, Any]:
 def write_environment(path: Path, facts: dict[str, Any]) -> list[str]:
     """Write `facts` to `path` with those of earlier starts under "earlier"; how they differ from the last, in words."""
     try:
-        before = json.loads(path.read_bytes())
+        before = dict(json.loads(path.read_bytes()))
         earlier = before.pop("earlier", [])
         kept = [*(earlier if isinstance(earlier, list) else []), before][-_MOST_KEPT:]
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, RecursionError):
         before, kept = {}, []
     write_atomically(path, partial(_write, facts | {"earlier": kept}))
     return changes(before, facts)

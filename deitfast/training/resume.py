@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
 def _look_back(run: Run) -> None:
     """Take note of a start that died without a word; refuse if it would die again."""
     before = run.folder.reached.read() if run.folder else None
-    if before and before.running:
+    if run.folder and before and before.running:
+        run.folder.reached.write(replace(before, running=False))  # one crash is noted once
         run.faults.note_crash(before.step)
 
 

@@ -87,8 +87,9 @@ class Run:
                 self.saver.join()
         finally:
             self.engine.close()
-            if self.folder:
+            if self.folder and self.saver:  # it had begun
                 self.folder.reached.write(replace(self.folder.reached.now, running=self.died))
+            if self.folder:
                 self.folder.close()
 
     def fault(self, kind: str, step: int, what: str) -> None:

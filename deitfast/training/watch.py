@@ -9,11 +9,15 @@ again from its newest checkpoint.
 from __future__ import annotations
 
 import faulthandler
+import os
+import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
 from deitfast.board import Board
@@ -25,6 +29,8 @@ _PERIOD_S = 5.0
 _SLOWEST_TIMES = 10
 _FOR_A_SAVE = 6  # a disk may be slow
 SAVE = "a save"
+_SILENT_S = 4 * _PERIOD_S
+_PLACE = f"{os.getpid()}@{socket.gethostname()}"
 EXIT_HANGING = 1
 
 
@@ -98,7 +104,7 @@ class Watch:
             silent = time.monotonic() - self._alive
             if self.board:
                 with suppress(RuntimeError):  # the store went with the leading process
-                    self.board.post(f"beat/{self.rank}", f"{time.time():.0f} {self.step} {self.doing}")
+                    self.board.post(f"beat/{self.rank}", f"{time.time():.0f} {self.step} {_PLACE} {self.doing}")
             if silent < self.tell_after:
                 self._told = 0.0
             elif self.rank == 0 and silent > 2 * self._told:
@@ -118,27 +124,48 @@ class Watch:
         what = f"no step for {silent:.0f} s after step {self.step}, in {self.doing}"
         self.fault("hang", self.step, what)
         sys.stderr.write(f"process {self.rank}: {what}; it ends, so that the run starts again from its checkpoint\n")
+        self._kill_the_silent()
         with suppress(ValueError, OSError):  # where stderr is no file
             faulthandler.dump_traceback()
         self.leave(EXIT_HANGING)
 
-    def _waiting_for(self) -> str:
-        """Which processes hold the others up, by what each has last posted."""
-        own = f"process 0 is in {self.doing}"
-        if not self.board:
-            return own
-        beats: dict[int, tuple[float, int, str]] = {}
+    def _beats(self) -> dict[int, _Beat]:
+        """What the other processes have last posted."""
+        beats = {}
         with suppress(RuntimeError):
-            for rank in range(1, self.size):
-                when, done, doing = (self.board.read(f"beat/{rank}") or "0 0 the start").split(" ", 2)
-                beats[rank] = (time.time() - float(when), int(done), doing)
-        silent = [r for r, (age, _, _) in beats.items() if age > 4 * _PERIOD_S]
-        behind = [r for r, (_, step, _) in beats.items() if step < self.step]
-        apart = [r for r, (_, _, doing) in beats.items() if doing != self.doing]
-        late = silent or behind or apart
+            for rank in range(self.size if self.board else 0):
+                text = self.board.read(f"beat/{rank}") if self.board and rank != self.rank else None
+                if text:
+                    when, step, place, doing = text.split(" ", 3)
+                    beats[rank] = _Beat(time.time() - float(when), int(step), place, doing)
+        return beats
+
+    def _waiting_for(self) -> str:
+        """Which processes hold the others up."""
+        own, beats = f"process {self.rank} is in {self.doing}", self._beats()
+        silent = [rank for rank, beat in beats.items() if beat.age > _SILENT_S]
+        behind = [rank for rank, beat in beats.items() if beat.step < self.step]
+        late = silent or behind or [rank for rank, beat in beats.items() if beat.doing != self.doing]
         if not late:
             return own
-        age, step, theirs = beats[late[0]]
+        beat = beats[late[0]]
         more = f" and {len(late) - 1} more" if len(late) > 1 else ""
-        heard = f"last heard of {age:.0f} s ago" if silent else f"in {theirs}"
-        return f"waiting for process {late[0]}{more} (step {step}, {heard}); {own}"
+        heard = f"last heard of {beat.age:.0f} s ago" if silent else f"in {beat.doing}"
+        return f"waiting for process {late[0]}{more} (step {beat.step}, {heard}); {own}"
+
+    def _kill_the_silent(self) -> None:
+        """End the processes of this machine that do not even beat: the launcher would wait 30 s for each to listen."""
+        pid, host = _PLACE.split("@", 1)
+        for beat in self._beats().values():
+            theirs, where = beat.place.split("@", 1)
+            if beat.age > _SILENT_S and where == host and theirs != pid:
+                with suppress(OSError):
+                    os.kill(int(theirs), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class _Beat:
+    age: float  # seconds
+    step: int
+    place: str  # pid@host
+    doing: str

@@ -22,14 +22,17 @@ FLAGS = {
     "save-minutes": 0, "clip-norm": 1.0, "distillation": "soft", "teacher": "deit_digits_patch4_16:fresh",
 }  # fmt: skip
 STEPS = 20
+NOT_RUN = "not run: "
+"""How the answer of a row begins that this machine cannot run."""
+
 PATIENCE_S = 240.0  # of the harness, on a machine that does other things too
 
 
 class Launched:
     """A run under its launcher. `text()` is what it printed."""
 
-    def __init__(self, out: Path, command: list[str]) -> None:
-        self.out, self.log = out, out.with_name(out.name + ".said")
+    def __init__(self, out: Path, command: list[str], said: Path | None = None) -> None:
+        self.out, self.log = out, said or out.with_name(out.name + ".said")
         self._file = open(self.log, "ab")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
             command, stdout=self._file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
@@ -69,18 +72,18 @@ class Launched:
 
 def start(
     out: Path, processes: int = 2, restarts: int = 3, recipe: object = "deit_digits", launcher: tuple[str, ...] = (),
-    **changes: object,
+    said: Path | None = None, **changes: object,
 ) -> Launched:  # fmt: skip
     """`deitfast train` with `FLAGS` and `changes` (by the flag's name, underscores for dashes; None leaves one out).
 
-    recipe: a name or a file. launcher: more flags for the launcher.
+    recipe: a name or a file. launcher: more flags for the launcher. said: file of what it prints; beside `out`.
     """
     flags = FLAGS | {name.replace("_", "-"): value for name, value in changes.items()}
     given = [
         f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items() if value is not None
     ]
     command = [sys.executable, "-m", "deitfast", "train", str(recipe), f"--processes={processes}"]
-    return Launched(out, [*command, f"--restarts={restarts}", *launcher, *given, f"--out={out}"])
+    return Launched(out, [*command, f"--restarts={restarts}", *launcher, *given, f"--out={out}"], said)
 
 
 @contextmanager
