@@ -58,9 +58,9 @@ def guarded(main: Callable[[], None]) -> None:
             sys.modules["torch.distributed"].destroy_process_group()
 
 
-def leave_now(code: int) -> None:
-    """End this process from any of its threads, whatever the others do."""
-    if code != 1:
+def leave_now(code: int, *, final: bool = False) -> None:
+    """End this process from any of its threads, whatever the others do. final: the launcher starts nothing again."""
+    if final:
         _call_off_restarts(code)
     with suppress(OSError, ValueError):
         sys.stdout.flush(), sys.stderr.flush()

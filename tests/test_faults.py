@@ -352,7 +352,7 @@ def test_a_second_signal_and_one_in_start_up_end_the_process_at_once(monkeypatch
     from deitfast.training import interrupt
 
     ended: list[int] = []
-    monkeypatch.setattr(interrupt, "leave_now", ended.append)
+    monkeypatch.setattr(interrupt, "leave_now", lambda code, **_: ended.append(code))
     with StopRequest():
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.2)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from deitfast.cli.recipes import find_recipe, is_recipe, shipped_recipes
-from deitfast.errors import EXIT_HOPELESS, EXIT_INTERRUPTED, EXIT_USER_ERROR, DeitfastError
+from deitfast.errors import EXIT_HOPELESS, EXIT_INTERRUPTED, EXIT_USER_ERROR, DeitfastError, say
 from deitfast.guard import EXIT_FILE
 
 _PORT = 29400
@@ -89,11 +89,16 @@ def _launch(arguments: list[str]) -> None:
         except SignalException:  # from outside, or from a worker that ended on purpose
             sys.exit(_left_behind(end) or EXIT_INTERRUPTED)
         except ChildFailedError as error:
-            codes = {failure.exitcode for failure in error.failures.values()}
-            told = next((code for code in (EXIT_USER_ERROR, EXIT_HOPELESS, EXIT_INTERRUPTED) if code in codes), 0)
-            if code := _left_behind(end) or told:
+            _, first = error.get_first_failure()
+            if code := _left_behind(end):
                 sys.exit(code)
-            raise
+            if first.exitcode in (EXIT_USER_ERROR, EXIT_HOPELESS, EXIT_INTERRUPTED):
+                sys.exit(first.exitcode)
+            how = f"killed by signal {-first.exitcode}" if first.exitcode < 0 else f"exit code {first.exitcode}"
+            say(
+                f"process {first.local_rank} ended ({how}), no restart is left. The same command goes on from the last save"
+            )
+            sys.exit(1)
 
 
 def _left_behind(end: Path) -> int:

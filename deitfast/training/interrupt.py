@@ -80,10 +80,10 @@ class StopRequest:
             self.received, self._since = number.name, now
             if not self._begun:
                 _last_words(f"{number.name} before the first step: nothing to save")
-                leave_now(EXIT_INTERRUPTED)
+                leave_now(EXIT_INTERRUPTED)  # not final: it may be the launcher's, after another process died
         elif now - self._since > _SAME_S:
             _last_words(f"a second signal ({number.name}): ending at once, without saving")
-            leave_now(128 + number)
+            leave_now(128 + number, final=True)
 
 
 class Agreement:

@@ -106,7 +106,8 @@ class Saver:
             kept = self._copies.setdefault(stem, {})
             for name, tensor in named.items():
                 if name not in kept or kept[name].shape != tensor.shape or kept[name].dtype != tensor.dtype:
-                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    kept[name] = copy.pin_memory() if tensor.is_cuda else copy
                 kept[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
                 waits |= tensor.is_cuda
         if waits:

@@ -154,7 +154,7 @@ CRASHING = """
 import os
 from deitfast import run
 from deitfast.engine.engine import FlatEngine
-from recipes.deit_digits import recipe
+from recipes.deit_digits import RECIPE
 
 step = FlatEngine.__call__
 
@@ -166,5 +166,5 @@ def broken(self, batches, number, lr):
 
 
 FlatEngine.__call__ = broken
-run(recipe, name="crashing")
+run(RECIPE, name="crashing")
 """
