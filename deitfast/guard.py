@@ -34,7 +34,9 @@ def guarded(main: Callable[[], None]) -> None:
         elif _started() or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
-        _call_off_restarts(error.exit_code)
+        if error.exit_code != 1:  # with 1 another process has crashed, which may not come again
+            _call_off_restarts(error.exit_code)
+        _leave(error.exit_code)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == EXIT_INTERRUPTED:
@@ -49,10 +51,8 @@ def guarded(main: Callable[[], None]) -> None:
     except Exception:
         if not _started():
             raise
-        # The others are in a collective that this process will not join: to wait for them is to wait for the watchdog.
         traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(1)
+        _leave(1)
     finally:
         if _started():
             sys.modules["torch.distributed"].destroy_process_group()
@@ -62,8 +62,7 @@ def leave_now(code: int, *, final: bool = False) -> None:
     """End this process from any of its threads, whatever the others do. final: the launcher starts nothing again."""
     if final:
         _call_off_restarts(code)
-    with suppress(OSError, ValueError):
-        sys.stdout.flush(), sys.stderr.flush()
+    _flush()
     os._exit(code)
 
 
@@ -92,6 +91,23 @@ def _call_off_restarts(code: int) -> None:
             return
     if restarts_left() > 0:
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _leave(code: int) -> None:
+    """End this process at once where there are others.
+
+    They may be in a collective that it will not join: whoever waits for them, as the end of a process group does, waits
+    for the watchdog. torchrun ends them.
+    """
+    if _started():
+        _flush()
+        os._exit(code)
+
+
+def _flush() -> None:
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def _tell_torchrun(message: str) -> None:

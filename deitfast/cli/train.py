@@ -95,9 +95,7 @@ def _launch(arguments: list[str]) -> None:
             if first.exitcode in (EXIT_USER_ERROR, EXIT_HOPELESS, EXIT_INTERRUPTED):
                 sys.exit(first.exitcode)
             how = f"killed by signal {-first.exitcode}" if first.exitcode < 0 else f"exit code {first.exitcode}"
-            say(
-                f"process {first.local_rank} ended ({how}), no restart is left. The same command goes on from the last save"
-            )
+            say(f"process {first.local_rank} ended ({how}), no restart is left. The same command resumes")
             sys.exit(1)
 
 

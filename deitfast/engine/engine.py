@@ -65,6 +65,9 @@ class Engine(Protocol):
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of `tensors`."""
 
+    def broadcast(self) -> None:
+        """Give every process the leading one's state."""
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model holds the averaged weights inside."""
 
@@ -139,6 +142,11 @@ class PlainEngine:
         load_optimizer_tensors(self.model, self.optimizer, dict(tensors["optim"]))
         if self.ema:
             self.ema.load(dict(tensors["ema"]))
+
+    def broadcast(self) -> None:
+        for tensor in [t for tensors in self.tensors().values() for t in tensors.values()]:
+            if tensor.device.type == self.world.device.type:
+                self.world.broadcast(tensor)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -278,6 +286,11 @@ class FlatEngine:
         self.flat.refresh()
         for counter in (self.skipped_in_row, self.skipped_most):
             counter.zero_()
+
+    def broadcast(self) -> None:
+        for buffer in self.flat.state():
+            self.world.broadcast(buffer)
+        self.flat.refresh()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -178,6 +178,11 @@ class FlatState:
         if self.compute is not self.master:
             self.compute.copy_(self.master)
 
+    def state(self) -> list[Tensor]:
+        """The buffers that a run goes on from: weights, moments, average, number of the last update."""
+        buffers = (self.master, self.exp_avg, self.exp_avg_sq, self.ema, self._buffers.steps)
+        return [buffer for buffer in buffers if buffer is not None]
+
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
     """Resume from the run folder and write down what is about to run."""
     run.world.agree(lambda: _look_back(run))
     run.world.agree(lambda: resume(run))
+    check_same_step(run)
+    run.engine.broadcast()  # equal already, but for a machine with other generators or files
     run.world.agree(lambda: _write_down(run))
     if run.folder:
         introduce(run, data, stated)
@@ -84,6 +86,18 @@ def resume(run: Run) -> None:
         )
     _take_up(run, found)
     run.say(f"resuming {run.recipe.out} at step {run.step}")
+
+
+def check_same_step(run: Run) -> None:
+    """Raise DeitfastError where the processes would go on from different checkpoints."""
+    steps = run.world.gather(run.step)
+    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
+    if other is not None:
+        message = (
+            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[other]}. Give an --out that "
+            "all machines share"
+        )
+        raise DeitfastError(message if run.world.is_main else "")
 
 
 def roll_back(run: Run, error: Diverged) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,13 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deitfast.kernels import gemm, layernorm, layernorm_mlp_op, mlp_gelu_op
 from deitfast.kernels.common import INTERPRETED
 from tests.kernels.linear_ops import OPS, Draw, Op, check, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, and the interpreter is slow")
-gemm = importlib.import_module("deitfast.kernels.gemm")
-layernorm = importlib.import_module("deitfast.kernels.layernorm")
 
 
 @pytest.fixture(params=OPS)
@@ -81,7 +79,7 @@ def test_random_shapes(name, leading, tokens, width, second, ratio, half, seed):
 def test_leading_shapes(op, device, leading):
     inputs = op.inputs(Draw(3, torch.float32, device), leading, 24, 40)
     if len(leading) == 1:
-        inputs.pop("keep", None)  # (0,) has rows, but no batch of samples
+        inputs.pop("path_scale", None)  # (0,) has rows, but no batch of samples
     out = op.function(**inputs, **op.options)
     assert out.shape[:-1] == leading
     torch.testing.assert_close(out, op.reference(**inputs, **op.options))
@@ -123,7 +121,7 @@ def test_any_layout_of_the_incoming_gradient(op, device):
         gradients = []
         for function in (op.function, op.reference):
             leaves = {
-                name: None if tensor is None else tensor.clone().requires_grad_(name != "keep")
+                name: None if tensor is None else tensor.clone().requires_grad_(name != "path_scale")
                 for name, tensor in inputs.items()
             }
             loss(function(**leaves, **op.options)).backward()
@@ -149,12 +147,14 @@ def test_without_gradients_nothing_more_is_written(op, device, monkeypatch):
         saves.append(save)
         return original(a, weight, bias, save)
 
-    for module in ("mlp_gelu", "layernorm_mlp"):
-        monkeypatch.setattr(importlib.import_module(f"deitfast.kernels.{module}"), "linear_gelu_fwd", recorded)
+    for module in (mlp_gelu_op, layernorm_mlp_op):
+        monkeypatch.setattr(module, "linear_gelu_fwd", recorded)
     inputs = op.inputs(Draw(7, torch.float32, device), (2, 3), 24, 40)
     before = {name: None if tensor is None else tensor.clone() for name, tensor in inputs.items()}
     assert op.function(**inputs, **op.options).grad_fn is None
-    wanting = {name: None if t is None else t.clone().requires_grad_(name != "keep") for name, t in inputs.items()}
+    wanting = {
+        name: None if t is None else t.clone().requires_grad_(name != "path_scale") for name, t in inputs.items()
+    }
     with torch.no_grad():
         assert op.function(**wanting, **op.options).grad_fn is None
     assert not any(saves)
@@ -193,7 +193,7 @@ def test_triton_kernels_run_exactly_where_they_should(op, device, monkeypatch):
             spies[name] = Spy(getattr(module, name))
             monkeypatch.setattr(module, name, spies[name])
     inputs = op.inputs(Draw(9, torch.float32, device), (2, 3), 24, 40)
-    leaves = {name: None if t is None else t.requires_grad_(name != "keep") for name, t in inputs.items()}
+    leaves = {name: None if t is None else t.requires_grad_(name != "path_scale") for name, t in inputs.items()}
     op.function(**leaves, **op.options).sum().backward()
     norms, gelus = int("ln_weight" in inputs), int("fc1_weight" in inputs)
     expected = {
@@ -211,7 +211,7 @@ def test_triton_kernels_run_exactly_where_they_should(op, device, monkeypatch):
 def test_autocast(op, device, half):
     """Weights are cast as linear casts them; residual stream and LayerNorm stay fp32, as do all gradients."""
     inputs = op.inputs(Draw(10, torch.float32, device), (2, 9), 64, 48)
-    leaves = {name: None if t is None else t.clone().requires_grad_(name != "keep") for name, t in inputs.items()}
+    leaves = {name: None if t is None else t.clone().requires_grad_(name != "path_scale") for name, t in inputs.items()}
     with torch.autocast(device.type, half):
         out = op.function(**leaves, **op.options)
         expected = op.reference(**inputs, **op.options)
@@ -220,13 +220,13 @@ def test_autocast(op, device, half):
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=5e-2)
     out.sum().backward()
     for name, leaf in leaves.items():
-        assert name == "keep" or leaf.grad.dtype == torch.float32, name
+        assert name == "path_scale" or leaf.grad.dtype == torch.float32, name
 
 
 def test_fp32_residual_stream_beside_16_bit_weights(op, device):
     """x and the LayerNorm's parameters, residual and gamma in fp32, weights in fp16."""
     inputs = op.inputs(Draw(11, torch.float32, device), (3, 20), 64, 48)
-    stream = {"ln_weight", "ln_bias", "residual", "gamma", "keep"} | ({"x"} if "ln_weight" in inputs else set())
+    stream = {"ln_weight", "ln_bias", "residual", "gamma", "path_scale"} | ({"x"} if "ln_weight" in inputs else set())
     mixed = {name: t if t is None or name in stream else t.half() for name, t in inputs.items()}
     same = {name: None if t is None else t.float() for name, t in mixed.items()}
     out = op.function(**mixed, **op.options)
@@ -245,10 +245,10 @@ def test_opcheck(op, device):
     """The forward op of each file, and through its autograd formula the backward op."""
     inputs = op.inputs(Draw(13, torch.float32, device), (2, 3), 16, 24)
     overload = getattr(torch.ops.deitfast, op.function.__name__).default
-    values = inputs | {"eps": 1e-6, "save": True, "kept": None, "kept_scale": 1.0} | dict(op.options)
+    values = inputs | {"eps": 1e-6, "save": True, "subset": None, "subset_scale": 1.0} | dict(op.options)
     arguments = tuple(values[argument.name] for argument in overload._schema.arguments)
     arguments = tuple(
-        a.requires_grad_() if isinstance(a, Tensor) and a is not inputs.get("keep") else a for a in arguments
+        a.requires_grad_() if isinstance(a, Tensor) and a is not inputs.get("path_scale") else a for a in arguments
     )
     torch.library.opcheck(overload, arguments)
 
@@ -265,7 +265,7 @@ def test_compiles_as_one_graph(op, device, dynamic):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for leading in ((2, 5), (3, 4)):
         inputs = op.inputs(Draw(15, torch.float32, device), leading, 16, 24)
-        leaves = [tensor.requires_grad_(name != "keep") for name, tensor in inputs.items()]
+        leaves = [tensor.requires_grad_(name != "path_scale") for name, tensor in inputs.items()]
         expected, actual = model(*leaves), compiled(*leaves)
         torch.testing.assert_close(actual, expected)
         wanting = [leaf for leaf in leaves if leaf.requires_grad]
