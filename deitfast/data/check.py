@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from deitfast.data.cores import cores
 from deitfast.data.indexing import SUFFIXES
 from deitfast.data.manifest import FORMATS, Manifest
 from deitfast.data.sources import Dataset
@@ -124,7 +125,7 @@ def _changed(m: Manifest) -> list[tuple[str, str]]:
             return m.name(i), str(error)
         return None
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return [found for found in pool.map(look, range(len(m))) if found]
 
 

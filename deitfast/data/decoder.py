@@ -17,7 +17,7 @@ import torch
 from deitfast.data.dali import Feed, Runner, check_build, decode_to_gpu, gathered, resize
 from deitfast.data.manifest import Manifest
 from deitfast.data.quarantine import Quarantine
-from deitfast.errors import DeitfastError
+from deitfast.errors import DeitfastError, first_line
 
 _BATCH, _WARM_UP, _TIMED = 64, 3, 6
 
@@ -27,7 +27,8 @@ def choose_decoder(
 ) -> str:
     """Where images for `device` are decoded, gpu or cpu, as Recipe.decode (gpu, cpu or auto) asks.
 
-    For a CPU it is the CPU. `auto` decodes the first images of the split both ways and says which was faster.
+    For a CPU it is the CPU. `auto` decodes the first images of the split both ways and says which was faster, or that
+    the GPU cannot.
     """
     if device.type == "cpu":
         if decode == "gpu":
@@ -36,7 +37,11 @@ def choose_decoder(
     check_build(device)
     if decode != "auto":
         return decode
-    speed = {where: _images_per_second(manifest, image_size, device, where, threads) for where in ("gpu", "cpu")}
+    try:
+        speed = {where: _images_per_second(manifest, image_size, device, where, threads) for where in ("gpu", "cpu")}
+    except (RuntimeError, DeitfastError) as error:
+        say(f"decoding on the CPU: the GPU's decoder failed here ({first_line(error)})")
+        return "cpu"
     chosen = max(speed, key=lambda where: speed[where])
     say(
         f"decoding on the {chosen.upper()}: measured {speed['gpu']:,.0f} images/s on the GPU and {speed['cpu']:,.0f} "
@@ -81,6 +86,8 @@ def _images_per_second(manifest: Manifest, image_size: int, device: torch.device
         for _ in batches:
             pass
         torch.cuda.synchronize(device)
+        if quarantine.by_pil > n // 2:
+            raise DeitfastError(f"DALI could not decode {quarantine.by_pil} of {n} images")
         return _TIMED * n / (time.perf_counter() - started)
     finally:
         runner.close()

@@ -12,8 +12,9 @@ import torch
 
 from deitfast.data import dali
 from deitfast.data.batch import to_device
+from deitfast.data.cores import thread_count
 from deitfast.data.cpu_ops import Workers, decoded, resized_centre
-from deitfast.data.dali import Feed, Runner, gathered, thread_count
+from deitfast.data.dali import Feed, Runner, gathered
 from deitfast.data.manifest import Manifest
 from deitfast.data.quarantine import Quarantine
 from deitfast.errors import DeitfastError

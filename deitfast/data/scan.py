@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deitfast.data.cores import cores
 from deitfast.data.manifest import FORMATS, MAX_BYTES, MAX_PIXELS, Manifest, checksum, name_of, strings
 from deitfast.errors import say
 
@@ -105,7 +106,7 @@ def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = Fal
     checksums = np.zeros(n, np.uint64)
     bad: list[tuple[str, str]] = list(entries.bad)
     started = reported = time.monotonic()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, n, 4096):  # a bounded number of tasks at a time
             for i, found in enumerate(pool.map(look, range(start, min(start + 4096, n))), start):
                 if isinstance(found, str):

@@ -15,7 +15,7 @@ from deitfast.training import checkpoint
 from deitfast.training.checkpoint import Checkpoint, Retention
 from deitfast.training.environment import environment
 from deitfast.training.progress import Reached
-from deitfast.training.run import IMAGES, Run, introduce
+from deitfast.training.run import IMAGES, Run, choices, introduce
 from deitfast.training.saving import Saver
 
 
@@ -54,7 +54,8 @@ def _write_down(run: Run) -> None:
     try:
         if run.recipe.allow_changes or read_manifest(images) is None:
             write_manifest(images, run.train_data)
-        run.notes += [f"since the last start {change}" for change in folder.write_settings(run.recipe, environment())]
+        facts = environment() | {"choices": choices(run)}
+        run.notes += [f"since the last start {change}" for change in folder.write_settings(run.recipe, facts)]
         folder.resume_metrics(run.step)
     except OSError as error:
         raise DeitfastError(

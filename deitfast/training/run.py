@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from deitfast.data import Dataset, Manifest, Order, open_dataset
-from deitfast.data.dali import thread_count
+from deitfast.data.cores import thread_count
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import read_manifest
 from deitfast.distributed import World, start
@@ -127,13 +128,15 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     if recipe.distillation != "none":
         teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
     teacher_bytes = teacher.image_bytes() if teacher else 0
+    before = world.share(choices_before(recipe, world.device) if world.is_main else {})
     largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
-    micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest))
+    micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest, before.get("micro_batch", 0)))
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
+    wanted = before.get("decode", "auto") if recipe.decode == "auto" else recipe.decode
     decode = world.agree(
         lambda: (
-            choose_decoder(recipe.decode, train_data, model.image_size, world.device, threads, notes.append)
+            choose_decoder(wanted, train_data, model.image_size, world.device, threads, notes.append)
             if world.is_main
             else ""
         )
@@ -188,6 +191,22 @@ def run_images(recipe: Recipe, scanned: Manifest, say: Callable[[str], None]) ->
     return recorded
 
 
+def choices(run: Run) -> dict[str, Any]:
+    """What was measured while setting up, for the run folder: chosen again it might differ, and with it the bits."""
+    return {"device": run.world.device.type, "decode": run.decode, "micro_batch": run.micro_batch}
+
+
+def choices_before(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The `choices` of the run that the recipe's folder holds; empty without one, or for another kind of device."""
+    try:
+        recorded = json.loads((Path(recipe.out) / "env.json").read_bytes())["choices"]
+        sound = type(recorded["micro_batch"]) is int and recorded["decode"] in ("cpu", "gpu")
+        fits = sound and recorded["device"] == device.type
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return recorded if fits and not recipe.allow_changes else {}
+
+
 def open_data(recipe: Recipe, world: World) -> Dataset:
     """Both splits; the first process of a machine speaks of damaged files and leaves manifests for the others."""
     data = open_dataset(recipe.data, quiet=world.local_rank > 0)
@@ -213,10 +232,11 @@ def make_model(recipe: Recipe, classes: int, depth: int | None = None) -> DeiT:
     )
 
 
-def split_batch(recipe: Recipe, world: World, largest: int) -> tuple[int, int]:
+def split_batch(recipe: Recipe, world: World, largest: int, before: int = 0) -> tuple[int, int]:
     """(micro-batch, accumulation) such that micro-batch x processes x accumulation is the global batch.
 
-    largest: images that fit into memory at once, where the recipe leaves the micro-batch open.
+    largest: images that fit into memory at once, where the recipe leaves the micro-batch open. before: the micro-batch
+    that the run had until now, which it keeps where that fits.
     """
     unit = recipe.unit
     share, rest = divmod(recipe.batch, world.size)
@@ -229,6 +249,8 @@ def split_batch(recipe: Recipe, world: World, largest: int) -> tuple[int, int]:
     divisors = [m for m in range(unit, share + 1, unit) if share % m == 0]
     if recipe.micro_batch:
         micro_batch = recipe.micro_batch
+    elif before in divisors and before <= largest:
+        micro_batch = before
     else:
         groups = [m for m in divisors if m % recipe.mix_group == 0] if recipe.drop_path_form == "subset" else divisors
         micro_batch = max((m for m in groups or divisors if m <= largest), default=unit)

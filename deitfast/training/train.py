@@ -90,6 +90,7 @@ def _with_loader(run: Run, stop: StopRequest, stop_at: int | None, eval_images: 
         bad_list=Path(run.recipe.out) / "bad.txt",
         decoder=run.decode,
     ) as loader:
+        loader.count_waits_unless(run.engine.busy)
         watch = Watch(
             board(), run.world.rank, run.world.size, run.step, patience=run.recipe.patience,
             restarts=restarts_left() > 0, say=run.say, fault=run.fault,

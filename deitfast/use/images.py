@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deitfast.data import EvalLoader, Manifest
-from deitfast.data.dali import thread_count
+from deitfast.data.cores import thread_count
 from deitfast.data.eval_loader import eval_geometry
 from deitfast.data.manifest import FORMATS, MAX_PIXELS, strings
 from deitfast.data.scan import inspect_image

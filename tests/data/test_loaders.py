@@ -320,6 +320,22 @@ def test_an_odd_batch_without_mixing(digits):
     assert all(value["lam"] == 1 and value["partner"] == value["labels"] for value in seen.values())
 
 
+def test_a_wait_while_the_consumer_is_busy_is_none(digits, monkeypatch):
+    prepare, gate = TrainLoader._prepare, threading.Event()
+    monkeypatch.setattr(TrainLoader, "_prepare", lambda self, i: (gate.wait(), prepare(self, i))[1])
+    with TrainLoader(digits, recipe(), SIZE, 32, stop_step=2) as loader:
+        asked = iter(range(5))  # busy the first times that it is asked, until the batches come
+
+        def busy() -> bool:
+            if next(asked, None) == 4:
+                gate.set()
+            return True
+
+        loader.count_waits_unless(busy)
+        assert len(list(loader)) == 2
+        assert loader.seconds_waiting == 0
+
+
 def test_loaders_can_be_left_early_and_made_again(digits):
     threads = threading.active_count()
     for _ in range(5):
