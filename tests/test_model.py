@@ -166,7 +166,7 @@ class _Code:
         (lambda s: s.update({"norm.bias": torch.ones(3)}), r"norm.bias has shape \(3,\), the model's is \(128,\)"),
         (
             lambda s: s.update({"head.weight": torch.ones(9, 128)}),
-            "the head has 9 classes, the data 4. Add --reset-head",
+            "the head has 9 classes, 4 are wanted. Add --reset-head",
         ),
         (lambda s: s.pop("patch_embed.proj.weight"), "of another model"),
     ],

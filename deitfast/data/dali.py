@@ -344,13 +344,14 @@ def crop(images: Any, start: Any, shape: Any) -> Any:
     return fn.slice(images, start=start, shape=shape, axes=[0, 1])
 
 
-def resize(images: Any, size: Any) -> Any:
-    """Graph node: to `size` (height, width), integers; cubic with antialiasing, as PIL's bicubic."""
+def resize(images: Any, size: Any, interpolation: str = "bicubic") -> Any:
+    """Graph node: to `size` (height, width), integers; antialiased, as PIL's filter of that name."""
     from nvidia.dali import fn, types
 
     if not isinstance(size, list):
         size = fn.cast(size, dtype=types.DALIDataType.FLOAT)  # DALI takes sizes as floats
-    return fn.resize(images, size=size, interp_type=types.DALIInterpType.INTERP_CUBIC, antialias=True)
+    kind = {"bicubic": "CUBIC", "bilinear": "LINEAR", "lanczos": "LANCZOS3", "nearest": "NN"}[interpolation]
+    return fn.resize(images, size=size, interp_type=getattr(types.DALIInterpType, f"INTERP_{kind}"), antialias=True)
 
 
 def flip(images: Any, mirrored: Any) -> Any:

@@ -114,9 +114,13 @@ class Manifest:
         """The bytes of image i for DALI: those of the file, or PIL's pixels as PPM where DALI's would differ."""
         if not (convert or self.convert[i]):
             return self.read(i)
-        pixels = self.rgb(i)
-        header = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0])
-        return np.frombuffer(bytearray(header + pixels.tobytes()), np.uint8)
+        return as_ppm(self.rgb(i))
+
+
+def as_ppm(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) as the bytes of an uncompressed image file, which DALI reads as it is."""
+    header = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0])
+    return np.frombuffer(bytearray(header + pixels.tobytes()), np.uint8)
 
 
 class _OpenFiles:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -197,6 +197,9 @@ class DeiT(nn.Module):
         self.width, self.image_size, self.patch_size, self.num_classes = width, image_size, patch_size, num_classes
         self.num_prefix_tokens = 2 if distilled else 1
         self.num_prefix_positions = self.num_prefix_tokens if class_position else 0
+        # What weights brought along: their classes in index order; image_size and fields of `Preprocessing`.
+        self.classes: tuple[str, ...] | None = None
+        self.stated: dict[str, Any] = {}
         self.recompute = False  # True: each block keeps only its input for the backward and runs again there
         self.drop_path_rates = [drop_path * (1 if constant_drop_path else i / max(depth - 1, 1)) for i in range(depth)]
         self.patch_embed = PatchEmbed(image_size, patch_size, width)

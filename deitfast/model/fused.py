@@ -1,7 +1,7 @@
 """The transformer block through the Triton kernels: a function over its tensors, and the DeiT block that calls it.
 
-    x = x + keep1 * ls1 * (attention(LayerNorm(x) Wqkv^T + bqkv) Wproj^T + bproj)      one op, layernorm_attention
-    x = x + keep2 * ls2 * MLP(LayerNorm(x))                                            one op, layernorm_mlp
+    x = x + path_scale1 * ls1 * (attention(LayerNorm(x) Wqkv^T + bqkv) Wproj^T + bproj)      one op, layernorm_attention
+    x = x + path_scale2 * ls2 * MLP(LayerNorm(x))                                            one op, layernorm_mlp
 
 Saved for the backward, in values a token (D width, F hidden width; of all but x, only for the images that drop-path
 runs through the branch):

@@ -127,6 +127,7 @@ def save(run: Run, *, wait: bool = False) -> None:
         return
     state: dict[str, Any] = {
         "recipe": asdict(run.recipe),
+        "classes": list(run.train_data.classes),
         "best": run.best,
         "steps_per_epoch": run.order.steps_per_epoch,
         "evaluated": run.evaluated,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deitfast.data import Dataset, Manifest, Order, open_dataset
+from deitfast.data import Dataset, Manifest, Order, imagenet_classes, open_dataset
 from deitfast.data.cores import thread_count
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import read_manifest
@@ -24,6 +24,7 @@ from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
+from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 from deitfast.training.faults import FaultLog
 from deitfast.training.progress import Reached
@@ -123,7 +124,12 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     order = world.agree(lambda: Order.of(images, recipe))
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
-    model = world.agree(lambda: make_model(recipe, len(data.classes), depth)).to(world.device)
+    model = world.agree(lambda: make_model(recipe, data.classes, depth)).to(world.device)
+    if recipe.init and not recipe.reset_head and model.classes is None and data.classes != imagenet_classes():
+        notes.append(
+            f"{recipe.init} does not name its classes: its head is kept for the data's, in the order "
+            f"{', '.join(data.classes[:3])}{', ...' if len(data.classes) > 3 else ''}. --reset-head starts a new one"
+        )
     teacher = None  # before the memory is measured that it leaves
     if recipe.distillation != "none":
         teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
@@ -216,13 +222,13 @@ def open_data(recipe: Recipe, world: World) -> Dataset:
     return data
 
 
-def make_model(recipe: Recipe, classes: int, depth: int | None = None) -> DeiT:
+def make_model(recipe: Recipe, classes: tuple[str, ...], depth: int | None = None) -> DeiT:
     """The recipe's model, with weights from `init` where given."""
     return create_model(
         recipe.model,
         pretrained=recipe.init or False,
-        num_classes=classes,
-        image_size=recipe.image_size or None,
+        classes=classes,
+        image_size=recipe.image_size or find_variant(recipe.model).image_size,
         drop_path=recipe.drop_path,
         constant_drop_path=recipe.drop_path_schedule == "constant",
         layer_scale=recipe.layer_scale or None,

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from deitfast.data import EvalLoader, Manifest
 from deitfast.data.cores import thread_count
-from deitfast.data.eval_loader import eval_geometry
+from deitfast.data.eval_loader import eval_geometry, is_long, middle
 from deitfast.data.manifest import FORMATS, MAX_PIXELS, strings
 from deitfast.data.scan import inspect_image
 from deitfast.errors import DeitfastError, did_you_mean
 from deitfast.model.download import TIMEOUT_S, is_url, offline
+from deitfast.model.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -115,18 +116,22 @@ def _download(url: str) -> bytes:
     return data
 
 
-def centre_crop(image: PILImage, image_size: int, crop_ratio: float) -> np.ndarray:
+def centre_crop(image: PILImage, image_size: int, preprocessing: Preprocessing) -> np.ndarray:
     """uint8 (image_size, image_size, 3): the image resized and cut as evaluation does it."""
     from PIL import Image
 
-    size, start = eval_geometry(np.array([image.width]), np.array([image.height]), image_size, crop_ratio)
-    (height, width), (top, left) = size[0].tolist(), start[0].tolist()
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    wants = preprocessing
+    if is_long(image.width, image.height):
+        image = Image.fromarray(middle(np.asarray(image)))
+    width, height = np.array([image.width]), np.array([image.height])
+    size, start = eval_geometry(width, height, image_size, wants.crop_ratio, wants.squash)
+    (high, wide), (top, left) = size[0].tolist(), start[0].tolist()
+    resized = image.resize((wide, high), Image.Resampling[wants.interpolation.upper()])
     return np.asarray(resized.crop((left, top, left + image_size, top + image_size)))
 
 
 def batches(
-    sources: Sequence[Any], image_size: int, crop_ratio: float, batch: int, device: torch.device
+    sources: Sequence[Any], image_size: int, preprocessing: Preprocessing, batch: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, list[tuple[int, str]]]]:
     """Images in order, prepared ahead in threads: (indices of the images, uint8 (m, S, S, 3), [(index, why not)]).
 
@@ -135,12 +140,12 @@ def batches(
     """
     paths = all(isinstance(s, (str, os.PathLike)) and not is_url(s) for s in sources)
     if device.type == "cuda" and paths and len(sources) >= DALI_FROM:
-        yield from _dali_batches(sources, image_size, crop_ratio, batch, device)
+        yield from _dali_batches(sources, image_size, preprocessing, batch, device)
         return
 
     def prepare(i: int) -> np.ndarray | str:
         try:
-            return centre_crop(open_image(sources[i], name_of(sources[i], i)), image_size, crop_ratio)
+            return centre_crop(open_image(sources[i], name_of(sources[i], i)), image_size, preprocessing)
         except DeitfastError as error:
             return str(error)
 
@@ -160,7 +165,7 @@ def batches(
 
 
 def _dali_batches(
-    sources: Sequence[Any], image_size: int, crop_ratio: float, batch: int, device: torch.device
+    sources: Sequence[Any], image_size: int, preprocessing: Preprocessing, batch: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, list[tuple[int, str]]]]:
     """The same through the evaluation loader, whose labels are the images' numbers here."""
     entries, bad = [], []
@@ -188,7 +193,10 @@ def _dali_batches(
         convert=np.array([fact.convert for fact in facts], bool),
         classes=(),
     )
-    loader = EvalLoader(manifest, image_size, crop_ratio, batch, device=device, say=lambda _: None, bad_limit=1.0)
+    loader = EvalLoader(
+        manifest, image_size, preprocessing.crop_ratio, batch, squash=preprocessing.squash,
+        interpolation=preprocessing.interpolation, device=device, say=lambda _: None, bad_limit=1.0,
+    )  # fmt: skip
     for images, numbers in loader:
         yield numbers.tolist(), images, bad
         bad = []

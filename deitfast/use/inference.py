@@ -17,6 +17,8 @@ from deitfast.cuda_graph import capture
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
+from deitfast.model.factory import as_loaded
+from deitfast.model.preprocessing import Preprocessing
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_GRAPH = 256
@@ -50,11 +52,17 @@ class Predictor:
 
     device: `auto`, or what torch.device takes. precision: bf16, fp16 or fp32; auto is bf16 on a GPU, fp32 on a CPU. The
     model given is left as it is where another device or precision is wanted. graphs: CUDA graphs; without effect on a
-    CPU. `how` says in words how it runs.
+    CPU. preprocessing: whose mean and std images are normalised by; None: what the model's weights stated. `how` says
+    in words how it runs.
     """
 
     def __init__(
-        self, model: DeiT, device: str | torch.device = "auto", precision: str = "auto", graphs: bool = True
+        self,
+        model: DeiT,
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        graphs: bool = True,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self.device = pick_device(device)
         on_gpu = self.device.type == "cuda"
@@ -71,6 +79,7 @@ class Predictor:
 
             model = fuse(model, on_cpu=False)
         self.model, self.image_size = model, model.image_size
+        self.preprocessing = preprocessing or as_loaded(model).preprocessing
         self.graphs = graphs and on_gpu
         self._captured: dict[int, _Graph] = {}
         if on_gpu:
@@ -91,7 +100,8 @@ class Predictor:
         return torch.cat([self._replay(part) for part in images.split(LARGEST_GRAPH)] or [self._run(images)])
 
     def _run(self, images: Tensor) -> Tensor:
-        return self.model(normalise(images, dtype=self.dtype)).float()
+        wants = self.preprocessing
+        return self.model(normalise(images, wants.mean, wants.std, dtype=self.dtype)).float()
 
     def _replay(self, images: Tensor) -> Tensor:
         count = len(images)

@@ -186,6 +186,7 @@ class DaliEvalLoader(EvalLoader):
 @pytest.fixture
 def graph_on_cpu(monkeypatch):
     monkeypatch.setattr(dali, "decode_to_gpu", lambda encoded, _: dali.decode(encoded, "cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
 
 
 def test_the_gpus_graph_crops_resizes_and_flips_alike(make_folder, graph_on_cpu):

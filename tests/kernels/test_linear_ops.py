@@ -12,9 +12,10 @@ from torch import Tensor
 
 from deitfast.kernels import gemm, layernorm, layernorm_mlp_op, mlp_gelu_op
 from deitfast.kernels.common import INTERPRETED
-from tests.kernels.linear_ops import OPS, Draw, Op, check, outputs_and_gradients
+from tests.kernels.linear_ops import OPS, Draw, Inputs, Op, check, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+EPS = 1e-6
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, and the interpreter is slow")
 
 
@@ -38,7 +39,18 @@ def op(request: pytest.FixtureRequest) -> Op:
     ],
 )
 def test_matches_float64(op, device, dtype, leading, width, second):
-    check(op, op.inputs(Draw(0, dtype, device), leading, width, second))
+    cancels = gradient_of_one_channel if op is OPS["layernorm_qkv"] and width == 1 else None
+    check(op, op.inputs(Draw(0, dtype, device), leading, width, second), cancels)
+
+
+def gradient_of_one_channel(inputs: Inputs, dout: Tensor) -> Inputs:
+    """The size of the two terms whose difference is dx of a LayerNorm over one channel: exactly zero.
+
+    Eager's fp32 gives that zero, for it subtracts from g the mean of one g. The compiler makes one rounding of g's last
+    multiplication and that subtraction, so that the rounding of the mean is left.
+    """
+    g = dout @ inputs["weight"] * inputs["ln_weight"]
+    return {"dx": g / EPS**0.5}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 3.0])
