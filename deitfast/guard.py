@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,9 +26,11 @@ def guarded(main: Callable[[], None]) -> None:
 
     Under torchrun such an end, and one with exit code 75, is final: the launcher starts nothing again.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow remarks on, we tell by name where it matters
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is expected
     except DeitfastError as error:
         if not str(error):  # another process tells it, and torchrun kills the rest when the first one exits
             time.sleep(_LET_IT_SPEAK_S)
@@ -42,10 +45,9 @@ def guarded(main: Callable[[], None]) -> None:
         if end.code == EXIT_INTERRUPTED:
             _call_off_restarts(EXIT_INTERRUPTED)
         raise
-    except BrokenPipeError:  # `| head -1`: nobody reads on, which is no fault of the command
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
-        sys.exit(128 + signal.SIGPIPE)
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush goes nowhere
+        _leave(0)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception:

@@ -45,7 +45,6 @@ class Saver:
         self.failing = False
         self._last_success = self._last_try = time.monotonic()
         self._thread: threading.Thread | None = None
-        self._copies: dict[str, dict[str, Tensor]] = {}
         self._outcome: tuple[int, float, Exception | None] | None = None  # step, seconds, error
 
     def due(self, seconds: float) -> bool:
@@ -57,7 +56,7 @@ class Saver:
         """Copy the state and write it in the background."""
         began = time.monotonic()
         self.join()
-        copied = Checkpoint(step, self._copy(tensors), state)
+        copied = Checkpoint(step, {stem: _copies(named) for stem, named in tensors.items()}, state)
         self._last_try = time.monotonic()
         self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -99,21 +98,6 @@ class Saver:
         if self._thread is not None and not self._thread.is_alive():
             self.join()
 
-    def _copy(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The tensors in memory of the host's own, which is kept from one save to the next."""
-        waits = False
-        for stem, named in tensors.items():
-            kept = self._copies.setdefault(stem, {})
-            for name, tensor in named.items():
-                if name not in kept or kept[name].shape != tensor.shape or kept[name].dtype != tensor.dtype:
-                    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    kept[name] = copy.pin_memory() if tensor.is_cuda else copy
-                kept[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-                waits |= tensor.is_cuda
-        if waits:
-            torch.cuda.current_stream().synchronize()
-        return {stem: {name: self._copies[stem][name] for name in named} for stem, named in tensors.items()}
-
     def _write(self, copied: Checkpoint) -> None:
         began = time.monotonic()
         error: Exception | None = None
@@ -122,6 +106,18 @@ class Saver:
         except Exception as raised:  # told by `join`, in the thread that trains
             error = raised
         self._outcome = copied.step, time.monotonic() - began, error
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the host; from a GPU by way of pinned memory, which torch keeps for the next time."""
+    copied, waits = {}, False
+    for name, tensor in tensors.items():
+        host = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copied[name] = (host.pin_memory() if tensor.is_cuda else host).copy_(tensor.detach(), non_blocking=True)
+        waits |= tensor.is_cuda
+    if waits:
+        torch.cuda.current_stream().synchronize()
+    return copied
 
 
 def _free(folder: Path) -> str:
