@@ -5,8 +5,10 @@ A damaged image costs nothing here and hours in the middle of a run: what does n
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,8 @@ from deitfast.data.manifest import FORMATS, MAX_BYTES, MAX_PIXELS, Manifest, che
 from deitfast.errors import say
 
 _PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # those whose pixels DALI gives as PIL does
+_LARGE = 25_000_000  # pixels; of more, one image is decoded at a time, for the memory it takes
+_LARGE_ONES = threading.Lock()
 _NAMED = 10  # damaged files named on stderr; the rest is counted
 
 
@@ -56,7 +60,7 @@ def inspect_image(data: bytes, whole: bool = True) -> Facts:
 
     if not data:
         raise ValueError("empty file")
-    too_many = f"more than {MAX_PIXELS // 10**6} million pixels"
+    too_many = f"more than {MAX_PIXELS // 10**6} million pixels. Reduce it"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
@@ -67,7 +71,8 @@ def inspect_image(data: bytes, whole: bool = True) -> Facts:
             convert = image.mode not in _PLAIN_MODES or deep
             facts = Facts(width, height, checksum(data), FORMATS.index(kind), convert)
             if whole:
-                image.load()
+                with _LARGE_ONES if width * height > _LARGE else contextlib.nullcontext():
+                    image.load()
     except ValueError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit is higher, but met first

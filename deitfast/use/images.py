@@ -25,7 +25,8 @@ from torch import Tensor
 from deitfast.data import EvalLoader, Manifest
 from deitfast.data.cores import thread_count
 from deitfast.data.eval_loader import eval_geometry, is_long, middle
-from deitfast.data.manifest import FORMATS, MAX_PIXELS, strings
+from deitfast.data.files import images_below, is_image
+from deitfast.data.manifest import FORMATS, MAX_PIXELS, strings, to_rgb
 from deitfast.data.scan import inspect_image
 from deitfast.errors import DeitfastError, did_you_mean
 from deitfast.model.download import TIMEOUT_S, is_url, offline
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 DALI_FROM = 64
 """Files from which on a GPU decodes them through DALI: below, PIL is done before DALI has started."""
 
-_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp"}  # what counts as an image in a folder or glob
 _LARGEST_DOWNLOAD = 64 << 20
 
 
@@ -52,11 +52,12 @@ def find_images(patterns: Iterable[str]) -> list[str]:
         if is_url(pattern) or path.is_file():
             found.append(pattern)
             continue
-        inside = [str(p) for p in path.rglob("*")] if path.is_dir() else glob.glob(str(path), recursive=True)
-        images = sorted(p for p in inside if os.path.splitext(p)[1].lower() in _SUFFIXES and os.path.isfile(p))
+        inside = images_below(path) if path.is_dir() else glob.glob(str(path), recursive=True)
+        images = sorted(p for p in inside if path.is_dir() or (os.path.isfile(p) and is_image(p)))
         if not images:
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DeitfastError(f"no image at {pattern}.{did_you_mean(path.name, siblings)}")
+            hint = did_you_mean(path.name, siblings) or " Give a file, a folder of images, a glob in quotes, or a URL"
+            raise DeitfastError(f"no image at {pattern}.{hint}")
         found += images
     return found
 
@@ -69,13 +70,13 @@ def name_of(source: Any, i: int = 0) -> str:
 def open_image(source: Any, name: str = "") -> PILImage:
     """The image as RGB. source: path, URL, encoded bytes, PIL image, or uint8 array (H, W, 3), RGB, or (H, W), grey.
 
-    Raises DeitfastError, with the name, for what is no readable image of at most 50 million pixels.
+    Raises DeitfastError, with the name, for what is no readable image of at most 178 million pixels.
     """
     from PIL import Image
 
     name = name or name_of(source)
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return to_rgb(source)
     if isinstance(source, (np.ndarray, Tensor)):
         array = np.asarray(source)
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
@@ -89,7 +90,7 @@ def open_image(source: Any, name: str = "") -> PILImage:
         with Image.open(data, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DeitfastError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            return image.convert("RGB")
+            return to_rgb(image)
     except DeitfastError:
         raise
     except Image.UnidentifiedImageError:
