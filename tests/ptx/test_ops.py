@@ -19,12 +19,10 @@ PRODUCTS = {80: {"mma_sync", "ldmatrix", "cp_async"}, 90: {"wgmma", "tma_load", 
 WITHOUT_PRODUCTS = {"input_patches", "mixed_cross_entropy", "mixed_bce"}
 
 
-def outputs_and_gradients(op, function, dtype=None):
-    """Output and gradients by name, for the same random inputs and incoming gradient. dtype: to compute in."""
-    tensors = op.inputs(Draw(0, torch.bfloat16), SHAPE)
-    if dtype is not None:
-        tensors = {k: t.to(dtype) if t.is_floating_point() and k not in op.constants else t for k, t in tensors.items()}
-        tensors = {k: t.to(dtype) if k in ("like", "patches") else t for k, t in tensors.items()}
+def outputs_and_gradients(op, function, dtype=torch.bfloat16):
+    """Output and gradients by name, computed in `dtype`, for the same bf16 inputs and incoming gradient."""
+    drawn = op.inputs(Draw(0, torch.bfloat16), SHAPE)
+    tensors = {k: t.to(dtype) if t.dtype == torch.bfloat16 else t for k, t in drawn.items()}
     leaves = {k: t.clone().requires_grad_(k not in op.constants) for k, t in tensors.items()}
     out = function(**leaves, **op.options(SHAPE))
     wanted = {k: t for k, t in leaves.items() if t.requires_grad}
