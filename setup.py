@@ -94,7 +94,7 @@ setup(
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "bench": ["timm>=1.0.20", "transformers>=5", "matplotlib>=3.9"],
         "test": [
-            "deitfast[bench,onnx,teacher]",
+            "deitfast[bench,imagenet,onnx,teacher]",
             "build",
             "hypothesis",
             "mypy",

@@ -85,8 +85,8 @@ def _by_devkit(truth: str, meta: bytes) -> list[str]:
         from scipy.io import loadmat
     except ImportError:
         raise DeitfastError(
-            "meta.mat of ImageNet's devkit is a MATLAB file. Reading it needs pip install 'deitfast[imagenet]'; or put Kaggle's "
-            "LOC_val_solution.csv beside the images"
+            "meta.mat of ImageNet's devkit is a MATLAB file. Reading it needs pip install 'deitfast[imagenet]'; or put "
+            "Kaggle's LOC_val_solution.csv beside the images"
         ) from None
     rows = loadmat(io.BytesIO(meta), squeeze_me=True, struct_as_record=True)["synsets"]
     synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows.reshape(-1)}
