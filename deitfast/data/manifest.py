@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deitfast.data.parquet import read_row
 from deitfast.errors import DeitfastError, say
 from deitfast.files import cache_folder, write_atomically
 
@@ -84,7 +85,9 @@ class Manifest:
         path = os.path.join(self.root, os.fsdecode(self.files[self.file_id[i]]))
         length = int(self.length[i])
         try:
-            if self.member[i]:
+            if path.endswith(".parquet"):  # the offset is the row there
+                data, extra = read_row(path, int(self.offset[i])), 0
+            elif self.member[i]:
                 data, extra = self._shards.read(path, int(self.offset[i]), length), 0
             else:
                 data, extra = _read_file(path, length)

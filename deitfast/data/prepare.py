@@ -272,8 +272,9 @@ def _verify(split: str, manifest: Manifest, workers: int) -> None:
 
 
 @contextmanager
-def _progress(what: str, total: int, stream: TextIO = sys.stderr) -> Iterator[Any]:
+def _progress(what: str, total: int, stream: TextIO | None = None) -> Iterator[Any]:
     """A function to be called at each step; says how far it is, in place on a terminal, else every ten seconds."""
+    stream = stream or sys.stderr
     started = told = time.monotonic()
     done = 0
     in_place = stream.isatty()

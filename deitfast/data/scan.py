@@ -19,6 +19,7 @@ import numpy as np
 
 from deitfast.data.cores import cores
 from deitfast.data.manifest import FORMATS, MAX_BYTES, MAX_PIXELS, Manifest, checksum, name_of, strings
+from deitfast.data.parquet import read_row
 from deitfast.errors import say
 
 _PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # those whose pixels DALI gives as PIL does
@@ -92,6 +93,9 @@ def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = Fal
         path = root / entries.files[entries.file_id[i]]
         offset, length = int(entries.offset[i]), int(entries.length[i])
         try:
+            if path.suffix == ".parquet":
+                row = read_row(str(path), offset).tobytes()
+                return len(row), inspect_image(row)
             with open(path, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 length = size if length < 0 else length

@@ -2,6 +2,8 @@
 
     folder/train/<class>/*.jpg         folder/val/<class>/*.jpg        (or `valid`, `validation`, `test`)
     folder/train/*.tar, train-*.tar, train.tar                         (likewise for val; case does not matter)
+    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, Kaggle's ILSVRC/  (`imagenet`)
+    folder/train-*.parquet, folder/data/train-*.parquet                (`parquet`)
     folder/train/*.tfrecord, train-00000-of-01024, train*.tfrecord     (likewise for val)
 
 What the files hold is told in `indexing`. Shards and records are read in place by offset; nothing is unpacked. Beside
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deitfast.data.files import images_below, is_hidden
+from deitfast.data.imagenet import KAGGLE, TRAIN_TAR, VAL_TAR, find_truth
 from deitfast.data.indexing import Source, entries_of, label_numbers, names_files
 from deitfast.data.manifest import Manifest, bad_list, digest, load, prepared, relabelled, store
 from deitfast.data.scan import report_bad, scan
@@ -128,18 +131,44 @@ def _find(root: Path, split: str) -> Source | None:
         records = [
             p for pattern in ("*.tfrecord*", "*-of-*") for p in (*folder.glob(pattern), *root.glob(name + pattern))
         ]
-        records = sorted(p for p in set(records) if p.suffix != ".idx" and p.is_file())
+        records = sorted(p for p in set(records) if p.suffix not in (".idx", ".parquet") and p.is_file())
         if records:
             strange = next((p for p in records if not is_tfrecord(p)), None)
             if strange is not None:
                 raise DeitfastError(f"{strange} is not an uncompressed TFRecord file. Unpack it, or remove it")
             return Source(root, tuple(str(p.relative_to(root)) for p in records), "tfrecord", split)
         if folder.is_dir():
-            source = _class_folders(folder, split)
+            source = _class_folders(folder, split) or _flat(folder, split)
             if source is None:
                 raise _not_found(folder, split)
             return source
+    return _downloaded(root, split, there)
+
+
+def _downloaded(root: Path, split: str, there: list[str]) -> Source | None:
+    """A split of ImageNet's official tars, of Kaggle's folders or of Hugging Face's parquet shards."""
+    official = TRAIN_TAR if split == "train" else VAL_TAR
+    if official in there:
+        return Source(root, (official,), "nested", split) if split == "train" else _with_truth(root, (official,))
+    if (root / KAGGLE).is_dir():
+        return _find(root / KAGGLE, split)
+    pattern = re.compile(rf"({'|'.join(_SPLITS[split])})-.*\.parquet")
+    for folder in (root, root / "data"):
+        names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        if found := tuple(os.path.relpath(folder / n, root) for n in names if pattern.fullmatch(n)):
+            return Source(root, found, "parquet", split)
     return None
+
+
+def _flat(folder: Path, split: str) -> Source | None:
+    """ImageNet's validation images as their tar unpacks: all in one folder."""
+    names = sorted(p.name for p in folder.iterdir() if p.name.startswith("ILSVRC2012_val_") and not p.is_dir())
+    return _with_truth(folder, tuple(names)) if names and split == "val" else None
+
+
+def _with_truth(root: Path, paths: tuple[str, ...]) -> Source:
+    truth = find_truth(root)
+    return Source(root, paths, "flat", "val", truth=os.path.relpath(truth, root) if truth else "")
 
 
 def _class_folders(root: Path, split: str) -> Source | None:
@@ -177,9 +206,6 @@ def _not_found(root: Path, split: str) -> DeitfastError:
         deeper = next((p for p in folders if any(n.name.lower() in _SPLITS["train"] for n in p.iterdir())), None)
         if deeper is not None:
             return DeitfastError(f"no {split} split in {root}; found {there}. Give {deeper}, which has one")
-    official = [n for n in names if n.startswith("ILSVRC2012_") or n == "ILSVRC" or n.endswith(".parquet")]
-    if official:
-        hint = f" ImageNet as it is downloaded ({official[0]}): `deitfast data prepare FOLDER OUT` makes shards of it."
     if root.name.lower() in _SPLIT_NAMES:
         return DeitfastError(f"no class folders in {root}; found {there}.{hint} {_LAYOUTS}")
     return DeitfastError(f"no {split} split in {root}; found {there}.{hint} {_LAYOUTS}")
