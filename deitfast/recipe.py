@@ -98,6 +98,7 @@ class Recipe:
     recompute: bool = _machine(False, "keep only the blocks' inputs and compute the rest again in the backward")
     precision: str = _task("auto", "bf16 (autocast, fp32 master weights) or fp32; auto: bf16 on a GPU, fp32 on CPU")
     fused: str = _machine("auto", "yes, no, or auto: Triton kernels on a GPU, eager PyTorch on CPU")
+    choices: str = _machine("", "env.json of a run whose forms of the kernels are taken; empty: found out on this GPU")
     device: str = _machine("auto", "cuda, cpu, or auto")
     workers: int = _machine(0, "data threads a process; 0: this machine's cores shared by its processes")
     decode: str = _machine("auto", "where JPEGs are decoded: gpu, cpu, or auto (the faster in a short measurement)")

@@ -36,6 +36,7 @@ from deitfast.kernels.gemm import check_linear, linear_fwd, linear_residual_fwd
 from deitfast.kernels.kept_rows import add_kept, check_kept, kept_rows
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
 from deitfast.kernels.linear_residual import check_residual, linear_residual_bwd, linear_residual_reference
+from deitfast.kernels.replaced import replaceable
 from deitfast.kernels.row_sums import row_sums
 
 
@@ -152,6 +153,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _layernorm_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+@replaceable(layernorm_attention_reference)
 def layernorm_attention(
     x: Tensor,
     ln_weight: Tensor,

@@ -28,6 +28,7 @@ from deitfast.kernels.kept_rows import add_kept, check_kept, kept_rows
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
 from deitfast.kernels.linear_residual import check_residual, linear_residual_bwd, linear_residual_reference
 from deitfast.kernels.mlp_gelu import check_mlp, mlp_gelu_reference
+from deitfast.kernels.replaced import replaceable
 
 
 def layernorm_mlp_reference(
@@ -135,6 +136,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _layernorm_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
+@replaceable(layernorm_mlp_reference)
 def layernorm_mlp(
     x: Tensor,
     ln_weight: Tensor,

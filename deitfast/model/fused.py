@@ -25,6 +25,7 @@ from deitfast.kernels.common import INTERPRETED
 from deitfast.kernels.layernorm_attention import layernorm_attention
 from deitfast.kernels.layernorm_mlp import layernorm_mlp
 from deitfast.kernels.patch_embed import patch_embed
+from deitfast.kernels.replaced import CHOSEN
 from deitfast.model.deit import Block, DeiT, Kept
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "block_tensors",
     "fuse",
     "fused_block_forward",
+    "runs_kernels",
     "saved_bytes_per_token",
 ]
 
@@ -119,6 +121,11 @@ def saved_bytes_per_token(width: int, hidden: int, itemsize: int, head_dim: int 
     """
     statistics = 4 * (2 + 2 + width // head_dim)
     return (8 * width + 2 * hidden) * itemsize + statistics
+
+
+def runs_kernels() -> bool:
+    """Whether a fused block's two ops run their kernels on a GPU, and not eager PyTorch, which keeps more."""
+    return not CHOSEN.keys() & {"layernorm_attention", "layernorm_mlp"}
 
 
 def block_tensors(block: Any) -> BlockTensors:

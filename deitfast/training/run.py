@@ -26,7 +26,9 @@ from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 from deitfast.training import checkpoint
 from deitfast.training.checkpoint import Checkpoint
+from deitfast.training.first_contact import trust_capture, trust_kernels
 from deitfast.training.run_folder import RunFolder, environment
+from deitfast.verification.verdict import Verdict
 
 IMAGES = "images.npz"
 """The run's list of training images, in its folder."""
@@ -49,6 +51,7 @@ class Run:
     engine: Engine
     folder: RunFolder | None
     notes: list[str]  # what was found out while setting up, for the log
+    kernels: Verdict  # how each op runs, and why
     step: int = 0
     best: dict[str, Any] | None = None
 
@@ -83,8 +86,10 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
     model = world.agree(lambda: make_model(recipe, len(data.classes), depth)).to(world.device)
-    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16)))
-    micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest))
+    micro_batch, accumulation = fit(recipe, world, model, bf16)
+    kernels = trust_kernels(recipe, world, model, micro_batch, bf16, notes.append)
+    if not kernels.all_ours:  # eager PyTorch keeps more for the backward
+        micro_batch, accumulation = fit(recipe, world, model, bf16)
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
     decode = world.agree(
@@ -95,13 +100,15 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         )
     )
     decode = world.share(decode)  # the pixels of the two differ a little: the same everywhere
+    classes = list(data.classes)
+    how = trust_capture(recipe, world, model, classes, micro_batch, accumulation, bf16, kernels, notes.append)
     teacher = None
     if recipe.distillation != "none":
         teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
         teacher.check(
             data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, say=notes.append
         )  # fmt: skip
-    engine = make_engine(model, recipe, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
+    engine = make_engine(model, how, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
     run = Run(
         recipe=recipe,
         world=world,
@@ -116,6 +123,7 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         engine=engine,
         folder=world.agree(lambda: RunFolder(recipe.out, quiet=recipe.smoke) if world.is_main else None),
         notes=notes,
+        kernels=kernels,
     )
     return run, data
 
@@ -126,7 +134,8 @@ def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
     if run.folder:
         if run.recipe.allow_changes or not (run.folder.path / IMAGES).exists():
             write_manifest(run.folder.path / IMAGES, run.train_data)
-        run.folder.write_settings(run.recipe, environment())
+        found = {"kernels": run.kernels.record(), "step": run.engine.description, "decode": run.decode}
+        run.folder.write_settings(run.recipe, environment() | found)
         run.folder.resume_metrics(run.step)
         introduce(run, data, stated)
 
@@ -176,6 +185,12 @@ def make_model(recipe: Recipe, classes: int, depth: int | None = None) -> DeiT:
         depth=depth,
         fused=recipe.fuses,
     )
+
+
+def fit(recipe: Recipe, world: World, model: DeiT, bf16: bool) -> tuple[int, int]:
+    """(micro-batch, accumulation) that fit into the GPU with the least memory."""
+    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16)))
+    return world.agree(lambda: split_batch(recipe, world, largest))
 
 
 def split_batch(recipe: Recipe, world: World, largest: int) -> tuple[int, int]:

@@ -1,0 +1,98 @@
+"""What a run finds out about its GPU before its first step: which ops run their kernels, and whether to capture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deitfast.distributed import World
+from deitfast.engine.trial import capture_problem
+from deitfast.errors import DeitfastError, say
+from deitfast.model.deit import DeiT
+from deitfast.model.fused import FusedBlock
+from deitfast.recipe import Recipe
+from deitfast.verification.verdict import OpVerdict, Verdict
+from deitfast.verification.verify import BLOCK_OPS, REPORT, Question, adopt, told, verify
+
+
+def question(recipe: Recipe, model: DeiT, micro_batch: int, bf16: bool) -> Question:
+    """The ops of one training step, at its own shapes."""
+    block: Any = model.blocks[0]
+    ops = [] if recipe.engine == "plain" else ["input_patches"]
+    if isinstance(block, FusedBlock):
+        ops += ["patch_embed", *BLOCK_OPS]
+    ops.append("mixed_bce" if recipe.loss == "bce" else "mixed_cross_entropy")
+    drops = max(model.drop_path_rates, default=0.0)
+    subset = bool(drops) and recipe.drop_path_form == "subset"
+    of_group = max(1, round(recipe.mix_group * (1 - drops)))
+    return Question(
+        ops=tuple(ops), width=model.width, heads=block.attn.num_heads, tokens=model.pos_embed.shape[1],
+        batch=micro_batch, dtype="bfloat16" if bf16 else "float32", prefix=1 + model.distilled,
+        patch_size=model.patch_size, classes=model.num_classes,
+        without=(*(() if hasattr(block.ls1, "gamma") else ("gamma",)), *(() if drops else ("keep",))),
+        kept=micro_batch // recipe.mix_group * of_group if subset else 0,
+    )  # fmt: skip
+
+
+def trust_kernels(
+    recipe: Recipe, world: World, model: DeiT, micro_batch: int, bf16: bool, note: Callable[[str], None]
+) -> Verdict:
+    """What each op does from now on, the same on all processes: as --choices says, else as the leading GPU shows."""
+
+    def find() -> Verdict | None:
+        if not world.is_main:
+            return None
+        if recipe.choices:
+            return read_choices(Path(recipe.choices))
+        if world.device.type != "cuda" or recipe.fused == "no":
+            return Verdict()
+        return verify(question(recipe, model, micro_batch, bf16), world.device, say)
+
+    verdict = world.share(world.agree(find))
+    assert verdict is not None
+    world.agree(lambda: adopt(verdict, insist=recipe.fused == "yes"))
+    for line in told(verdict):
+        note(line)
+    if verdict.ops and verdict.all_ours and not recipe.choices:
+        note(f"kernels: {len(verdict.ops)} of {len(verdict.ops)} verified on this GPU and in use")
+    return verdict
+
+
+def read_choices(path: Path) -> Verdict:
+    """The forms of ops that another run recorded in its env.json, or that `deitfast doctor --json` printed."""
+    try:
+        found = json.loads(path.read_text())["kernels"]
+        return Verdict([OpVerdict(op["op"], op["form"], op["why"]) for op in found["ops"]])
+    except OSError as error:
+        raise DeitfastError(f"--choices {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeitfastError(
+            f"--choices {path} holds no choices. Give a run's env.json, or the output of `deitfast doctor --json`"
+        ) from error
+
+
+def trust_capture(
+    recipe: Recipe, world: World, model: DeiT, classes: list[str], micro_batch: int, accumulation: int, bf16: bool,
+    verdict: Verdict, note: Callable[[str], None],
+) -> Recipe:  # fmt: skip
+    """The recipe, with the step uncaptured where a capture is not to be trusted on this GPU; `graph` insists on it."""
+    if world.device.type != "cuda" or recipe.engine not in ("auto", "graph"):
+        return recipe
+
+    def find() -> str:
+        if not world.is_main:
+            return ""
+        return capture_problem(
+            recipe, classes, model.image_size, micro_batch, accumulation, bf16, verdict, world.device
+        )  # fmt: skip
+
+    problem = world.share(world.agree(find))
+    if not problem:
+        return recipe
+    if recipe.engine == "graph":
+        raise DeitfastError(f"the step cannot be captured as --engine graph asks: {problem}. Give --engine flat")
+    note(f"the step runs uncaptured, and slower: a CUDA graph of it cannot be trusted on this GPU: {problem}. {REPORT}")
+    return replace(recipe, engine="flat")
