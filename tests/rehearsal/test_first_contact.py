@@ -1,0 +1,208 @@
+"""A GPU with a fault: each is found before the first step, replaced, told once, and training goes on with the right loss."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deitfast.data import decoder
+from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
+from deitfast.errors import DeitfastError
+from deitfast.kernels import layernorm_mlp as _  # noqa: F401 (the op's module is found by name below)
+from deitfast.kernels import replaced
+from deitfast.kernels.replaced import EAGER, OURS
+from deitfast.recipe import Recipe
+from deitfast.training.train import train
+from deitfast.verification import check
+from tests.rehearsal.test_train import RECIPE
+from tests.test_train import losses
+from tests.verification.planted import FAULTS, Fault
+
+SHORT = replace(RECIPE, engine="flat", decode="cpu")
+"""Two uncaptured steps: what is looked for happens before them."""
+
+
+@pytest.fixture(autouse=True)
+def a_gpu_seen_for_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("DEITFAST_HOME", str(tmp_path / "home"))
+    with replaced.chosen():
+        yield
+
+
+def run(out: Path, recipe: Recipe = SHORT, steps: int = 2) -> tuple[list[float], str, dict[str, Any]]:
+    """Losses, log and env.json of a short run of its own process, as far as the forms of ops go."""
+    with replaced.chosen():
+        train(replace(recipe, out=str(out)), stop_at=steps, depth=1)
+    return losses(out), (out / "log.txt").read_text(), json.loads((out / "env.json").read_text())
+
+
+def forms(facts: dict[str, Any]) -> dict[str, str]:
+    return {op["op"]: op["form"] for op in facts["kernels"]["ops"]}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, broken: Fault) -> None:
+    """A fault in what layernorm_mlp's kernels give."""
+    import importlib
+
+    op = importlib.import_module("deitfast.kernels.layernorm_mlp")._layernorm_mlp
+    right = op._backend_fns["cuda"]
+
+    @functools.wraps(right)
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        out, *saved = right(*args, **kwargs)
+        return (broken(out), *saved) if out.is_cuda else (out, *saved)
+
+    monkeypatch.setitem(op._backend_fns, "cuda", planted)
+
+
+@pytest.fixture(scope="module")
+def with_eager_mlp(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the run in which the MLP is eager PyTorch by choice."""
+    folder = tmp_path_factory.mktemp("eager")
+    choices = folder / "choices.json"
+    choices.write_text(json.dumps({"kernels": {"ops": [{"op": "layernorm_mlp", "form": EAGER, "why": "chosen"}]}}))
+    return run(folder / "run", replace(SHORT, choices=str(choices)))[0]
+
+
+def test_a_gpu_without_fault_runs_every_kernel_and_is_asked_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, log, facts = run(tmp_path / "first")
+    assert set(forms(facts).values()) == {OURS}
+    assert "kernels: 5 of 5 verified on this GPU and in use" in log
+    assert all(op["ms"].keys() >= {OURS, EAGER} for op in facts["kernels"]["ops"])
+    assert capsys.readouterr().err.count("verifying 5 kernels on this Pretended H100, once") == 1
+    monkeypatch.setattr(check, "check", lambda *_, **__: pytest.fail("asked again"))
+    again, _, _ = run(tmp_path / "second")
+    assert again == found
+    assert "verifying" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_op_is_replaced_and_training_goes_on_with_the_right_loss(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_eager_mlp: list[float]
+) -> None:
+    make, told = FAULTS[fault]
+    plant(monkeypatch, make())
+    found, log, facts = run(tmp_path / "run")
+    assert found == with_eager_mlp
+    assert forms(facts) == {**dict.fromkeys(forms(facts), OURS), "layernorm_mlp": EAGER}
+    lines = [line for line in log.splitlines() if "layernorm_mlp" in line]
+    assert len(lines) == 1
+    assert re.search(f"runs as eager PyTorch: its kernels are wrong on this GPU: .*{told}.*Please report", lines[0])
+
+
+def test_who_insists_on_the_kernels_is_told_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, FAULTS["wrong in its last column"][0]())
+    with pytest.raises(DeitfastError, match="layernorm_mlp .* --fused yes asks for the kernels"):
+        run(tmp_path / "run", replace(SHORT, fused="yes"))
+    assert not (tmp_path / "run" / "ckpt").exists()
+
+
+def test_without_fused_kernels_nothing_is_verified(tmp_path: Path) -> None:
+    _, log, facts = run(tmp_path / "run", replace(SHORT, fused="no"))
+    assert facts["kernels"]["ops"] == []
+    assert "verified" not in log
+
+
+def test_an_op_that_is_slower_than_eager_is_replaced_and_another_run_repeats_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_eager_mlp: list[float]
+) -> None:
+    def times(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
+        slow = any("mlp" in str(call.func.__closure__[0].cell_contents) for call in calls.values())  # type: ignore[attr-defined]
+        return {form: [2.0 if form == OURS and slow else 1.0] * 3 for form in calls}
+
+    monkeypatch.setattr(check, "milliseconds", times)
+    found, log, facts = run(tmp_path / "run")
+    assert found == with_eager_mlp
+    assert log.count("layernorm_mlp runs as eager PyTorch: its kernels are slower here: 2.000 ms, eager 1.000 ms") == 1
+    again, _, same = run(tmp_path / "again", replace(SHORT, choices=str(tmp_path / "run" / "env.json")))
+    assert again == found
+    assert forms(same) == forms(facts)
+
+
+def waits(self: FlatEngine, loss: torch.Tensor) -> torch.Tensor:
+    loss.item()
+    return loss
+
+
+def bakes_the_host_in(self: FlatEngine, loss: torch.Tensor) -> torch.Tensor:
+    return loss * (1 + 0.1 * self.steps_run)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (waits, "CaptureError: CUDA error: operation not permitted"),
+        (bakes_the_host_in, "replayed steps have the losses"),
+    ],
+)
+def test_a_step_that_cannot_be_captured_runs_uncaptured_with_the_same_losses(
+    fault: Callable[..., torch.Tensor], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = FlatEngine.loss
+    monkeypatch.setattr(FlatEngine, "loss", lambda self, batch: fault(self, right(self, batch)))
+    steps, recipe = UNCAPTURED_STEPS + 2, replace(SHORT, engine="auto")
+    found, log, facts = run(tmp_path / "run", recipe, steps)
+    assert found == run(tmp_path / "flat", SHORT, steps)[0]
+    assert log.count("the step runs uncaptured, and slower: a CUDA graph of it cannot be trusted on this GPU: ") == 1
+    assert told in log
+    assert "not captured" in facts["step"]
+    with pytest.raises(DeitfastError, match="cannot be captured as --engine graph asks"):
+        run(tmp_path / "graph", replace(SHORT, engine="graph"))
+
+
+def test_a_gpu_decoder_that_is_off_by_thirty_levels_is_left_for_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = decoder.gathered
+
+    def off(outputs: Any, *args: Any) -> torch.Tensor:
+        return (right(outputs, *args).int() + 30).clamp(0, 255).to(torch.uint8)
+
+    graph = decoder.decode_to_gpu
+    of_gpu: list[bool] = []
+
+    def noted(encoded: Any, where: str) -> Any:
+        of_gpu.append(where == "gpu")
+        return graph(encoded, where)
+
+    monkeypatch.setattr(decoder, "decode_to_gpu", noted)
+    monkeypatch.setattr(decoder, "gathered", lambda *args: off(*args) if of_gpu[-1] else right(*args))
+    found, log, facts = run(tmp_path / "run", replace(SHORT, decode="auto"))
+    assert found == run(tmp_path / "cpu", SHORT)[0]
+    assert facts["decode"] == "cpu"
+    assert log.count("decoding on the CPU: the GPU's decoder is not to be trusted: ") == 1
+    with pytest.raises(
+        DeitfastError, match="--decode gpu: the GPU's decoder is not to be trusted: .*Give --decode cpu"
+    ):
+        run(tmp_path / "gpu", replace(SHORT, decode="gpu"))
+
+
+def test_a_gpu_decoder_that_fails_is_left_for_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(encoded: Any, where: str) -> Any:
+        if where == "gpu":
+            raise RuntimeError("nvJPEG error (7): the library is missing")
+        return graph(encoded, where)
+
+    graph = decoder.decode_to_gpu
+    monkeypatch.setattr(decoder, "decode_to_gpu", missing)
+    _, log, _ = run(tmp_path / "run", replace(SHORT, decode="auto"))
+    assert "decoding on the CPU: the GPU's decoder fails: " in log
+
+
+@pytest.mark.parametrize(("text", "told"), [(None, "cannot be read"), ("[]", "holds no choices"), ("{", "holds no ch")])
+def test_choices_that_are_none_are_told(text: str | None, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "choices.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DeitfastError, match=f"--choices .* {told}"):
+        run(tmp_path / "run", replace(SHORT, choices=str(path)))
