@@ -34,8 +34,13 @@ def version() -> str:
 
 def description() -> str:
     """The README with links that also work outside the repository."""
-    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{SOURCE}/raw/main/", Path("README.md").read_text())
-    return re.sub(r"(?<!!)(\[[^]]*\]\()(?!https?:|#)", rf"\1{SOURCE}/blob/main/", text)
+
+    def absolute(link: re.Match[str]) -> str:
+        before, path = link.groups()
+        kind = "raw" if Path(path).suffix in (".gif", ".jpg", ".png", ".svg") else "blob"
+        return f"{before}{SOURCE}/{kind}/main/{path}" if Path(path).exists() else link[0]
+
+    return re.sub(r'(\]\(|src="|srcset="|href=")([^)" #]+)', absolute, Path("README.md").read_text())
 
 
 setup(

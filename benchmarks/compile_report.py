@@ -2,14 +2,15 @@
 
     python -m benchmarks.compile_report --arch 80,90,100
 
-Each module of `deitfast.kernels` that defines `compile_cases(arch)` is asked for its launch-table entries; each entry
-is compiled by Triton for that chip and read back from ptxas's log and from the machine code. One line a kernel gives
-registers a thread, bytes of stack, local loads and stores, shared memory, CTAs that fit an SM, and the tensor-core
-instructions it uses. The exit status is 1 where a kernel
+The public ops are used, forward and backward, on tensors without data (`benchmarks.workshop.kernel_uses`), and what
+they would launch on that chip is recorded. Each kernel is specialised as a launch would specialise it (a size that is 1
+or a multiple of 16, a pointer that is aligned), compiled by Triton and read back from ptxas's log and the machine code.
+One line a kernel gives registers a thread, bytes of stack, local loads and stores, shared memory, CTAs that fit an SM,
+and the tensor-core instructions it uses. The exit status is 1 where a kernel
 
 - spills registers, or keeps an array in local memory;
 - needs more shared memory than a block may have, or more tensor memory than an SM has (Triton compiles both);
-- is a matrix kernel without the chip's own matrix instruction (on sm_90: wgmma);
+- multiplies 16-bit matrices without the chip's own matrix instruction (on sm_90: wgmma);
 - has its wgmma serialised by ptxas (notes C7510 to C7519), which costs time without a spill;
 - does not compile.
 
@@ -26,27 +27,30 @@ import io
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from deitfast.kernels.common import INTERPRETED, CompileCase
+from deitfast.kernels.common import INTERPRETED, Recorded, on_16_bytes, record
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Chip:
     registers: int = 65536
 
 
+USES = "benchmarks.workshop.kernel_uses"
 CHIPS = {
     0: Chip(target=86, shared_block=99 << 10, shared_sm=100 << 10, threads=1536, blocks=16, matrix="HMMA"),
     80: Chip(target=80, shared_block=163 << 10, shared_sm=164 << 10, threads=2048, blocks=32, matrix="HMMA"),
@@ -83,7 +88,41 @@ CHIPS = {
 }
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", re.MULTILINE)
+_MATRIX_PRODUCT = re.compile(r"tt\.dot\b[^\n]*: tensor<[^>]*x(?:bf16|f16)\b")  # of 16-bit operands, in Triton's IR
 _TENSOR_CORE = re.compile(r"[HQID]?MMA|[HQI]GMMA|UTC\w*MMA")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as a launch specialises it.
+
+    signature: argument name -> Triton type, "constexpr" for those in `constexprs`, by position -> value. attrs: by
+    position -> what is known of the argument. options: of the compilation.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[tuple[int, ...], Any]
+    attrs: Mapping[tuple[int, ...], Any]
+    options: Mapping[str, Any]
+
+    def traits(self) -> dict[str, str]:
+        """What tells this case from others of its kernel: each argument's type or value, each option; "" for None."""
+        return {
+            name: self._trait(kind, self.constexprs.get((position,)), bool(self.attrs.get((position,))))
+            for position, (name, kind) in enumerate(self.signature.items())
+        } | {name: str(value) for name, value in self.options.items()}
+
+    @staticmethod
+    def _trait(kind: str, value: Any, divisible: bool) -> str:
+        if kind == "constexpr":
+            return "" if value is None else str(value)
+        if kind.startswith("tensordesc"):
+            return kind.removeprefix("tensordesc<").removesuffix(">").replace(" ", "")
+        if kind.startswith("*"):
+            return kind[1:] if divisible else f"{kind[1:]}(unaligned)"
+        return f"{kind}(16n)" if divisible else kind
 
 
 @dataclass(frozen=True)
@@ -116,31 +155,76 @@ class Result:
     def line(self) -> str:
         kinds = " ".join(f"{kind} {count}" for kind, count in self.tensor_core.items()) or "none"
         return (
-            f"{self.arch:>4} {self.name:56} {self.registers:4} {self.stack:6} {self.local:6} {self.shared / 1024:7.1f} "
-            f"{self.threads:7} {self.ctas_per_sm:4}  {kinds:18} {'; '.join(self.failures) or 'ok'}"
+            f"{self.arch:>4} {self.registers:4} {self.stack:6} {self.local:6} {self.shared / 1024:7.1f} "
+            f"{self.threads:7} {self.ctas_per_sm:4}  {kinds:18} {self.name}: {'; '.join(self.failures) or 'ok'}"
         )
 
 
 HEADER = (
-    f"{'arch':>4} {'kernel':56} {'regs':>4} {'stack':>6} {'local':>6} {'smem KB':>7} {'threads':>7} {'CTAs':>4}  "
-    f"{'tensor core':18} verdict"
+    f"{'arch':>4} {'regs':>4} {'stack':>6} {'local':>6} {'smem KB':>7} {'threads':>7} {'CTAs':>4}  {'tensor core':18} "
+    "kernel: verdict"
 )
 
 
-def kernel_modules(package: str = "deitfast.kernels") -> list[ModuleType]:
-    """Modules of `package` that define `compile_cases`, by name."""
-    folder = importlib.import_module(package).__path__
-    names = sorted(module.name for module in pkgutil.iter_modules(folder, package + "."))
-    return [module for module in map(importlib.import_module, names) if hasattr(module, "compile_cases")]
+class _Pointer:
+    """What a launch looks at in a tensor."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.dtype, self._aligned = x.dtype, on_16_bytes(x)
+
+    def data_ptr(self) -> int:
+        return 0 if self._aligned else 1
 
 
-def list_tasks(archs: Sequence[int], only: str = "", package: str = "deitfast.kernels") -> list[Task]:
-    """Every case of every kernel module at `archs` whose name contains, or as a glob matches, `only`."""
+def specialise(launch: Recorded, arch: int) -> Case:
+    """The kernel of a recorded launch as Triton's JIT would compile it; TypeError where its arguments do not fit."""
+    kernel = launch.kernel
+    backend = make_backend(GPUTarget("cuda", CHIPS[arch].target, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments = {name: _Pointer(x) if isinstance(x, torch.Tensor) else x for name, x in launch.arguments.items()}
+    options = launch.entry.options()
+    bound, specialization, _ = bind(**arguments, **options)
+    _, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
+    return Case(kernel.__name__.removesuffix("_kernel"), kernel, signature, constexprs, attrs, options)
+
+
+def _named(cases: Sequence[Case]) -> Iterator[Case]:
+    """The cases of one kernel, named by what differs between them, except for what follows from it."""
+    traits = [case.traits() for case in cases]
+    names = [case.name for case in cases]
+    for trait in traits[0]:
+        if len(set(names)) == len(cases):
+            break
+        values = [found[trait] for found in traits]
+        finer = [f"{name} {trait}={value}" if value else name for name, value in zip(names, values, strict=True)]
+        if len(set(finer)) > len(set(names)):
+            names = finer
+    return (replace(case, name=name) for case, name in zip(cases, names, strict=True))
+
+
+@cache
+def find_cases(module: str, arch: int) -> tuple[Case, ...]:
+    """What `uses()` of the module launches on a chip of `arch`."""
+    with FakeTensorMode(), record(arch) as launches:
+        importlib.import_module(module).uses()
+    return tuple(cases_of(launches, arch))
+
+
+def cases_of(launches: Sequence[Recorded], arch: int) -> list[Case]:
+    """The kernels of recorded launches, once for each specialisation."""
+    found: dict[str, dict[str, Case]] = defaultdict(dict)
+    for launch in launches:
+        case = specialise(launch, arch)
+        found[case.name].setdefault(str(case.traits()), case)
+    return [case for same_kernel in found.values() for case in _named(list(same_kernel.values()))]
+
+
+def list_tasks(archs: Sequence[int], only: str = "", module: str = USES) -> list[Task]:
+    """Every case of the module's uses at `archs` whose name contains, or as a glob matches, `only`."""
     return [
-        Task(module.__name__, arch, index, case.name)
+        Task(module, arch, index, case.name)
         for arch in archs
-        for module in kernel_modules(package)
-        for index, case in enumerate(module.compile_cases(arch))
+        for index, case in enumerate(find_cases(module, arch))
         if fnmatch.fnmatch(case.name, f"*{only}*")
     ]
 
@@ -154,7 +238,7 @@ def ctas_per_sm(chip: Chip, registers: int, threads: int, shared: int, tensor_me
     return min(limits)
 
 
-def compile_case(case: CompileCase, arch: int) -> Result:
+def compile_case(case: Case, arch: int) -> Result:
     """Compile one case for one arch; a compile error becomes the failure, as its first line."""
     start = time.perf_counter()
     try:
@@ -167,27 +251,13 @@ def compile_case(case: CompileCase, arch: int) -> Result:
     return replace(result, seconds=round(time.perf_counter() - start, 2))
 
 
-def _compile(case: CompileCase, arch: int) -> Result:
+def _compile(case: Case, arch: int) -> Result:
     chip = CHIPS[arch]
-    names = case.kernel.arg_names
-    missing = [name for name in names if name not in case.signature and name not in case.constexprs]
-    unknown = [name for name in (*case.signature, *case.constexprs) if name not in names]
-    if missing or unknown:
-        raise ValueError(f"arguments without a type or value: {missing}; not arguments of the kernel: {unknown}")
-    signature = {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names}
-    attrs = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(names)
-        if signature[name].startswith("*") or (signature[name][0] in "iu" and name not in case.not_divisible)
-    }
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constexprs), attrs=attrs)
+    source = ASTSource(case.kernel, dict(case.signature), dict(case.constexprs), dict(case.attrs))
     knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", chip.target, 32),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-        )
+        target = GPUTarget("cuda", chip.target, 32)
+        compiled = triton.compile(source, target=target, options=dict(case.options))
     log = printed.getvalue()
     if "Compiling entry function" not in log:  # it came from Triton's cache, which does not keep the log
         log = _ptxas_log(compiled.asm["ptx"], chip.target)
@@ -210,7 +280,7 @@ def _compile(case: CompileCase, arch: int) -> Result:
     if serialised := re.search(r"\((C\d+)\)[^\n]*wgmma\.mma_async instructions are serialized due to ([^\n]*)", log):
         reason = serialised[2].split(" in the function")[0].split(" in function")[0]
         failures.append(f"wgmma serialised ({serialised[1]}: {reason})")
-    if case.matrix and not fnmatch.filter(tensor_core, chip.matrix):
+    if _MATRIX_PRODUCT.search(compiled.asm["ttir"]) and not fnmatch.filter(tensor_core, chip.matrix):
         failures.append(f"matrix kernel without {chip.matrix} on sm_{chip.target}")
     return Result(
         name=case.name,
@@ -252,8 +322,7 @@ def _disassemble(cubin: bytes) -> str:
 
 
 def _run_task(task: Task) -> Result:
-    case = importlib.import_module(task.module).compile_cases(task.arch)[task.index]
-    return compile_case(case, task.arch)
+    return compile_case(find_cases(task.module, task.arch)[task.index], task.arch)
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int) -> Iterator[Result]:
@@ -283,7 +352,7 @@ def parse_archs(text: str) -> list[int]:
     return [known[part] for part in parts]
 
 
-def main(argv: Sequence[str] | None = None, package: str = "deitfast.kernels") -> int:
+def main(argv: Sequence[str] | None = None, module: str = USES) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=parse_archs, default=list(CHIPS), help="0 (safe default), 80, 90, 100; all")
     parser.add_argument("--only", default="", metavar="PATTERN", help="kernels whose name contains or globs PATTERN")
@@ -294,9 +363,9 @@ def main(argv: Sequence[str] | None = None, package: str = "deitfast.kernels") -
         print("compile_report: TRITON_INTERPRET=1 is set, so nothing can be compiled; unset it", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    tasks = list_tasks(options.arch, options.only, package)
+    tasks = list_tasks(options.arch, options.only, module)
     if not tasks:
-        print(f"compile_report: no kernel of {package} matches {options.only!r} at {options.arch}", file=sys.stderr)
+        print(f"compile_report: no kernel of {module} matches {options.only!r} at {options.arch}", file=sys.stderr)
         return 2
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(HEADER)

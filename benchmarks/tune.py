@@ -104,12 +104,10 @@ def _compile_only() -> Iterator[None]:
         JITFunction.run = run
 
 
-def _same_code(site: Site, candidate: Candidate, arch: int, warm: bool) -> str:
+def _same_code(site: Site, candidate: Candidate, arch: int) -> str:
     """Equal for candidates that compile to the same code: most kernels take their sizes at run time."""
     with site.apply(arch, candidate):
-        cases = [(c.name, dict(c.constexprs), c.num_warps, c.num_stages) for c in site.cases(arch)]
-    heads = site.shape.heads if warm and site.op == "attention" else 0
-    return f"{site.op} {heads} {cases}"
+        return str([(case.kernel.__name__, case.traits()) for case in site.cases(arch)])
 
 
 def compile_all(
@@ -127,7 +125,7 @@ def compile_all(
             earlier = verdicts[site.name].get(str(candidate))
             if earlier or (earlier is not None and not warm):
                 continue
-            code = _same_code(site, candidate, arch, warm)
+            code = _same_code(site, candidate, arch)
             groups.setdefault(code, []).append((site.name, str(candidate)))
             tasks.setdefault(code, Task(site.name, index, arch, batch, quick, check=earlier is None, warm=warm))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +21,11 @@ from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
 
 T = TypeVar("T")
+SET_UP_PATIENCE = timedelta(hours=12)
+"""How long the processes wait for one that scans a data set, or loads it from far away."""
+TRAINING_PATIENCE = timedelta(minutes=10)
+"""How long they wait in a collective on tensors, after which the missing one is taken for dead."""
+_LONGEST_NAP_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,39 +58,65 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """The leading process's values in `tensor` on every process."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
     def share(self, value: T) -> T:
         """The leading process's `value` (any picklable object) on every process."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        return self._exchange(value, [0])[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's `value` (any picklable object), by rank, on every process."""
+        return self._exchange(value, range(self.size))
 
     def agree(self, action: Callable[[], T]) -> T:
         """Run `action` on one process a machine first, then on the others, which find its files made.
 
-        If it raises DeitfastError anywhere, it does so everywhere, and only one process's error carries the message.
+        Where it raises anywhere, it does everywhere: DeitfastError, of which one process's carries the message; any
+        other error comes out where it happened, with its traceback, and elsewhere as a DeitfastError without a message.
         """
-        result, error = None, None
+        result: T
+        problem: Exception | None = None
         for turn in (True, False):
-            if (self.local_rank == 0) == turn and error is None:
+            if (self.local_rank == 0) == turn and problem is None:
                 try:
                     result = action()
-                except DeitfastError as raised:
-                    error = str(raised)
-            errors = self.gather(error)
-            if any(errors):
-                speaker = next(i for i, text in enumerate(errors) if text)
-                raise DeitfastError(str(errors[speaker]) if self.rank == speaker else "")
-        return result  # type: ignore[return-value]
+                except Exception as raised:
+                    problem = raised
+            problems = self.gather(None if problem is None else str(problem) or type(problem).__name__)
+            if any(problems):
+                speaker = next(rank for rank, text in enumerate(problems) if text)
+                if problem is not None and (self.size == 1 or not isinstance(problem, DeitfastError)):
+                    raise problem
+                raise DeitfastError(str(problems[speaker]) if self.rank == speaker else "")
+        return result
 
-    def gather(self, value: T) -> list[T]:
-        """Every process's `value` (any picklable object), by rank, on every process."""
+    def _exchange(self, value: Any, speakers: Sequence[int]) -> list[Any]:
+        """What the processes `speakers` put in, on every process.
+
+        By way of the store in which they met, which takes no GPU and no collective's patience.
+        """
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        store = dist.distributed_c10d._get_default_store()
+        turn = store.add(f"deitfast/turn/{self.rank}", 1)  # the processes do this in the same order
+        names = {rank: f"deitfast/{turn}/{rank}" for rank in speakers}
+        if self.rank in names:
+            store.set(names[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes are fine
+        nap, deadline = 1e-3, time.monotonic() + SET_UP_PATIENCE.total_seconds()
+        while not store.check(list(names.values())):  # not wait(), which keeps the store from NCCL's threads
+            if time.monotonic() > deadline:
+                missing = [str(rank) for rank, name in names.items() if not store.check([name])]
+                raise DeitfastError(f"process {', '.join(missing)} has not answered for {SET_UP_PATIENCE}")
+            time.sleep(nap)
+            nap = min(1.5 * nap, _LONGEST_NAP_S)
+        found = [pickle.loads(store.get(name)) for name in names.values()]
+        if store.add(f"deitfast/{turn}/read", 1) == self.size:
+            for name in (*names.values(), f"deitfast/{turn}/read"):
+                store.delete_key(name)
+        return found
 
 
 def start(device: str = "auto") -> World:
@@ -105,7 +139,11 @@ def start(device: str = "auto") -> World:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_parent()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=where if device == "cuda" else None)
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            device_id=where if device == "cuda" else None,
+            timeout=TRAINING_PATIENCE,
+        )
     return World(rank, size, local_rank, local_size, where)
 
 

@@ -25,17 +25,28 @@ def guarded(main: Callable[[], None]) -> None:
         elif _started() or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
+        _leave(EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
     except Exception:
         if not _started():
             raise
-        # The others are in a collective that this process will not join: to wait for them is to wait for the watchdog.
         traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(1)
+        _leave(1)
     finally:
         if _started():
             sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _leave(code: int) -> None:
+    """End this process at once where there are others.
+
+    They may be in a collective that it will not join: whoever waits for them, as the end of a process group does, waits
+    for the watchdog. torchrun ends them.
+    """
+    if _started():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _tell_torchrun(message: str) -> None:

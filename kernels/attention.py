@@ -45,12 +45,13 @@ from deitfast.kernels.attention_kernels import (
 )
 from deitfast.kernels.common import (
     INTERPRETED,
-    CompileCase,
     Launch,
     architecture,
     autocast,
     check_dtypes,
     check_last_contiguous,
+    launch,
+    on_16_bytes,
     op,
     runs_triton,
 )
@@ -82,7 +83,7 @@ def _launch(queries: int, keys: int, num_warps: int, num_stages: int, tma: bool 
 _FP32: Table = {
     "fwd": {(4, 64): _launch(64, 32, 8, 1), (4, 128): _launch(32, 16, 8, 1)},
     "bwd_dq": {(4, 64): _launch(32, 32, 8, 1), (4, 128): _launch(16, 16, 8, 1)},
-    "bwd_dkdv": {(4, 64): _launch(64, 64, 8, 1), (4, 128): _launch(16, 32, 8, 1)},
+    "bwd_dkdv": {(4, 64): _launch(32, 64, 8, 1), (4, 128): _launch(16, 32, 8, 1)},
 }
 _POINTERS: Table = {
     # KEYS of the short forward follow from the number of tokens.
@@ -167,50 +168,38 @@ def _table_key(x: Tensor) -> int:
     return INTERPRETER if INTERPRETED else architecture(x)
 
 
-def _constants(num_heads: int, head_dim: int, launch: Launch) -> dict[str, Any]:
-    """What the kernels take as compile-time constants."""
-    return {"H": num_heads, "D": head_dim, "C": triton.next_power_of_2(head_dim), **launch.tiles}
-
-
-def _run(kernel: Any, launch: Launch, num_heads: int, head_dim: int, scale: float, tensors: dict[str, Any]) -> None:
+def _run(kernel: Any, entry: Launch, num_heads: int, head_dim: int, scale: float, tensors: dict[str, Any]) -> None:
     """Launch `kernel`, one program for each head of each sample and, unless it takes whole heads, each block of rows.
 
     tensors: by kernel argument; those in _BLOCK_ROWS are (B, N, heads * d), contiguous and 16-byte aligned.
     """
-    constants = _constants(num_heads, head_dim, launch)
     batch, tokens, _ = tensors["q"].shape
+    padded_dim = triton.next_power_of_2(head_dim)
 
     def tiled(name: str, tensor: Tensor) -> Tensor | TensorDescriptor | None:
-        rows = constants[_BLOCK_ROWS[name]]
+        rows = entry.tiles[_BLOCK_ROWS[name]]
         if rows == 0:
             return None
-        if not constants["TMA"]:
+        if not entry.tiles["TMA"]:
             return tensor
         width = tensor.shape[-1]
         shape = [batch, width // head_dim, tokens, head_dim]
         return TensorDescriptor(
-            tensor, shape, [tokens * width, head_dim, width, 1], block_shape=[1, 1, rows, constants["C"]]
+            tensor, shape, [tokens * width, head_dim, width, 1], block_shape=[1, 1, rows, padded_dim]
         )
 
     arguments = {name: tiled(name, x) if name in _BLOCK_ROWS else x for name, x in tensors.items()}
     scales = {"scale": scale, "scale_log2": scale * LOG2_E}
-    owned = constants["KEYS" if kernel is attention_bwd_dkdv_kernel else "QUERIES"]
+    arguments |= {name: value for name, value in scales.items() if name in kernel.arg_names}
+    owned = entry.tiles["KEYS" if kernel is attention_bwd_dkdv_kernel else "QUERIES"]
     blocks = 1 if kernel in _WHOLE_HEAD else triton.cdiv(tokens, owned)
-    with torch.cuda.device_of(tensors["q"]):
-        kernel[(batch * num_heads * blocks,)](
-            **arguments,
-            **{name: value for name, value in scales.items() if name in kernel.arg_names},
-            N=tokens,
-            **constants,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
+    launch(kernel, (batch * num_heads * blocks,), entry, **arguments, N=tokens, H=num_heads, D=head_dim, C=padded_dim)
 
 
 def _prepared(x: Tensor) -> Tensor:
     """x itself where it is contiguous and 16-byte aligned, as the kernels need it, otherwise a copy."""
     x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return x if on_16_bytes(x) else x.clone()
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = None) -> tuple[Tensor, Tensor]:
@@ -224,10 +213,10 @@ def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = 
     out = qkv.new_empty(batch, tokens, width // 3)
     lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
     if qkv.numel():
-        kernel, launch = _forward_launch(arch, qkv.itemsize, head_dim, tokens)
+        kernel, entry = _forward_launch(arch, qkv.itemsize, head_dim, tokens)
         pieces = ("kv1", "kv2", "kv3") if kernel is attention_fwd_short_kernel else ("kv",)
         tensors = {"q": qkv, "out": out, "lse": lse} | dict.fromkeys(pieces, qkv)
-        _run(kernel, launch, num_heads, head_dim, scale, tensors)
+        _run(kernel, entry, num_heads, head_dim, scale, tensors)
     return out, lse
 
 
@@ -261,9 +250,9 @@ def attention_bwd(
         sums = qkv.new_empty(batch * blocks, width, dtype=torch.float32)
     tensors = {"q": qkv, "kv": qkv, "out": out, "dout": dout, "lse": lse, "dq": dqkv, "dkv": dqkv, "sums": sums}
     tensors["delta"] = torch.empty_like(lse)
-    for kernel, launch in launches:
+    for kernel, entry in launches:
         taken = {name: x for name, x in tensors.items() if name in kernel.arg_names}
-        _run(kernel, launch, num_heads, width // num_heads, scale, taken)
+        _run(kernel, entry, num_heads, width // num_heads, scale, taken)
     return dqkv, sums
 
 
@@ -361,51 +350,3 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None) -> Tensor
     scale = check_heads("attention", width // 3, num_heads, scale)
     out, _ = attention_fwd_op(qkv.reshape(math.prod(leading), tokens, width).contiguous(), num_heads, scale)
     return out.reshape(*leading, tokens, width // 3)
-
-
-# Ahead-of-time compilation -------------------------------------------------------------------------------------------
-
-_COMPILED_SHAPES = [
-    ("bf16", 64, 197), ("bf16", 64, 192), ("bf16", 64, 256), ("bf16", 64, 577), ("bf16", 80, 257), ("bf16", 128, 257),
-    ("fp32", 64, 197), ("fp32", 80, 257),
-]  # fmt: skip
-"""(dtype, head dimension, tokens) that between them reach every launch-table entry."""
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Every kernel at every launch-table entry of `arch` (0, 80, 90 or 100), as the launchers would choose it."""
-    cases: dict[str, CompileCase] = {}
-    for dtype, head_dim, tokens in _COMPILED_SHAPES:
-        itemsize = 4 if dtype == "fp32" else 2
-        forward = _forward_launch(arch, itemsize, head_dim, tokens)
-        for kernel, launch in (forward, *_backward_launches(arch, itemsize, head_dim, tokens)):
-            constants = _constants(6, head_dim, launch)
-            if constants.get("KEYS3") == 0:
-                constants["kv3"] = None
-            keys = "+".join(str(rows) for name, rows in launch.tiles.items() if name.startswith("KEYS") and rows)
-            name = f"{kernel.__name__} {dtype} d{head_dim} {launch.tiles['QUERIES']}x{keys}"
-            cases[name] = CompileCase(
-                name=name,
-                kernel=kernel,
-                signature={arg: _type(arg, dtype, constants) for arg in kernel.arg_names if arg not in constants},
-                constexprs=constants,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                matrix=itemsize == 2,
-                not_divisible=frozenset({"N"}),
-            )
-            if "sums" in kernel.arg_names:
-                without = {arg: kind for arg, kind in cases[name].signature.items() if arg != "sums"}
-                cases[name] = replace(cases[name], name=f"{name} sums")
-                cases[f"{name} alone"] = replace(
-                    cases[name], name=name, signature=without, constexprs=constants | {"sums": None}
-                )
-    return list(cases.values())
-
-
-def _type(argument: str, dtype: str, constants: dict[str, Any]) -> str:
-    """The Triton type of a kernel argument."""
-    if argument in _BLOCK_ROWS:
-        block = f"[1, 1, {constants[_BLOCK_ROWS[argument]]}, {constants['C']}]"
-        return f"tensordesc<{dtype}{block}>" if constants["TMA"] else f"*{dtype}"
-    return {"lse": "*fp32", "delta": "*fp32", "sums": "*fp32", "N": "i32"}.get(argument, "fp32")

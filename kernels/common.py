@@ -1,21 +1,29 @@
-"""What every op shares: how it is declared, where it runs, what it accepts, how a launch is chosen and listed."""
+"""What every op shares: how it is declared, where it runs, what it accepts, how a kernel is launched."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """True where Triton runs kernels in its interpreter; decided, as Triton does, when the kernels are imported."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+
+_UNFUSED = (
+    "Run the model unfused: accelerate(model).undo(), or create_model(..., fused=False) for one of deitfast's own"
+)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result", covariant=True)
@@ -36,11 +44,28 @@ def op(name: str) -> Callable[[Callable[Arguments, Result]], Op[Arguments, Resul
 
     The function is its own fake implementation: on tensors without data it takes its eager branch, which computes
     shapes, strides and dtypes as on data. A branch that reads values must ask `has_data` first.
+
+    Forward-mode differentiation is refused, which an op would pass over (its tangents would come out as zeros), and so
+    is backward where no formula is registered: for an op that is itself a backward that is differentiating twice.
     """
 
     def declare(function: Callable[Arguments, Result]) -> Op[Arguments, Result]:
-        made = torch.library.custom_op(f"deitfast::{name}", function, mutates_args=(), device_types=("cpu", "cuda"))
-        made.register_fake(function)
+        @functools.wraps(function)
+        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+                raise NotImplementedError(f"deitfast::{name} has no forward-mode derivative (jvp). {_UNFUSED}")
+            return function(*args, **kwargs)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        made = torch.library.custom_op(
+            f"deitfast::{name}", run, mutates_args=(), device_types=("cpu", "cuda"), schema=schema
+        )
+        made.register_fake(run)
+
+        def refuse(ctx: Any, *gradients: Any) -> NoReturn:
+            raise NotImplementedError(f"deitfast::{name} cannot be differentiated. {_UNFUSED}")
+
+        made.register_autograd(refuse)
         return cast(Op[Arguments, Result], made)
 
     return declare
@@ -53,7 +78,7 @@ def has_data(x: Tensor) -> bool:
 
 def runs_triton(x: Tensor) -> bool:
     """Whether an op on `x` launches its Triton kernels (CUDA, or the interpreter) or takes the eager implementation."""
-    return (x.is_cuda or INTERPRETED) and has_data(x)
+    return x.is_cuda or INTERPRETED if has_data(x) else _recorder is not None
 
 
 def architecture(x: Tensor) -> int:
@@ -62,6 +87,8 @@ def architecture(x: Tensor) -> int:
     Triton compiles for the exact chip; the table only picks tile sizes, so 86 and 89 use the table's default because
     their shared memory is smaller than an A100's.
     """
+    if _recorder is not None and not has_data(x):
+        return _recorder.arch
     if not x.is_cuda:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
@@ -140,30 +167,81 @@ def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+# Launches ------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Launch:
-    """One launch-table entry: constexpr tile sizes by name, plus Triton's launch options."""
+    """One launch-table entry: constexpr tile sizes by name, plus Triton's launch options.
+
+    fp_fusion: whether a product may be added without being rounded first.
+    """
 
     tiles: Mapping[str, int]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """The options as keywords of a launch and of a compilation."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.fp_fusion else {**options, "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
-class CompileCase:
-    """One kernel at one launch-table entry, as `benchmarks.compile_report` compiles it ahead of time.
+class Recorded:
+    """A launch that `record` wrote down. arguments: all of the kernel's, by name; tensors have no data."""
 
-    signature: argument name -> Triton type ("*bf16", "i32", "fp32", "tensordesc<bf16[64, 64]>").
-    constexprs: argument name -> value. Arguments in neither are an error.
-    not_divisible: integer arguments that may not be assumed to be multiples of 16 (pointers always are).
-    matrix: True where the kernel must use the tensor cores' newest instruction (wgmma on sm_90).
-    """
-
-    name: str
     kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
-    matrix: bool
-    not_divisible: frozenset[str] = field(default_factory=frozenset)
+    arguments: Mapping[str, Any]
+    entry: Launch
+
+
+class _Recorder(NamedTuple):
+    arch: int
+    launches: list[Recorded]
+
+
+_recorder: _Recorder | None = None
+
+
+@contextlib.contextmanager
+def record(arch: int) -> Iterator[list[Recorded]]:
+    """Inside, ops on tensors without data write down in the list what they would launch on a chip of that table.
+
+    So ops need no GPU, and no memory, to tell which kernels they consist of. Not for several threads at once.
+    """
+    global _recorder
+    if INTERPRETED:
+        raise RuntimeError("record: TRITON_INTERPRET=1 is set, and the interpreter has launches of its own; unset it")
+    outer, _recorder = _recorder, _Recorder(arch, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = outer
+
+
+def launch(kernel: Any, grid: tuple[int, ...], entry: Launch, **arguments: Any) -> None:
+    """Launch a Triton kernel on the device of its first argument, a tensor or a descriptor; the only way to do so.
+
+    arguments: the kernel's, by name, but the tiles of the `entry`.
+    """
+    first = next(iter(arguments.values()))
+    first = first.base if isinstance(first, TensorDescriptor) else first
+    if not has_data(first):
+        assert _recorder is not None
+        _recorder.launches.append(Recorded(kernel, {**arguments, **entry.tiles}, entry))
+        return
+    with torch.cuda.device_of(first):
+        kernel[grid](**arguments, **entry.tiles, **entry.options())
+
+
+def on_16_bytes(x: Tensor) -> bool:
+    """Whether x begins at a multiple of 16 bytes, as every allocation does."""
+    return (x.data_ptr() if has_data(x) else x.storage_offset() * x.element_size()) % 16 == 0
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether a 2-D tensor has what TMA needs: base and rows on 16 bytes, rows that do not overlap, some elements."""
+    rows_fit = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
+    return x.numel() > 0 and rows_fit and on_16_bytes(x)

@@ -21,8 +21,6 @@ to cuBLAS (`torch.mm`; for fp32 operands PyTorch's own tf32 setting holds there)
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,12 +31,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deitfast.kernels.common import (
     INTERPRETED,
-    CompileCase,
     Launch,
+    aligned,
     architecture,
     check_dtypes,
     check_last_contiguous,
     check_shape,
+    launch,
     runs_triton,
 )
 from deitfast.kernels.gemm_kernels import linear_kernel, scale_and_sum_kernel
@@ -84,15 +83,15 @@ other; 256 columns read less and are for the light epilogues.
 """
 
 
-def linear_launch(arch: int, itemsize: int, N: int, epilogue: str, aligned: bool) -> Launch:
+def linear_launch(arch: int, itemsize: int, N: int, epilogue: str, aligned_rows: bool) -> Launch:
     """The widest tile of the chip's table that divides N, at most 128 columns with GELU; else 128.
 
-    aligned: whether the operands' rows are, as `_aligned` says.
+    aligned_rows: whether the operands' rows are, as `aligned` says.
     """
     table = LAUNCHES[arch]
     if itemsize == 4:
         return table[4, 64]
-    if not aligned:
+    if not aligned_rows:
         return table[2, 0]
     limit = 256 if epilogue == "linear" else 128
     widths = (width for size, width in sorted(table, reverse=True) if size == itemsize and 0 < width <= limit)
@@ -108,17 +107,6 @@ INTERPRETER_LAUNCH = Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "EP
 INTERPRETER_SUM_LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 512}, num_warps=4, num_stages=1)
 
 # Launchers -----------------------------------------------------------------------------------------------------------
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether a 2-D tensor has what TMA needs: base and rows on 16 bytes, rows that do not overlap, some elements."""
-    return (
-        x.numel() > 0
-        and x.stride(1) == 1
-        and x.stride(0) >= x.shape[1]
-        and x.data_ptr() % 16 == 0
-        and x.stride(0) * x.element_size() % 16 == 0
-    )
 
 
 def _sample_arguments(M: int, keep: Tensor | None, kept: KeptRows | None) -> dict[str, Any]:
@@ -146,10 +134,10 @@ def _linear(
     """Fill `out` (and `derivative`); return parts (any number, N) of its column sums for gelu_grad, else None."""
     (M, K), N = a.shape, out.shape[1]
     arch = architecture(a)
-    aligned = all(_aligned(tensor) for tensor in (a, b, out))
-    descriptors = aligned and arch in (90, 100) and a.element_size() == 2
-    launch = INTERPRETER_LAUNCH if INTERPRETED else linear_launch(arch, a.element_size(), N, epilogue, aligned)
-    block_m, block_n, block_k = (launch.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    aligned_rows = all(aligned(tensor) for tensor in (a, b, out))
+    descriptors = aligned_rows and arch in (90, 100) and a.element_size() == 2
+    entry = INTERPRETER_LAUNCH if INTERPRETED else linear_launch(arch, a.element_size(), N, epilogue, aligned_rows)
+    block_m, block_n, block_k = (entry.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     operands: tuple[Any, Any] = (a, b)
     if descriptors:
         b_block = [block_n, block_k] if transposed else [block_k, block_n]
@@ -158,31 +146,30 @@ def _linear(
     column_sums = None
     if epilogue == "gelu_grad":
         column_sums = torch.empty((tiles_m, N), dtype=torch.float32, device=a.device)
-    with torch.cuda.device_of(a):
-        linear_kernel[(tiles_m * triton.cdiv(N, block_n),)](
-            a=operands[0],
-            b=operands[1],
-            bias=bias,
-            residual=residual,
-            gamma=gamma,
-            derivative=derivative,
-            out=out,
-            column_sums=column_sums,
-            stride_a=a.stride(0),
-            stride_b=b.stride(0),
-            stride_residual=0 if residual is None else residual.stride(0),
-            M=M,
-            N=N,
-            K=K,
-            **_sample_arguments(M, keep, kept),
-            TRANSPOSED=transposed,
-            DESCRIPTORS=descriptors,
-            EPILOGUE=epilogue,
-            EXACT_GELU=a.element_size() == 4,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **launch.tiles,
-        )
+    launch(
+        linear_kernel,
+        (tiles_m * triton.cdiv(N, block_n),),
+        entry,
+        a=operands[0],
+        b=operands[1],
+        bias=bias,
+        residual=residual,
+        gamma=gamma,
+        derivative=derivative,
+        out=out,
+        column_sums=column_sums,
+        stride_a=a.stride(0),
+        stride_b=b.stride(0),
+        stride_residual=0 if residual is None else residual.stride(0),
+        M=M,
+        N=N,
+        K=K,
+        **_sample_arguments(M, keep, kept),
+        TRANSPOSED=transposed,
+        DESCRIPTORS=descriptors,
+        EPILOGUE=epilogue,
+        EXACT_GELU=a.element_size() == 4,
+    )
     return column_sums
 
 
@@ -274,25 +261,24 @@ def scale_and_sum(
     copies = keep is not None or kept is not None or dtype != dout.dtype
     branch = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
     scaled = torch.empty_like(branch) if gamma is not None else branch
-    launch = INTERPRETER_SUM_LAUNCH if INTERPRETED else SUM_LAUNCH
-    block_m, block_n = launch.tiles["BLOCK_M"], launch.tiles["BLOCK_N"]
+    entry = INTERPRETER_SUM_LAUNCH if INTERPRETED else SUM_LAUNCH
+    block_m, block_n = entry.tiles["BLOCK_M"], entry.tiles["BLOCK_N"]
     columns = triton.cdiv(N, block_n)
     grid = (columns, max(1, min(triton.cdiv(SUM_PROGRAMS, columns), triton.cdiv(M, block_m))))
     column_sums = torch.empty((grid[1], N), dtype=torch.float32, device=dout.device)
-    with torch.cuda.device_of(dout):
-        scale_and_sum_kernel[grid](
-            dout=dout,
-            gamma=gamma,
-            branch=branch if copies else None,
-            scaled=scaled if gamma is not None else None,
-            column_sums=column_sums,
-            M=M,
-            N=N,
-            **_sample_arguments(M, keep, kept),
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **launch.tiles,
-        )
+    launch(
+        scale_and_sum_kernel,
+        grid,
+        entry,
+        dout=dout,
+        gamma=gamma,
+        branch=branch if copies else None,
+        scaled=scaled if gamma is not None else None,
+        column_sums=column_sums,
+        M=M,
+        N=N,
+        **_sample_arguments(M, keep, kept),
+    )
     return branch, scaled, row_sums(column_sums, torch.float32)
 
 
@@ -312,87 +298,3 @@ def check_linear(
         check_last_contiguous(op, bias_name, bias)
         parameters[bias_name] = bias
     check_dtypes(op, **parameters)
-
-
-# Compile report ------------------------------------------------------------------------------------------------------
-
-
-def _linear_case(
-    arch: int, dtype: str, width: int, epilogue: str, residual: str, aligned: bool, stream: str = ""
-) -> CompileCase:
-    """residual: none, "residual" or "kept". stream: the dtype of residual and out where it is not `dtype`."""
-    launch = linear_launch(arch, 4 if dtype == "fp32" else 2, width, epilogue, aligned)
-    descriptors = aligned and arch in (90, 100) and dtype != "fp32"
-    m, n, k = (launch.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    transposed = epilogue != "gelu_grad"
-    b_block = f"{n}, {k}" if transposed else f"{k}, {n}"
-    operands = (f"tensordesc<{dtype}[{m}, {k}]>", f"tensordesc<{dtype}[{b_block}]>")
-    signature = dict(zip("ab", operands if descriptors else (f"*{dtype}",) * 2, strict=True))
-    signature |= dict.fromkeys(
-        ("out", *["bias"] * transposed, *["derivative"] * (epilogue != "linear")),
-        f"*{dtype}",
-    )
-    signature |= dict.fromkeys(("residual", "gamma") if residual else (), f"*{dtype}")
-    signature |= dict.fromkeys(("out", "residual") if stream else (), f"*{stream}")
-    signature |= {} if transposed else {"column_sums": "*fp32"}
-    signature |= {"residual": {"keep": "*fp32"}, "kept": {"kept": "*i64"}}.get(residual, {})
-    absent = {"bias", "residual", "gamma", "keep", "kept", "derivative", "column_sums"} - set(signature)
-    strides = ("stride_a", "stride_b", "stride_residual")
-    signature |= dict.fromkeys((*strides, "M", "N", "K", "rows_per_sample"), "i32") | {"kept_scale": "fp32"}
-    flags = {"TRANSPOSED": transposed, "DESCRIPTORS": descriptors, "EPILOGUE": epilogue, "EXACT_GELU": dtype == "fp32"}
-    words = [
-        "linear",
-        residual or epilogue,
-        dtype,
-        f"{m}x{n}x{k}",
-        "tma" if descriptors else "pointers",
-    ]
-    words += ["unaligned"] * (not aligned) + [f"{stream} stream"] * bool(stream)
-    return CompileCase(
-        name=" ".join(words),
-        kernel=linear_kernel,
-        signature=signature,
-        constexprs=dict(launch.tiles) | flags | dict.fromkeys(absent, None),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        matrix=dtype != "fp32",
-        not_divisible=frozenset({"M", "rows_per_sample"} if aligned else signature),
-    )
-
-
-def _cases(arch: int) -> Iterator[CompileCase]:
-    for epilogue, residual in (
-        ("linear", ""),
-        ("linear", "residual"),
-        ("linear", "kept"),
-        ("gelu", ""),
-        ("gelu_grad", ""),
-    ):
-        # DeiT-Ti, S and B (192, 384, 768 channels), their qkv and hidden layers have no tile beyond these three.
-        cases = [
-            _linear_case(arch, dtype, width, epilogue, residual, aligned)
-            for dtype, aligned in (("bf16", True), ("bf16", False), ("fp32", True))
-            for width in (192, 384, 768)
-        ]
-        if residual:
-            cases += [_linear_case(arch, "bf16", width, epilogue, residual, True, "fp32") for width in (192, 384, 768)]
-        yield from {case.name: case for case in cases}.values()
-    for dtype, index in itertools.product(("bf16", "fp32"), ({"keep": "*fp32"}, {"kept": "*i64"})):
-        yield CompileCase(
-            name=f"scale_and_sum {dtype}" + " kept" * ("kept" in index),
-            kernel=scale_and_sum_kernel,
-            signature=dict.fromkeys(("dout", "gamma", "branch", "scaled"), f"*{dtype}")
-            | {"column_sums": "*fp32", "kept_scale": "fp32"}
-            | dict.fromkeys(("M", "N", "rows_per_sample"), "i32")
-            | index,
-            constexprs=dict(SUM_LAUNCH.tiles) | dict.fromkeys({"keep", "kept"} - set(index)),
-            num_warps=SUM_LAUNCH.num_warps,
-            num_stages=SUM_LAUNCH.num_stages,
-            matrix=False,
-            not_divisible=frozenset({"M", "rows_per_sample"}),
-        )
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Every epilogue at every tile that the table gives DeiT-Ti, S and B, in bf16 and fp32."""
-    return list(_cases(arch))

@@ -15,15 +15,13 @@ the device. Checked in Triton's interpreter; not yet run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from deitfast.kernels.blur import BLUR, blur_reference, box_kernel
-from deitfast.kernels.common import CompileCase, Launch, check_last_contiguous, check_shape, has_data, op, runs_triton
+from deitfast.kernels.common import Launch, check_last_contiguous, check_shape, has_data, launch, op, runs_triton
 from deitfast.kernels.photometric import (
     AUTOCONTRAST,
     BRIGHTNESS,
@@ -70,9 +68,10 @@ CODES: dict[str, int] = {
 }
 """Operation codes by name, for whoever writes a plan."""
 
-TABLES_LAUNCH = Launch({"BLOCK": 2048}, num_warps=8, num_stages=2)
-APPLY_LAUNCH = Launch({"BLOCK": 256}, num_warps=8, num_stages=1)
-BOX_LAUNCH = Launch({"BLOCK": 1024}, num_warps=4, num_stages=1)
+# A fused multiply-add would round once where PIL rounds twice.
+TABLES_LAUNCH = Launch({"BLOCK": 2048}, num_warps=8, num_stages=2, fp_fusion=False)
+APPLY_LAUNCH = Launch({"BLOCK": 256}, num_warps=8, num_stages=1, fp_fusion=False)
+BOX_LAUNCH = Launch({"BLOCK": 1024}, num_warps=4, num_stages=1, fp_fusion=False)
 
 
 def image_ops_reference(images: Tensor, plan: Tensor, fill: tuple[int, int, int]) -> Tensor:
@@ -161,25 +160,15 @@ def _image_ops(images: Tensor, plan: Tensor, fill: list[int], blurs: bool) -> Te
     other = torch.empty_like(images) if slots > 1 or blurs else out
     tables = torch.empty((m, 3, 256), dtype=torch.uint8, device=images.device)
     previous, destination = (out, other) if slots % 2 == 0 else (other, out)
-    with torch.cuda.device_of(images):
-        for s in range(slots):
-            tables_kernel[(m, 3)](
-                images=images, previous=previous, plan=plan[s], tables=tables, PIXELS=H * W, **_options(TABLES_LAUNCH)
-            )
-            image_ops_kernel[(triton.cdiv(H * W, APPLY_LAUNCH.tiles["BLOCK"]), m)](
-                images=images,
-                previous=previous,
-                plan=plan[s],
-                tables=tables,
-                out=destination,
-                H=H,
-                W=W,
-                fill=fill[0] | fill[1] << 8 | fill[2] << 16,
-                **_options(APPLY_LAUNCH),
-            )
-            if blurs and s == 0:
-                _blur(images, previous, plan[0], destination)
-            previous, destination = destination, previous
+    pixels = triton.cdiv(H * W, APPLY_LAUNCH.tiles["BLOCK"])
+    for s in range(slots):
+        read = {"images": images, "previous": previous, "plan": plan[s], "tables": tables}
+        launch(tables_kernel, (m, 3), TABLES_LAUNCH, **read, PIXELS=H * W)
+        color = fill[0] | fill[1] << 8 | fill[2] << 16
+        launch(image_ops_kernel, (pixels, m), APPLY_LAUNCH, **read, out=destination, H=H, W=W, fill=color)
+        if blurs and s == 0:
+            _blur(images, previous, plan[0], destination)
+        previous, destination = destination, previous
     return out
 
 
@@ -190,14 +179,8 @@ def _blur(images: Tensor, scratch: Tensor, plan: Tensor, out: Tensor) -> None:
     source = images
     for i in range(6):
         target = out if i % 2 else scratch
-        box_kernel[grid](x=source, plan=plan, out=target, H=H, W=W, ALONG_X=i < 3, **_options(BOX_LAUNCH))
+        launch(box_kernel, grid, BOX_LAUNCH, x=source, plan=plan, out=target, H=H, W=W, ALONG_X=i < 3)
         source = target
-
-
-def _options(launch: Launch) -> dict[str, int]:
-    """Launch keywords; a fused multiply-add would round once where PIL rounds twice."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
-    return {**launch.tiles, **options}
 
 
 def image_ops(images: Tensor, plan: Tensor, fill: tuple[int, int, int], blurs: bool = False) -> Tensor:
@@ -218,41 +201,3 @@ def image_ops(images: Tensor, plan: Tensor, fill: tuple[int, int, int], blurs: b
     if plan.device != images.device:
         raise ValueError(f"image_ops: plan is on {plan.device} but images on {images.device}; move one of them")
     return _image_ops(images, plan.contiguous(), list(fill), blurs)
-
-
-def _cases() -> Iterator[CompileCase]:
-    common = {"images": "*u8", "previous": "*u8", "plan": "*fp64"}
-    yield CompileCase(
-        name="image_ops tables",
-        kernel=tables_kernel,
-        signature=common | {"tables": "*u8", "PIXELS": "i32"},
-        constexprs=TABLES_LAUNCH.tiles,
-        num_warps=TABLES_LAUNCH.num_warps,
-        num_stages=TABLES_LAUNCH.num_stages,
-        matrix=False,
-    )
-    yield CompileCase(
-        name="image_ops apply",
-        kernel=image_ops_kernel,
-        signature=common | {"tables": "*u8", "out": "*u8", "H": "i32", "W": "i32", "fill": "i32"},
-        constexprs=APPLY_LAUNCH.tiles,
-        num_warps=APPLY_LAUNCH.num_warps,
-        num_stages=APPLY_LAUNCH.num_stages,
-        matrix=False,
-        not_divisible=frozenset({"fill"}),
-    )
-    for along_x in (True, False):
-        yield CompileCase(
-            name=f"image_ops blur along {'x' if along_x else 'y'}",
-            kernel=box_kernel,
-            signature={"x": "*u8", "plan": "*fp64", "out": "*u8", "H": "i32", "W": "i32"},
-            constexprs={**BOX_LAUNCH.tiles, "ALONG_X": along_x},
-            num_warps=BOX_LAUNCH.num_warps,
-            num_stages=BOX_LAUNCH.num_stages,
-            matrix=False,
-        )
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Every kernel; launches depend neither on `arch` nor on the image size."""
-    return list(_cases())

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deitfast.kernels.common import DTYPES, INTERPRETED, CompileCase, Launch, check_shape, has_data, op, runs_triton
+from deitfast.kernels.common import DTYPES, INTERPRETED, Launch, check_shape, has_data, launch, op, runs_triton
 from deitfast.kernels.replaced import replaceable
 
 NOISE = 4
@@ -305,34 +306,33 @@ def _input_patches(
             _input_cpu(images, erase, mix_box, lam, index, view, epoch, out, seed, patch_size, mean, std, mixes)
         return out
     # Triton's interpreter pays for every operation, whatever the size of its tensors: there a program takes it all.
-    block = triton.next_power_of_2(H * W) if INTERPRETED else LAUNCH.tiles["BLOCK"]
+    entry = replace(LAUNCH, tiles={"BLOCK": triton.next_power_of_2(H * W)}) if INTERPRETED else LAUNCH
     scale, shift = _scale_shift(mean, std)
     red, green, blue = zip(scale, shift, strict=True)
-    with torch.cuda.device_of(images):
-        input_patches_kernel[((m // 2 if mixes else m) * triton.cdiv(H * W, block),)](
-            images=images,
-            erase=erase,
-            mix_box=mix_box,
-            lam=lam,
-            index=index,
-            view=view,
-            epoch=epoch,
-            out=out,
-            seed=seed,
-            scale_red=red[0],
-            shift_red=red[1],
-            scale_green=green[0],
-            shift_green=green[1],
-            scale_blue=blue[0],
-            shift_blue=blue[1],
-            height=H,
-            width=W,
-            PATCH=patch_size,
-            MIXES=mixes,
-            BLOCK=block,
-            num_warps=LAUNCH.num_warps,
-            num_stages=LAUNCH.num_stages,
-        )
+    launch(
+        input_patches_kernel,
+        ((m // 2 if mixes else m) * triton.cdiv(H * W, entry.tiles["BLOCK"]),),
+        entry,
+        images=images,
+        erase=erase,
+        mix_box=mix_box,
+        lam=lam,
+        index=index,
+        view=view,
+        epoch=epoch,
+        out=out,
+        seed=seed,
+        scale_red=red[0],
+        shift_red=red[1],
+        scale_green=green[0],
+        shift_green=green[1],
+        scale_blue=blue[0],
+        shift_blue=blue[1],
+        height=H,
+        width=W,
+        PATCH=patch_size,
+        MIXES=mixes,
+    )
     return out
 
 
@@ -380,24 +380,3 @@ def input_patches(
     return _input_patches(
         images, erase, mix_box, lam, index, view, epoch, seed, patch_size, list(mean), list(std), dtype, mixes
     )
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Patches of 16 pixels mixed and not, of 4 pixels, and in fp32."""
-    pointers = {"images": "*u8", "lam": "*fp32"} | dict.fromkeys(("erase", "mix_box", "index", "view", "epoch"), "*i64")
-    scalars = [f"{kind}_{channel}" for kind in ("scale", "shift") for channel in ("red", "green", "blue")]
-    return [
-        CompileCase(
-            name=f"input_patches {dtype} patch {patch}{' mixed' * mixes}",
-            kernel=input_patches_kernel,
-            signature=pointers
-            | {"out": f"*{dtype}", "seed": "i64", "height": "i32", "width": "i32"}
-            | dict.fromkeys(scalars, "fp32"),
-            constexprs=dict(LAUNCH.tiles) | {"PATCH": patch, "MIXES": mixes},
-            num_warps=LAUNCH.num_warps,
-            num_stages=LAUNCH.num_stages,
-            matrix=False,
-            not_divisible=frozenset({"seed"}),
-        )
-        for dtype, patch, mixes in (("bf16", 16, True), ("bf16", 16, False), ("bf16", 4, True), ("fp32", 16, True))
-    ]

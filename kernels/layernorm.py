@@ -25,8 +25,6 @@ normalised rows in memory anyway. Not yet measured on a GPU.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,11 +34,11 @@ from torch import Tensor
 
 from deitfast.kernels.common import (
     INTERPRETED,
-    CompileCase,
     Launch,
     check_last_contiguous,
     check_same_or_fp32,
     check_shape,
+    launch,
     runs_triton,
 )
 from deitfast.kernels.kept_rows import KeptRows, copy_rows_not_kept, kept_row
@@ -209,26 +207,24 @@ def layernorm_fwd(
     out = torch.empty((M, D), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    launch = layernorm_launch(D)
-    arguments = _kept_arguments(x, kept)
-    with torch.cuda.device_of(x):
-        layernorm_fwd_kernel[(triton.cdiv(max(M, arguments["unkept_rows"]), launch.tiles["BLOCK_M"]),)](
-            x=x,
-            weight=weight,
-            bias=bias,
-            out=out,
-            mean=mean,
-            rstd=rstd,
-            unkept_out=unkept_out,
-            stride_x=x.stride(0),
-            M=M,
-            D=D,
-            eps=eps,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **arguments,
-            **launch.tiles,
-        )
+    entry, samples = layernorm_launch(D), _kept_arguments(x, kept)
+    launch(
+        layernorm_fwd_kernel,
+        (triton.cdiv(max(M, samples["unkept_rows"]), entry.tiles["BLOCK_M"]),),
+        entry,
+        x=x,
+        weight=weight,
+        bias=bias,
+        out=out,
+        mean=mean,
+        rstd=rstd,
+        unkept_out=unkept_out,
+        stride_x=x.stride(0),
+        M=M,
+        D=D,
+        eps=eps,
+        **samples,
+    )
     return out, mean, rstd
 
 
@@ -260,58 +256,25 @@ def layernorm_bwd(
         return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
     M, D = dout.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch = layernorm_launch(D)
-    arguments = _kept_arguments(x, kept)
-    programs = min(BWD_PROGRAMS, triton.cdiv(max(M, arguments["unkept_rows"]), launch.tiles["BLOCK_M"]))
+    entry, samples = layernorm_launch(D), _kept_arguments(x, kept)
+    programs = min(BWD_PROGRAMS, triton.cdiv(max(M, samples["unkept_rows"]), entry.tiles["BLOCK_M"]))
     parts = torch.empty((2, programs, D), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        layernorm_bwd_kernel[(programs,)](
-            dout=dout,
-            x=x,
-            weight=weight,
-            mean=mean,
-            rstd=rstd,
-            dresidual=dresidual,
-            dx=dx,
-            dweight_parts=parts[0],
-            dbias_parts=parts[1],
-            stride_x=x.stride(0),
-            M=M,
-            D=D,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **arguments,
-            **launch.tiles,
-        )
+    launch(
+        layernorm_bwd_kernel,
+        (programs,),
+        entry,
+        dout=dout,
+        x=x,
+        weight=weight,
+        mean=mean,
+        rstd=rstd,
+        dresidual=dresidual,
+        dx=dx,
+        dweight_parts=parts[0],
+        dbias_parts=parts[1],
+        stride_x=x.stride(0),
+        M=M,
+        D=D,
+        **samples,
+    )
     return dx, row_sums(parts[0], weight.dtype), row_sums(parts[1], weight.dtype)
-
-
-def _cases() -> Iterator[CompileCase]:
-    for dtype, columns, kept in itertools.product(("bf16", "fp32"), (192, 384, 768), (False, True)):
-        launch = layernorm_launch(columns)
-        rows = {"x": f"*{dtype}", "weight": f"*{dtype}", "mean": "*fp32", "rstd": "*fp32"}
-        sizes = dict.fromkeys(("stride_x", "M", "D", "K", "rows_per_sample", "unkept_rows"), "i32")
-        forward = {"bias": f"*{dtype}", "out": f"*{dtype}", "eps": "fp32"}
-        backward = dict.fromkeys(("dout", "dresidual", "dx"), f"*{dtype}")
-        backward |= dict.fromkeys(("dweight_parts", "dbias_parts"), "*fp32")
-        optional = {"kept": "*i64", "unkept_out": f"*{dtype}"}
-        for name, kernel, arguments in (
-            ("layernorm_fwd", layernorm_fwd_kernel, forward),
-            ("layernorm_bwd", layernorm_bwd_kernel, backward),
-        ):
-            own = {argument: kind for argument, kind in optional.items() if argument in kernel.arg_names}
-            yield CompileCase(
-                name=f"{name} {dtype} {columns} channels" + " kept" * kept,
-                kernel=kernel,
-                signature=rows | arguments | sizes | (own if kept else {}),
-                constexprs=dict(launch.tiles) | ({} if kept else dict.fromkeys(own)),
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                matrix=False,
-                not_divisible=frozenset({"M", "K", "rows_per_sample", "unkept_rows"}),
-            )
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Both kernels at DeiT-Ti, S and B widths in bf16 and fp32, for all samples and for some; not by `arch`."""
-    return list(_cases())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deitfast.kernels.common import INTERPRETED, CompileCase, Launch
+from deitfast.kernels.common import INTERPRETED, Launch, launch
 
 
 def loss_launch(classes: int) -> Launch:
@@ -165,43 +163,4 @@ def mixed_bce_bwd_kernel(
 def launch_rows(kernel: Any, logits: Tensor, **arguments: Any) -> None:
     """One program a row."""
     B, C = logits.shape
-    launch = loss_launch(C)
-    with torch.cuda.device_of(logits):
-        kernel[(B,)](
-            logits=logits,
-            stride_logits=logits.stride(0),
-            C=C,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **arguments,
-            **launch.tiles,
-        )
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """The four kernels in bf16 for ImageNet-1k's classes and ImageNet-21k's; launches do not depend on `arch`."""
-    types = dict.fromkeys(("labels", "partner_labels"), "*i64") | dict.fromkeys(("stride_logits", "C"), "i32")
-    types |= dict.fromkeys(("lam", "losses", "row_max", "log_sum", "dloss"), "*fp32") | {"smoothing": "fp32"}
-    types |= dict.fromkeys(("logits", "dlogits"), "*bf16")
-    kernels = (
-        mixed_cross_entropy_fwd_kernel,
-        mixed_cross_entropy_bwd_kernel,
-        mixed_bce_fwd_kernel,
-        mixed_bce_bwd_kernel,
-    )
-    cases = []
-    for classes, kernel in itertools.product((1000, 21841), kernels):
-        launch = loss_launch(classes)
-        cases.append(
-            CompileCase(
-                name=f"{kernel.__name__.removesuffix('_kernel')} {classes} classes",
-                kernel=kernel,
-                signature={name: types[name] for name in kernel.arg_names if name in types},
-                constexprs=launch.tiles,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                matrix=False,
-                not_divisible=frozenset({"stride_logits", "C"}),
-            )
-        )
-    return cases
+    launch(kernel, (B,), loss_launch(C), logits=logits, stride_logits=logits.stride(0), C=C, **arguments)

@@ -6,16 +6,12 @@ through PyTorch's own one-pass kernels, one call for the segments of each weight
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-if TYPE_CHECKING:
-    from deitfast.kernels.optimizer import FlatBuffers, Optimizer
-    from deitfast.kernels.optimizer_kernels import Scalars
+from deitfast.kernels.flat_buffers import FlatBuffers, Optimizer, Scalars
 
 _PIECE = 1 << 16
 

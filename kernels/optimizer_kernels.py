@@ -1,4 +1,4 @@
-"""The Triton kernels of `deitfast.kernels.optimizer`, where the formulas are, and the scalars that they read.
+"""The Triton kernels of `deitfast.kernels.optimizer`, where the formulas are.
 
 n elements, a multiple of BLOCK, in blocks that each belong to one of S segments. A program takes every
 num_programs-th block; where the gradient's norm is not finite it takes none.
@@ -6,33 +6,12 @@ num_programs-th block; where the gradient's norm is not finite it takes none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import triton
 import triton.language as tl
 
-
-@dataclass(frozen=True)
-class Scalars:
-    """What an update depends on besides the buffers, in the order in which the kernels read it from one fp32 vector.
-
-    step: the update's number, from 1. bias_correction1: 1 - beta1^step. bias_correction2_sqrt: sqrt(1 - beta2^step).
-    step_size: lr / bias_correction1. clip_norm: 0 for none. SGD's momentum is beta1.
-    """
-
-    lr: float
-    step: float
-    step_size: float
-    bias_correction1: float
-    bias_correction2_sqrt: float
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    eps: float
-    clip_norm: float
-    ema_weight: float
-
+from deitfast.kernels.flat_buffers import Scalars
 
 (
     LR, STEP, STEP_SIZE, BIAS_CORRECTION1, BIAS_CORRECTION2_SQRT, BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS,

@@ -18,7 +18,6 @@ The sums are fp32, in an order that depends on the shapes alone. Not yet measure
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,14 +29,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deitfast.kernels.common import (
     INTERPRETED,
-    CompileCase,
     Launch,
+    aligned,
     architecture,
     autocast,
     check_dtypes,
     check_last_contiguous,
     check_same_or_fp32,
     check_shape,
+    launch,
     op,
     runs_triton,
 )
@@ -174,15 +174,9 @@ INTERPRETER_LAUNCH = _tile(256, 256, 256, num_warps=4, num_stages=1, parts=1)
 INTERPRETER_BWD_LAUNCH = Launch({"BLOCK_B": 2, "BLOCK_W": 1 << 15}, num_warps=4, num_stages=1)
 
 
-def _launch(arch: int, itemsize: int, D: int, aligned: bool) -> Launch:
-    width = 0 if itemsize == 4 or not aligned else 128 if D % 128 == 0 else 64
+def _launch(arch: int, itemsize: int, D: int, aligned_rows: bool) -> Launch:
+    width = 0 if itemsize == 4 or not aligned_rows else 128 if D % 128 == 0 else 64
     return LAUNCHES[arch][itemsize, width]
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether a 2-D tensor has what TMA needs: base and rows on 16 bytes, rows that do not overlap, some elements."""
-    rows_fit = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0
-    return x.numel() > 0 and rows_fit and x.data_ptr() % 16 == 0
 
 
 def patch_embed_fwd(patches: Tensor, weight: Tensor, bias: Tensor, prefix_tokens: Tensor, pos_embed: Tensor) -> Tensor:
@@ -195,36 +189,35 @@ def patch_embed_fwd(patches: Tensor, weight: Tensor, bias: Tensor, prefix_tokens
         return out
     rows = patches.reshape(B * P, K)
     arch = architecture(rows)
-    aligned = _aligned(rows) and _aligned(weight)
-    launch = INTERPRETER_LAUNCH if INTERPRETED else _launch(arch, rows.element_size(), D, aligned)
-    block_m, block_d, block_k = (launch.tiles[name] for name in ("BLOCK_M", "BLOCK_D", "BLOCK_K"))
-    descriptors = aligned and arch in (90, 100) and rows.element_size() == 2
+    aligned_rows = aligned(rows) and aligned(weight)
+    entry = INTERPRETER_LAUNCH if INTERPRETED else _launch(arch, rows.element_size(), D, aligned_rows)
+    block_m, block_d, block_k = (entry.tiles[name] for name in ("BLOCK_M", "BLOCK_D", "BLOCK_K"))
+    descriptors = aligned_rows and arch in (90, 100) and rows.element_size() == 2
     operands: tuple[Any, Any] = (rows, weight)
     if descriptors:
         operands = (
             TensorDescriptor.from_tensor(rows, [block_m, block_k]),
             TensorDescriptor.from_tensor(weight, [block_d, block_k]),
         )
-    with torch.cuda.device_of(rows):
-        patch_embed_fwd_kernel[(triton.cdiv(B * P, block_m) * triton.cdiv(D, block_d),)](
-            patches=operands[0],
-            weight=operands[1],
-            bias=bias,
-            prefix_tokens=prefix_tokens.contiguous(),
-            pos_embed=pos_embed.contiguous(),
-            out=out,
-            stride_patches=rows.stride(0),
-            stride_weight=weight.stride(0),
-            M=B * P,
-            D=D,
-            K=K,
-            P=P,
-            PREFIX=T,
-            DESCRIPTORS=descriptors,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **launch.tiles,
-        )
+    launch(
+        patch_embed_fwd_kernel,
+        (triton.cdiv(B * P, block_m) * triton.cdiv(D, block_d),),
+        entry,
+        patches=operands[0],
+        weight=operands[1],
+        bias=bias,
+        prefix_tokens=prefix_tokens.contiguous(),
+        pos_embed=pos_embed.contiguous(),
+        out=out,
+        stride_patches=rows.stride(0),
+        stride_weight=weight.stride(0),
+        M=B * P,
+        D=D,
+        K=K,
+        P=P,
+        PREFIX=T,
+        DESCRIPTORS=descriptors,
+    )
     return out
 
 
@@ -234,22 +227,12 @@ def _sum_and_copy(dout: Tensor, T: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     if not runs_triton(dout):
         return dout.float().sum(0), dout[:, T:].reshape(B * (N - T), D).to(dtype)
     drows = torch.empty((B * (N - T), D), dtype=dtype, device=dout.device)
-    launch = INTERPRETER_BWD_LAUNCH if INTERPRETED else BWD_LAUNCH
-    columns = triton.cdiv(N * D, launch.tiles["BLOCK_W"])
-    parts = max(1, min(triton.cdiv(BWD_PROGRAMS, columns), triton.cdiv(B, launch.tiles["BLOCK_B"])))
+    entry = INTERPRETER_BWD_LAUNCH if INTERPRETED else BWD_LAUNCH
+    columns = triton.cdiv(N * D, entry.tiles["BLOCK_W"])
+    parts = max(1, min(triton.cdiv(BWD_PROGRAMS, columns), triton.cdiv(B, entry.tiles["BLOCK_B"])))
     sums = torch.empty((parts, N, D), dtype=torch.float32, device=dout.device)
-    with torch.cuda.device_of(dout):
-        patch_embed_bwd_kernel[(columns, parts)](
-            dout=dout,
-            drows=drows,
-            sums=sums,
-            B=B,
-            WIDTH=N * D,
-            prefix=T * D,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **launch.tiles,
-        )
+    grid = (columns, parts)
+    launch(patch_embed_bwd_kernel, grid, entry, dout=dout, drows=drows, sums=sums, B=B, WIDTH=N * D, prefix=T * D)
     return sums.sum(0), drows
 
 
@@ -316,55 +299,3 @@ def patch_embed(patches: Tensor, weight: Tensor, bias: Tensor, prefix_tokens: Te
     check_dtypes(op, pos_embed=pos_embed, prefix_tokens=prefix_tokens)
     check_same_or_fp32(op, "weight", weight, pos_embed=pos_embed)
     return _patch_embed(patches, weight, bias, prefix_tokens, pos_embed)
-
-
-# Compile report ------------------------------------------------------------------------------------------------------
-
-
-def _fwd_case(arch: int, dtype: str, D: int, aligned: bool, stream: str, prefix: int) -> CompileCase:
-    """stream: the dtype of prefix_tokens, pos_embed and out."""
-    launch = _launch(arch, 4 if dtype == "fp32" else 2, D, aligned)
-    descriptors = aligned and arch in (90, 100) and dtype != "fp32"
-    m, d, k = (launch.tiles[name] for name in ("BLOCK_M", "BLOCK_D", "BLOCK_K"))
-    operands = {"patches": f"*{dtype}", "weight": f"*{dtype}"}
-    if descriptors:
-        operands = {"patches": f"tensordesc<{dtype}[{m}, {k}]>", "weight": f"tensordesc<{dtype}[{d}, {k}]>"}
-    signature = operands | {"bias": f"*{dtype}"} | dict.fromkeys(("prefix_tokens", "pos_embed", "out"), f"*{stream}")
-    sizes = ("stride_patches", "stride_weight", "M", "D", "K", "P")
-    words = [dtype, f"{m}x{d}x{k}", "tma" if descriptors else "pointers", f"{prefix} prefix"]
-    words += ["unaligned"] * (not aligned) + [f"{stream} stream"] * (stream != dtype)
-    return CompileCase(
-        name=f"patch_embed_fwd {' '.join(words)}",
-        kernel=patch_embed_fwd_kernel,
-        signature=signature | dict.fromkeys(sizes, "i32"),
-        constexprs=dict(launch.tiles) | {"PREFIX": prefix, "DESCRIPTORS": descriptors},
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        matrix=dtype != "fp32",
-        not_divisible=frozenset({"M", "P"} if aligned else sizes),
-    )
-
-
-def _cases(arch: int) -> Iterator[CompileCase]:
-    yield from (_fwd_case(arch, "bf16", D, True, "bf16", prefix) for D in (192, 384) for prefix in (1, 2))
-    yield _fwd_case(arch, "bf16", 384, True, "fp32", 2)
-    yield _fwd_case(arch, "bf16", 384, False, "bf16", 2)
-    yield _fwd_case(arch, "fp32", 384, True, "fp32", 2)
-    for dtype in ("bf16", "fp32"):
-        yield CompileCase(
-            name=f"patch_embed_bwd {dtype}",
-            kernel=patch_embed_bwd_kernel,
-            signature=dict.fromkeys(("dout", "drows"), f"*{dtype}")
-            | {"sums": "*fp32"}
-            | dict.fromkeys(("B", "WIDTH", "prefix"), "i32"),
-            constexprs=BWD_LAUNCH.tiles,
-            num_warps=BWD_LAUNCH.num_warps,
-            num_stages=BWD_LAUNCH.num_stages,
-            matrix=False,
-            not_divisible=frozenset({"B"}),
-        )
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """The tiles of DeiT-Ti (192 channels), and of S and B, in bf16 and fp32."""
-    return list(_cases(arch))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deitfast.kernels.common import INTERPRETED, CompileCase, Launch, runs_triton
+from deitfast.kernels.common import INTERPRETED, Launch, launch, runs_triton
 
 LAUNCH = Launch({"BLOCK_R": 128, "BLOCK_C": 32}, num_warps=4, num_stages=2)
 # Triton's interpreter pays for every operation, whatever the size of its tensors: there large tiles are fast.
@@ -50,36 +50,7 @@ def row_sums(x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, out: 
     out = torch.empty(x.shape[1], dtype=dtype, device=x.device) if out is None else out
     if not runs_triton(x):
         return out.copy_(x.float().sum(0) if weights is None else weights @ x.float())
-    launch = INTERPRETER_LAUNCH if INTERPRETED else LAUNCH
-    with torch.cuda.device_of(x):
-        row_sums_kernel[(triton.cdiv(x.shape[1], launch.tiles["BLOCK_C"]),)](
-            x=x,
-            weights=weights,
-            out=out,
-            stride_x=x.stride(0),
-            R=x.shape[0],
-            C=x.shape[1],
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **launch.tiles,
-        )
+    entry = INTERPRETER_LAUNCH if INTERPRETED else LAUNCH
+    (R, C), grid = x.shape, (triton.cdiv(x.shape[1], entry.tiles["BLOCK_C"]),)
+    launch(row_sums_kernel, grid, entry, x=x, weights=weights, out=out, stride_x=x.stride(0), R=R, C=C)
     return out
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Parts in fp32, and rows of a weight in bf16 with factors; not by `arch`."""
-    return [
-        CompileCase(
-            name=f"row_sums {dtype}" + " weighted" * weighted,
-            kernel=row_sums_kernel,
-            signature={"x": f"*{dtype}", "out": "*bf16"}
-            | dict.fromkeys(("stride_x", "R", "C"), "i32")
-            | ({"weights": "*fp32"} if weighted else {}),
-            constexprs=dict(LAUNCH.tiles) | ({} if weighted else {"weights": None}),
-            num_warps=LAUNCH.num_warps,
-            num_stages=LAUNCH.num_stages,
-            matrix=False,
-            not_divisible=frozenset({"R"}),
-        )
-        for dtype, weighted in (("fp32", False), ("fp32", True), ("bf16", True))
-    ]

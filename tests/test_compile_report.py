@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import compile_report
-from deitfast.kernels.common import INTERPRETED
+from benchmarks.workshop import kernel_uses
+from deitfast import kernels
+from deitfast.kernels.attention_kernels import attention_bwd_short_kernel, attention_fwd_short_kernel
+from deitfast.kernels.common import INTERPRETED, Launch, Recorded, launch, record
+from deitfast.kernels.row_sums import row_sums
 from tests.planted_kernels import planted
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing can be compiled under TRITON_INTERPRET=1")
 
-PACKAGE = "tests.planted_kernels"
+PLANTED = "tests.planted_kernels.planted"
 
 
-def compile_planted(name: str, arch: int) -> compile_report.Result:
-    (case,) = [case for case in planted.compile_cases(arch) if case.name == name]
+def compile_launch(launch: Callable[[], None], arch: int) -> compile_report.Result:
+    with FakeTensorMode(), record(arch) as launches:
+        launch()
+    (case,) = compile_report.cases_of(launches, arch)
     return compile_report.compile_case(case, arch)
+
+
+def compile_matmul(name: str, arch: int) -> compile_report.Result:
+    return compile_launch(lambda: planted.matmul(planted.MATMULS[name]), arch)
 
 
 @pytest.mark.parametrize(("arch", "kind"), [(0, "HMMA"), (80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
 def test_a_good_matrix_kernel_passes_and_names_its_instruction(arch, kind):
-    result = compile_planted("good_matmul", arch)
+    result = compile_matmul("good", arch)
     assert result.failures == ()
     assert result.tensor_core.keys() == {kind}
     assert result.threads == 128
@@ -37,7 +54,7 @@ def test_a_good_matrix_kernel_passes_and_names_its_instruction(arch, kind):
 
 
 def test_a_kernel_without_matmul_needs_no_tensor_core():
-    result = compile_planted("good_row_sum", 90)
+    result = compile_launch(planted.row_sum, 90)
     assert result.failures == ()
     assert result.tensor_core == {}
 
@@ -45,21 +62,105 @@ def test_a_kernel_without_matmul_needs_no_tensor_core():
 @pytest.mark.parametrize(
     ("name", "arch", "failure"),
     [
-        ("bad_spill", 90, "spills"),
-        ("bad_shared_memory", 0, "exceeds 99 KB"),
-        ("bad_shared_memory", 90, "exceeds 227 KB"),
-        ("bad_no_wgmma", 90, "matrix kernel without [HQ]GMMA on sm_90"),
-        ("bad_serialised", 90, "wgmma serialised (C75"),
-        ("bad_syntax", 90, "does not compile: ValueError: Shape element 0 must be a power of 2"),
-        ("bad_signature", 90, "arguments without a type or value: ['COLUMNS']"),
+        ("spills", 90, "spills"),
+        ("much shared memory", 0, "exceeds 99 KB"),
+        ("much shared memory", 90, "exceeds 227 KB"),
+        ("no wgmma", 90, "matrix kernel without [HQ]GMMA on sm_90"),
+        ("serialised", 90, "wgmma serialised (C75"),
     ],
 )
 def test_each_fault_is_named(name, arch, failure):
-    assert any(failure in found for found in compile_planted(name, arch).failures), compile_planted(name, arch)
+    result = compile_matmul(name, arch)
+    assert any(failure in found for found in result.failures), result
 
 
 def test_the_verdict_is_the_same_from_tritons_cache():
-    assert compile_planted("bad_serialised", 90).failures == compile_planted("bad_serialised", 90).failures
+    assert compile_matmul("serialised", 90).failures == compile_matmul("serialised", 90).failures
+
+
+def test_an_argument_that_is_missing_is_an_error():
+    """As it is when the kernel is launched."""
+    with FakeTensorMode(), record(90) as launches:
+        launch(planted.row_sum_kernel, (1,), Launch({"ROWS": 1}, 1, 1), x_ptr=torch.empty(1), out_ptr=torch.empty(1))
+    with pytest.raises(TypeError, match="COLUMNS"):
+        compile_report.cases_of(launches, 90)
+
+
+# What is recorded ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [0, 80, 90, 100])
+def test_a_case_is_what_tritons_jit_would_compile(arch):
+    """Sizes of 1 are constants, sizes and pointers that are multiples of 16 are known to be, None is a constant."""
+    with FakeTensorMode(), record(arch) as launches:
+        wide = torch.empty(197, 33, dtype=torch.bfloat16)
+        row_sums(wide, torch.float32, torch.empty(197), out=torch.empty(65)[32:])
+        row_sums(wide[:, 1:2], torch.bfloat16)
+    weighted, narrow = (case.traits() for case in compile_report.cases_of(launches, arch))
+    assert weighted["x"] == "bf16"
+    assert weighted["weights"] == "fp32"
+    assert weighted["out"] == "fp32"
+    assert (weighted["stride_x"], weighted["R"], weighted["C"]) == ("i32", "i32", "i32")
+    assert narrow["x"] == "bf16(unaligned)"
+    assert narrow["weights"] == ""
+    assert narrow["C"] == "1"
+    assert all(case["num_warps"] == "4" for case in (weighted, narrow))
+    with FakeTensorMode(), record(arch) as launches:
+        row_sums(torch.empty(16, 32), torch.float32)
+    (case,) = compile_report.cases_of(launches, arch)
+    assert [case.traits()[name] for name in ("stride_x", "R", "C")] == ["i32(16n)"] * 3
+
+
+def recorded(arch: int) -> list[Recorded]:
+    with FakeTensorMode(), record(arch) as launches:
+        kernel_uses.uses()
+    return launches
+
+
+def modules() -> list[ModuleType]:
+    names = (module.name for module in pkgutil.iter_modules(kernels.__path__, "deitfast.kernels."))
+    return [importlib.import_module(name) for name in names]
+
+
+def launches_in(value: object) -> Iterator[Launch]:
+    if isinstance(value, Launch):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from launches_in(inner)
+
+
+@pytest.mark.parametrize("arch", [0, 80, 90, 100])
+def test_every_kernel_and_every_launch_table_entry_is_recorded(arch):
+    launches = recorded(arch)
+    defined = {value for module in modules() for name, value in vars(module).items() if name.endswith("_kernel")}
+    own_to_some_chips = {attention_bwd_short_kernel} if arch in (0, 80) else set()
+    assert {launch.kernel for launch in launches} == defined - own_to_some_chips
+    used = {id(launch.entry) for launch in launches}
+    # The whole-sequence forward adds the numbers of keys, which follow from that of tokens, to a copy of its entry.
+    short = [launch.entry for launch in launches if launch.kernel is attention_fwd_short_kernel]
+    keyless = [replace(x, tiles={"QUERIES": x.tiles["QUERIES"], "KEYS": 0, "TMA": x.tiles["TMA"]}) for x in short]
+    for module in modules():
+        for name, value in vars(module).items():
+            if name.isupper() and not name.startswith(("_", "INTERPRETER")):
+                table = value.get(arch, {}) if name == "LAUNCHES" else value
+                missing = [x for x in launches_in(table) if id(x) not in used and x not in keyless]
+                assert not missing, f"{module.__name__}.{name}"
+
+
+def test_names_tell_the_cases_apart():
+    for arch in (80, 90):
+        names = [case.name for case in compile_report.find_cases(compile_report.USES, arch)]
+        assert len(set(names)) == len(names)
+
+
+def test_sizes_that_training_and_evaluation_meet_are_both_compiled():
+    of_linear = [c.traits() for c in compile_report.find_cases(compile_report.USES, 90) if c.name.startswith("linear ")]
+    plain = {case["M"] for case in of_linear if case["b"] == "bf16[256,64]" and not case["residual"]}
+    assert plain == {"i32", "i32(16n)"}
+
+
+# The command ---------------------------------------------------------------------------------------------------------
 
 
 def test_ctas_per_sm_takes_the_tightest_limit():
@@ -74,20 +175,21 @@ def test_ctas_per_sm_takes_the_tightest_limit():
 
 def test_the_command_fails_on_a_failure_and_writes_json(tmp_path, capsys):
     path = tmp_path / "report.json"
-    assert compile_report.main(["--arch", "90", "--only", "bad_sig*ure", "--json", str(path)], package=PACKAGE) == 1
-    assert "FAILED sm_90 bad_signature: does not compile: ValueError" in capsys.readouterr().out
+    assert compile_report.main(["--arch", "90", "--only", "no*_a", "--json", str(path)], module=PLANTED) == 1
+    message = "FAILED sm_90 not_a: does not compile: ValueError: Shape element 0 must be a power of 2"
+    assert message in capsys.readouterr().out
     (result,) = json.loads(path.read_text())
-    assert result["name"] == "bad_signature"
+    assert result["name"] == "not_a"
     assert result["failures"]
-    assert compile_report.main(["--arch", "90", "--only", "good_row"], package=PACKAGE) == 0
+    assert compile_report.main(["--arch", "90", "--only", "row_s"], module=PLANTED) == 0
     assert "1 kernels compiled" in capsys.readouterr().out
 
 
 def test_a_crash_of_the_compiler_is_one_failure_among_results_in_order():
-    tasks = compile_report.list_tasks([90], "", PACKAGE)
-    picked = [task for name in ("good_row_sum", "crash", "bad_signature") for task in tasks if task.name == name]
+    tasks = compile_report.list_tasks([90], "", PLANTED)
+    picked = [task for name in ("row_sum", "crash", "not_a") for task in tasks if task.name == name]
     results = list(compile_report.run_tasks(picked, jobs=2))
-    assert [result.name for result in results] == ["good_row_sum", "crash", "bad_signature"]
+    assert [result.name for result in results] == ["row_sum", "crash", "not_a"]
     assert [bool(result.failures) for result in results] == [False, True, True]
     assert results[1].failures == ("does not compile: the compiler crashed",)
 
@@ -96,8 +198,8 @@ def test_bad_arguments_are_refused_in_one_line(capsys):
     with pytest.raises(SystemExit):
         compile_report.main(["--arch", "75"])
     assert "arch '75' is not one of 0, 80, 90, 100" in capsys.readouterr().err
-    assert compile_report.main(["--only", "no_such_kernel"], package=PACKAGE) == 2
-    assert "no kernel of tests.planted_kernels matches 'no_such_kernel'" in capsys.readouterr().err
+    assert compile_report.main(["--only", "no_such_kernel"], module=PLANTED) == 2
+    assert "no kernel of tests.planted_kernels.planted matches 'no_such_kernel'" in capsys.readouterr().err
 
 
 def test_it_refuses_to_run_in_the_interpreter():

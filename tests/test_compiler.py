@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.measuring.command import ready
 from deitfast import distributed
 from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
@@ -62,10 +63,12 @@ def test_a_module_that_triton_has_built_before_needs_no_compiler(tmp_path: Path,
     check_compiler()
 
 
-def test_a_run_and_a_prediction_on_a_gpu_begin_with_it(tmp_path: Path, monkeypatch) -> None:
+def test_a_run_a_prediction_and_a_benchmark_on_a_gpu_begin_with_it(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "bin" / "gcc").unlink()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for begin in (distributed.start, inference.pick_device):
         with pytest.raises(DeitfastError, match="no C compiler"):
             begin("cuda")
+    assert not ready("micro", "cuda")
+    assert "micro: Triton builds a small C module before its first kernel, and this machine" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from deitfast.errors import DeitfastError
 from deitfast.files import cache_folder
-from deitfast.model.deit import download
+from deitfast.model import download
 from deitfast.model.download import fetch
 from deitfast.model.factory import create_model
 from deitfast.model.weights import published_weights

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from deitfast.distributed import World
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
-from deitfast.use.evaluate import Details, Scores, evaluate, evaluate_in_detail, real_labels
+from deitfast.use.evaluate import Details, Scores, evaluate, evaluate_each, evaluate_in_detail, real_labels
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 OPTIONS = {"crop_ratio": 0.875, "batch": 32, "workers": 1, "bf16": False}
@@ -53,6 +55,29 @@ def everything(model: DeiT, data: Manifest) -> tuple[list[torch.Tensor], torch.T
             rows.append([model(normalise(image)), *heads])
             labels.append(label)
     return [torch.cat(column).double() for column in zip(*rows, strict=True)], torch.cat(labels)
+
+
+def test_several_weights_are_scored_as_each_alone_from_one_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = model_of(distilled=False), digits()
+    other = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    @contextlib.contextmanager
+    def replaced() -> Iterator[None]:
+        model.load_state_dict(other)
+        yield
+        model.load_state_dict(own)
+
+    expected = [evaluate(model, data, ALONE, **OPTIONS)]
+    with replaced():
+        expected.append(evaluate(model, data, ALONE, **OPTIONS))
+    assert expected[0].loss != expected[1].loss
+    read: list[int] = []
+    original = Manifest.encoded
+    monkeypatch.setattr(Manifest, "encoded", lambda self, i, **how: (read.append(i), original(self, i, **how))[1])
+    assert evaluate_each(model, [contextlib.nullcontext, replaced], data, ALONE, **OPTIONS) == expected
+    assert sorted(read) == list(range(101))
+    assert model.training
 
 
 @pytest.mark.parametrize("distilled", [False, True])

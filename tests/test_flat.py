@@ -14,7 +14,7 @@ from deitfast.engine.flat import FlatState
 from deitfast.engine.optim import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 from deitfast.errors import DeitfastError
 from deitfast.kernels.common import INTERPRETED
-from deitfast.kernels.optimizer import BLOCK
+from deitfast.kernels.flat_buffers import BLOCK
 from deitfast.model.deit import DeiT
 from deitfast.model.fused import FusedBlock, fuse
 from deitfast.recipe import Recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import email.message
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,9 @@ def test_the_metadata_says_what_a_stranger_asks(metadata: email.message.Message)
     assert {url.split(",")[0] for url in metadata.get_all("Project-URL")} >= {"Source", "Issues"}
     text = metadata.get_payload()
     assert text.startswith("# deitfast")
-    assert "](docs/" not in text  # relative links lead nowhere on a package index
+    targets = re.findall(r'(?:\]\(|src="|srcset="|href=")([^)" #]+)', text)
+    assert targets
+    assert not [path for path in targets if (ROOT / path).exists()]  # relative links lead nowhere on a package index
 
 
 @pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
@@ -142,6 +145,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     packages = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     (site / "present.pth").write_text("\n".join(packages))
+    assert str(site) in run(python, "-c", "import deitfast; print(deitfast.__file__)", cwd=folder)
     return folder / "bin"
 
 
@@ -164,17 +168,8 @@ def test_five_lines_of_a_strangers_python_train_and_are_type_checked(installed: 
     cache = tmp_path / "cache"
     if (ROOT / ".mypy_cache").is_dir():  # what is known of torch already: to read all of it takes a minute
         shutil.copytree(ROOT / ".mypy_cache", cache)
-    command = [
-        installed / "python",
-        "-m",
-        "mypy",
-        "--config-file",
-        ROOT / "pyproject.toml",
-        "--cache-dir",
-        cache,
-        script,
-    ]
-    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280).stdout
+    mypy = [installed / "python", "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", cache]
+    checked = subprocess.run([*mypy, script], cwd=tmp_path, capture_output=True, text=True, timeout=280).stdout
     assert 'Revealed type is "deitfast.training.train.Result"' in checked
     assert "deitfast.model.deit.DeiT" in checked
     assert 'Unexpected keyword argument "lrr" for "train"' in checked

@@ -74,6 +74,11 @@ def run(
         model, recipe, world, DropPath(model, recipe, micro_batch),
         accumulation=accumulation, bf16=recipe.precision == "bf16",
     )  # fmt: skip
+    if world.rank:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)  # whatever another process begins with
+    engine.broadcast()
     losses = []
     source = batches(recipe, micro_batch, world, steps)
     for step in range(steps):

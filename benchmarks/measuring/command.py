@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from deitfast.compiler import check_compiler
+from deitfast.errors import DeitfastError
+
 
 def arguments(parser: argparse.ArgumentParser, minutes: float = 8.0) -> None:
     """The options that all benchmarks have."""
@@ -18,10 +21,16 @@ def arguments(parser: argparse.ArgumentParser, minutes: float = 8.0) -> None:
 
 
 def ready(program: str, device: str) -> bool:
-    """Whether the device is there, and says so where it is not; fp32 is fp32 from here on."""
+    """Whether the device and what its kernels need is there; says so where it is not. fp32 is fp32 from here on."""
     fp32_is_fp32()
     if device == "cuda" and not torch.cuda.is_available():
         print(f"{program}: no CUDA device; --device cpu --quick rehearses on CPU", file=sys.stderr)
+        return False
+    try:
+        if device == "cuda":
+            check_compiler()
+    except DeitfastError as error:
+        print(f"{program}: {error}", file=sys.stderr)
         return False
     return True
 

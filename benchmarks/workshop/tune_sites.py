@@ -10,17 +10,19 @@ import contextlib
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.compile_report import Case, cases_of
 from deitfast.kernels import gemm, layernorm
 from deitfast.kernels.catalogue import MODELS, Draw, Shape, Tensors
-from deitfast.kernels.common import CompileCase, Launch
+from deitfast.kernels.common import Launch, record
 
 # By name, because the package gives the op the name of its module.
 attention_module: Any = importlib.import_module("deitfast.kernels.attention")
@@ -51,8 +53,8 @@ class Site:
     """One kernel at one shape.
 
     current: what the package uses now, for an architecture. apply: context manager that makes the package use a
-    candidate. cases: the kernels that must compile, asked for while a candidate is applied. entry: the table's line.
-    call, eager: inputs -> results, by the kernel and in PyTorch; eager also serves in float64.
+    candidate. entry: the table's line. call, eager: inputs -> results, by the kernel and in PyTorch; eager also serves
+    in float64.
     """
 
     name: str
@@ -61,21 +63,25 @@ class Site:
     current: Callable[[int], Candidate]
     candidates: list[Candidate]
     apply: Callable[[int, Candidate], contextlib.AbstractContextManager[Any]]
-    cases: Callable[[int], list[CompileCase]]
     entry: Callable[[Candidate], str]
     inputs: Callable[[Draw, Shape], Tensors]
     call: Callable[[Tensors], tuple[Tensor, ...]]
     eager: Callable[[Tensors], tuple[Tensor, ...]]
     factor: float = 2.0
 
+    def cases(self, arch: int) -> list[Case]:
+        """The kernels that must compile: those which `call` launches while a candidate is applied."""
+        with FakeTensorMode(), record(arch) as launches:
+            # Few samples, of a number that is a multiple of 16 as is that of the measurement.
+            inputs = self.inputs(Draw(0, torch.bfloat16, "cpu"), replace(self.shape, batch=16))
+            launches.clear()
+            self.call(inputs)
+        return cases_of(launches, arch)
+
 
 def _wide(x: Tensor) -> Tensor:
     """For a result that the kernel keeps in fp32: at least fp32."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _named(cases: list[CompileCase], *parts: str) -> list[CompileCase]:
-    return [case for case in cases if all(part in f"{case.name} " for part in parts) and "bf16" in case.name]
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -113,12 +119,6 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
                 table(arch)[2, 64] = candidate.launch
             yield
 
-    def cases(arch: int) -> list[CompileCase]:
-        launch = table(arch).get((2, 64))
-        if launch is None:
-            return []
-        return _named(attention_module.compile_cases(arch), f"attention_{kernel}_kernel", " d64 ")
-
     def entry(candidate: Candidate) -> str:
         if candidate.launch is None:
             return f'# leave "{kernel}" out'
@@ -153,7 +153,6 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
         current=lambda arch: Candidate(table(arch).get((2, 64))),
         candidates=list(_attention_launches(kernel)),
         apply=apply,
-        cases=cases,
         entry=entry,
         inputs=inputs,
         call=call,
@@ -226,12 +225,6 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
         current=lambda arch: Candidate(gemm.linear_launch(arch, 2, N, epilogue, True)),
         candidates=list(_tiles()),
         apply=apply,
-        # One width stands for all: N and K are no compile-time constants.
-        cases=lambda arch: [
-            case
-            for case in gemm.compile_cases(arch)
-            if case.name.startswith(f"linear {stage} bf16") and "unaligned" not in case.name
-        ][:1],
         entry=entry,
         inputs=make,
         call=call,
@@ -269,7 +262,6 @@ def _sum_site(model: str, batch: int) -> Site:
         current=lambda arch: Candidate(gemm.SUM_LAUNCH, gemm.SUM_PROGRAMS),
         candidates=candidates,
         apply=apply,
-        cases=lambda arch: _named(gemm.compile_cases(arch), "scale_and_sum"),
         entry=lambda c: f"SUM_LAUNCH = {c.launch}; SUM_PROGRAMS = {c.programs}",
         inputs=lambda draw, s: {
             "dout": draw.normal(s.rows, s.width),
@@ -338,7 +330,6 @@ def _layernorm_site(stage: str, model: str, batch: int) -> Site:
         ),
         candidates=candidates,
         apply=apply,
-        cases=lambda arch: _named(layernorm.compile_cases(arch), f"layernorm_{stage}", f" {shape.width} "),
         entry=lambda c: (
             f'("{stage}", {shape.width}): {c.launch},' + (f" BWD_PROGRAMS = {c.programs}" if c.programs else "")
         ),

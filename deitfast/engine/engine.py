@@ -65,6 +65,9 @@ class Engine(Protocol):
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of `tensors`."""
 
+    def broadcast(self) -> None:
+        """Give every process the leading one's state."""
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model holds the averaged weights inside."""
 
@@ -109,9 +112,9 @@ class PlainEngine:
             reduce_now = self.world.size == 1 or micro == self.accumulation - 1
             with contextlib.nullcontext() if reduce_now else self.trained.no_sync():  # type: ignore[operator]
                 images, soft_targets = prepare(batch, self.recipe)
+                teacher_logits = self.teacher(images) if self.teacher else None
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                     outputs = self.trained(images, self.drop_path.arrange(self.drop_path.draw(batch)))
-                teacher_logits = self.teacher(images) if self.teacher else None
                 loss = training_loss(outputs, soft_targets, self.recipe, teacher_logits) / self.accumulation
                 loss.backward()
             self.loss_sum += loss.detach() / self.world.size
@@ -139,6 +142,11 @@ class PlainEngine:
         load_optimizer_tensors(self.model, self.optimizer, dict(tensors["optim"]))
         if self.ema:
             self.ema.load(dict(tensors["ema"]))
+
+    def broadcast(self) -> None:
+        for tensor in [t for tensors in self.tensors().values() for t in tensors.values()]:
+            if tensor.device.type == self.world.device.type:
+                self.world.broadcast(tensor)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -241,20 +249,20 @@ class FlatEngine:
         self.skipped_in_row.copy_(torch.where(finite, 0.0, self.skipped_in_row + 1))
         torch.maximum(self.skipped_most, self.skipped_in_row, out=self.skipped_most)
 
-    def forward(self, batch: Batch) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
-        """The model's outputs for a micro-batch, and the patches (m, P, 3 * patch * patch) it saw."""
+    def forward(self, batch: Batch) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
+        """The model's outputs for a micro-batch, and the teacher's logits."""
         patches_BPK = prepare_patches(batch, self.recipe, self.model.patch_size, self.dtype)
-        return self.compute(patches_BPK, self.drop_path.arrange(batch.drop)), patches_BPK
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean loss of a micro-batch, fp32 scalar."""
-        outputs, patches_BPK = self.forward(batch)
         teacher_logits = None
-        if self.teacher:
+        if self.teacher:  # first: what it takes is free again when the student's activations come
             patch = self.model.patch_size
             side = self.model.image_size // patch
             images = rearrange(patches_BPK, "b (y x) (c p q) -> b c (y p) (x q)", y=side, c=3, p=patch)
             teacher_logits = self.teacher(images)
+        return self.compute(patches_BPK, self.drop_path.arrange(batch.drop)), teacher_logits
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a micro-batch, fp32 scalar."""
+        outputs, teacher_logits = self.forward(batch)
         return training_loss(outputs, targets(batch, self.recipe), self.recipe, teacher_logits)
 
     def pop_loss(self) -> tuple[Tensor, Tensor]:
@@ -275,6 +283,11 @@ class FlatEngine:
         self.flat.load_optimizer_tensors(dict(tensors["optim"]))
         if self.flat.ema is not None:
             self.flat.load_ema(dict(tensors["ema"]))
+        self.flat.refresh()
+
+    def broadcast(self) -> None:
+        for buffer in self.flat.state():
+            self.world.broadcast(buffer)
         self.flat.refresh()
 
     @contextlib.contextmanager

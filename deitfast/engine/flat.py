@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from deitfast.engine.optim import parameter_groups
 from deitfast.errors import DeitfastError
-from deitfast.kernels.optimizer import BLOCK, FlatBuffers, Optimizer, Scalars, Segments, update
+from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Scalars, Segments
+from deitfast.kernels.optimizer import update
 from deitfast.recipe import Recipe
 
 _WHOLE = slice(None)
@@ -140,7 +141,7 @@ class FlatState:
             total.copy_(grad) if first else total.add_(grad)
 
     def scalars(self, lr: float, step: int) -> np.ndarray:
-        """What update number `step` (from 0) at learning rate `lr` needs: (12,) fp32, see `kernels.optimizer.Scalars`.
+        """What update number `step` (from 0) at learning rate `lr` needs: (12,) fp32, see `flat_buffers.Scalars`.
 
         Computed in double precision, so that the kernels only multiply and divide.
         """
@@ -176,6 +177,11 @@ class FlatState:
         """Make the compute copy from the master weights, after something else than `update` wrote them."""
         if self.compute is not self.master:
             self.compute.copy_(self.master)
+
+    def state(self) -> list[Tensor]:
+        """The buffers that a run goes on from: weights, moments, average, number of the last update."""
+        buffers = (self.master, self.exp_avg, self.exp_avg_sq, self.ema, self._buffers.steps)
+        return [buffer for buffer in buffers if buffer is not None]
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

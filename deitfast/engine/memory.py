@@ -12,6 +12,8 @@ from deitfast.model.fused import FusedBlock, runs_kernels, saved_bytes_per_token
 from deitfast.recipe import Recipe
 
 LARGEST_ON_CPU = 32
+LARGEST_EVALUATED = 256
+"""Images evaluated at once: more are no faster, and their activations lie beside the training step's memory."""
 _USABLE = 0.9  # share of the free memory to plan with: fragmentation, workspaces of cuBLAS, the input pipeline
 _EAGER_CHANNELS = 24  # what autograd keeps of an eager block, in widths a token: an upper bound
 
@@ -38,11 +40,34 @@ def image_bytes(model: DeiT, recipe: Recipe, bf16: bool) -> int:
     return tokens * (of_blocks + backward) + pixels * (1 + itemsize) + 16 * model.num_classes
 
 
-def largest_micro_batch(model: DeiT, recipe: Recipe, world: World, bf16: bool) -> int:
-    """Images that fit into this process's GPU at once, at least 1; a fixed number on CPU."""
+def evaluated_image_bytes(model: DeiT, bf16: bool) -> int:
+    """Bytes that one image needs while it is evaluated: an fp32 stream, and a block's widest products beside it."""
+    block: Any = model.blocks[0]
+    itemsize, width, hidden = (2 if bf16 else 4), model.width, block.mlp.fc1.out_features
+    a_token = 3 * width * 4 + max(2 * hidden, 5 * width) * itemsize
+    return model.pos_embed.shape[1] * a_token + 3 * model.image_size**2 * (1 + 2 * 4)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the GPU that this process can still get, torch's own cache included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def largest_micro_batch(model: DeiT, recipe: Recipe, world: World, bf16: bool, teacher_image_bytes: int = 0) -> int:
+    """Images that fit into this process's GPU at once, at least 1; a fixed number on CPU.
+
+    teacher_image_bytes: of one image in the teacher, which runs before the student and gives its memory back.
+    """
     if world.device.type != "cuda":
         return LARGEST_ON_CPU
-    free, _ = torch.cuda.mem_get_info(world.device)
     parameters = sum(p.numel() for p in model.parameters())
-    left = _USABLE * free - state_bytes(parameters, recipe, bf16, accumulates=True)
-    return max(1, int(left / image_bytes(model, recipe, bf16)))
+    left = _USABLE * free_bytes(world.device) - state_bytes(parameters, recipe, bf16, accumulates=True)
+    trained = max(image_bytes(model, recipe, bf16), teacher_image_bytes)
+    # Evaluation comes beside the step's memory, which a graph keeps.
+    evaluated = evaluated_image_bytes(model, bf16)
+    left -= 2 * parameters * bf16  # the weights as autocast casts them
+    most = left / (trained + evaluated)
+    if most > LARGEST_EVALUATED:
+        most = (left - LARGEST_EVALUATED * evaluated) / trained
+    return max(1, int(most))

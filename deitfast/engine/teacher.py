@@ -104,6 +104,17 @@ class Teacher:
         logits = getattr(outputs, "logits", outputs).float()
         return logits if self._columns is None else logits.index_select(1, self._columns)
 
+    def image_bytes(self, images: int = 8) -> int:
+        """Memory that an image takes in the teacher at its widest, measured on so many; 0 on CPU."""
+        if self.device.type != "cuda":
+            return 0
+        grey = torch.zeros(images, 3, self.image_size, self.image_size, device=self.device)
+        self(grey)  # libraries set themselves up
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self(grey)
+        return (torch.cuda.max_memory_allocated(self.device) - before) // images
+
     def describe(self) -> str:
         """Name, hash and input in one line, for the run folder."""
         wants = self.wants
@@ -114,7 +125,7 @@ class Teacher:
 
     def check(
         self, val: Manifest, world: World, *, crop_ratio: float = 0.875, batch: int = 32, workers: int = 0,
-        say: Callable[[str], None] = print,
+        decode: str = "auto", say: Callable[[str], None] = print,
     ) -> float:  # fmt: skip
         """Top-1 in percent on some hundred validation images, as the student would hand them over; every process calls.
 
@@ -123,7 +134,7 @@ class Teacher:
         """
         loader = EvalLoader(
             val.spread(CHECKED_IMAGES), image_size=self.image_size, crop_ratio=crop_ratio, batch=batch,
-            rank=world.rank, world_size=world.size, device=self.device, workers=workers,
+            rank=world.rank, world_size=world.size, device=self.device, workers=workers, decode=decode,
         )  # fmt: skip
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for images, labels in loader:

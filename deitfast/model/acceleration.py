@@ -19,26 +19,40 @@ from torch import Tensor, nn
 
 from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
-from deitfast.model.fused import HEAD_DIMS, BlockTensors, FusedBlock, block_tensors, fused_block_forward
+from deitfast.model.deit import Block
+from deitfast.model.fitness import Fusible, examine, find_problem
+from deitfast.model.fused import (
+    BlockTensors,
+    FusedBlock,
+    block_tensors,
+    fused_block_forward,
+    head_problems,
+    layer_problems,
+    wrong_class,
+)
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-class AcceleratedBlock(nn.Module):
+class AcceleratedBlock(Fusible, nn.Module):
     """Mixed into a library's block by `accelerate`: `super().forward` is the library's own."""
 
     adapter: ClassVar[type[AcceleratedBlock]]
     original: ClassVar[type[nn.Module]]
 
-    @staticmethod
-    def problems(block: Any) -> Iterator[str]:
-        """Why the kernels cannot stand in for `block`; nothing if they can."""
-        raise NotImplementedError
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Made at run time, the class cannot be found by its name: a copy makes it again.
         state = super().__reduce_ex__(protocol)[2:]
         return (_new_accelerated, (self.adapter, self.original), *state)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by torch.jit.script, which puts what it gets in the block's place, in the model that it was given."""
+        warnings.warn(
+            "deitfast: torch.jit.script knows no fused blocks and has put the library's own back into this model. Call "
+            "accelerate(model) again to fuse them",
+            stacklevel=2,
+        )
+        block = self.original.__new__(self.original)
+        block.__dict__.update(self.__getstate__())
+        return block
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "fused by deitfast"]))
@@ -68,12 +82,12 @@ class _TimmBlock(AcceleratedBlock):
     @staticmethod
     def problems(block: Any) -> Iterator[str]:
         attn, mlp = block.attn, block.mlp
-        yield from _wrong_class("attn", attn, timm=("Attention",))
-        yield from _wrong_class("mlp", mlp, timm=("Mlp",))
+        yield from wrong_class("attn", attn, timm=("Attention",))
+        yield from wrong_class("mlp", mlp, timm=("Mlp",))
         for name in ("ls1", "ls2"):
-            yield from _wrong_class(name, getattr(block, name), timm=("LayerScale",), torch=("Identity",))
+            yield from wrong_class(name, getattr(block, name), timm=("LayerScale",), torch=("Identity",))
         for name in ("drop_path1", "drop_path2"):
-            yield from _wrong_class(name, getattr(block, name), timm=("DropPath",), torch=("Identity",))
+            yield from wrong_class(name, getattr(block, name), timm=("DropPath",), torch=("Identity",))
         for name, owner, what in (
             ("q_norm", attn, "normalises queries (qk_norm)"),
             ("k_norm", attn, "normalises keys (qk_norm)"),
@@ -83,24 +97,27 @@ class _TimmBlock(AcceleratedBlock):
         ):
             if type(getattr(owner, name, None)) not in (nn.Identity, type(None)):
                 yield f"it {what}"
-        yield from _common_problems(
-            width=attn.proj.out_features,
-            num_heads=attn.num_heads,
+        yield from head_problems(attn.proj.out_features, attn.num_heads, attn.scale)
+        yield from layer_problems(
             norms={"norm1": block.norm1, "norm2": block.norm2},
             linears={"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
             activation=mlp.act,
-            dropouts={
-                "attn.attn_drop": attn.attn_drop.p,
-                "attn.proj_drop": attn.proj_drop.p,
-                "mlp.drop1": mlp.drop1.p,
-                "mlp.drop2": mlp.drop2.p,
-            },
         )
         if attn.qkv.out_features != 3 * attn.qkv.in_features:
             yield f"attn.qkv makes {attn.qkv.out_features} of {attn.qkv.in_features} channels, not three times as many"
 
+    @staticmethod
+    def dropouts(block: Any) -> dict[str, tuple[Any, str]]:
+        attn, mlp = block.attn, block.mlp
+        return {
+            "attn.attn_drop": (attn.attn_drop, "p"),
+            "attn.proj_drop": (attn.proj_drop, "p"),
+            "mlp.drop1": (mlp.drop1, "p"),
+            "mlp.drop2": (mlp.drop2, "p"),
+        }
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is not None or is_causal:
+        if attn_mask is not None or is_causal or self.steps_aside(x):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         block: Any = self
         return fused_block_forward(
@@ -123,6 +140,10 @@ def _draw_keep(drop_path: Any, x: Tensor) -> Tensor | None:
     return keep_B / keep_probability if drop_path.scale_by_keep and keep_probability > 0 else keep_B
 
 
+_EXACT_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+"""transformers' names of functions that all compute the same softmax attention."""
+
+
 class _TransformersLayer(AcceleratedBlock):
     """transformers' ViTLayer and DeiTLayer, which keep queries, keys and values in three linear layers."""
 
@@ -130,23 +151,39 @@ class _TransformersLayer(AcceleratedBlock):
     def problems(block: Any) -> Iterator[str]:
         attention, mlp = block.attention, block.mlp
         projections = {name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        yield from _common_problems(
-            width=attention.o_proj.out_features,
-            num_heads=attention.num_attention_heads,
+        width = attention.o_proj.out_features
+        yield from head_problems(width, attention.num_attention_heads, attention.scaling)
+        yield from layer_problems(
             norms={"layernorm_before": block.layernorm_before, "layernorm_after": block.layernorm_after},
             linears={**projections, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
             activation=mlp.activation_fn,
-            dropouts={"attention_probs_dropout_prob": attention.attention_dropout, "dropout": block.dropout.p},
         )
-        if attention.head_dim * attention.num_attention_heads != attention.o_proj.out_features:
+        if attention.head_dim * attention.num_attention_heads != width:
             yield f"its heads are {attention.head_dim} wide, not the width divided by their number"
+        for name in ("q_proj", "k_proj", "v_proj"):
+            if projections[name].out_features != width:
+                yield f"{name} makes {projections[name].out_features} of {width} channels"
+        function = attention.config._attn_implementation
+        if function not in _EXACT_ATTENTION:
+            yield f"its attention is the function registered as {function!r}, which may compute anything"
+
+    @staticmethod
+    def dropouts(block: Any) -> dict[str, tuple[Any, str]]:
+        return {
+            "attention_probs_dropout_prob": (block.attention, "attention_dropout"),
+            "dropout": (block.dropout, "p"),
+        }
+
+    @staticmethod
+    def settings(block: Any) -> Iterator[tuple[Any, str]]:
+        yield block.attention.config, "_attn_implementation"
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         block: Any = self
         attention = block.attention
         # Attention weights are recorded by a hook on a module that the kernels never call.
         wants_weights = kwargs.get("output_attentions", getattr(attention.config, "output_attentions", False))
-        if attention_mask is not None or wants_weights:
+        if attention_mask is not None or wants_weights or self.steps_aside(hidden_states):
             return super().forward(hidden_states, attention_mask, **kwargs)
         packed = (attention.q_proj, attention.k_proj, attention.v_proj)
         biases = [linear.bias for linear in packed if linear.bias is not None]
@@ -176,27 +213,31 @@ class _TorchvisionBlock(AcceleratedBlock):
     @staticmethod
     def problems(block: Any) -> Iterator[str]:
         attention, mlp = block.self_attention, block.mlp
-        yield from _wrong_class("self_attention", attention, torch=("MultiheadAttention",))
-        yield from _wrong_class("mlp", mlp, torchvision=("MLPBlock",))
+        yield from wrong_class("self_attention", attention, torch=("MultiheadAttention",))
+        yield from wrong_class("mlp", mlp, torchvision=("MLPBlock",))
         if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
             yield "self_attention has separate, extra or added keys and values"
         if not attention.batch_first:
             yield "self_attention takes tokens before images (batch_first=False)"
-        yield from _common_problems(
-            width=attention.embed_dim,
-            num_heads=attention.num_heads,
+        yield from head_problems(attention.embed_dim, attention.num_heads, attention.head_dim**-0.5)
+        yield from layer_problems(
             norms={"ln_1": block.ln_1, "ln_2": block.ln_2},
             linears={"self_attention.out_proj": attention.out_proj, "mlp.0": mlp[0], "mlp.3": mlp[3]},
             activation=mlp[1],
-            dropouts={
-                "attention_dropout": attention.dropout,
-                "dropout": block.dropout.p,
-                "mlp.2": mlp[2].p,
-                "mlp.4": mlp[4].p,
-            },
         )
 
+    @staticmethod
+    def dropouts(block: Any) -> dict[str, tuple[Any, str]]:
+        return {
+            "attention_dropout": (block.self_attention, "dropout"),
+            "dropout": (block.dropout, "p"),
+            "mlp.2": (block.mlp[2], "p"),
+            "mlp.4": (block.mlp[4], "p"),
+        }
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.steps_aside(input):
+            return super().forward(input)
         block: Any = self
         attention, mlp = block.self_attention, block.mlp
         tensors = BlockTensors(
@@ -236,60 +277,6 @@ _ADAPTERS: dict[str, tuple[type[AcceleratedBlock], tuple[str, ...]]] = {
 """Block class -> its adapter, and what a user of it should know."""
 
 
-# What the kernels cannot do ------------------------------------------------------------------------------------------
-
-
-def _wrong_class(name: str, module: Any, **allowed: tuple[str, ...]) -> Iterator[str]:
-    """A reason if `module` is none of the classes `allowed` (library -> names); subclasses may compute anything."""
-    library = type(module).__module__.split(".")[0]
-    if type(module).__name__ not in allowed.get(library, ()):
-        yield f"{name} is a {type(module).__module__}.{type(module).__name__}"
-
-
-def _common_problems(
-    width: int,
-    num_heads: int,
-    norms: Mapping[str, Any],
-    linears: Mapping[str, Any],
-    activation: Any,
-    dropouts: Mapping[str, float],
-) -> Iterator[str]:
-    if width % num_heads or width // num_heads not in HEAD_DIMS:
-        yield f"head dimension {width / num_heads:g}; supported are {', '.join(map(str, HEAD_DIMS))}"
-    for name, norm in norms.items():
-        yield from _wrong_class(name, norm, torch=("LayerNorm",), timm=("LayerNorm",))
-        if getattr(norm, "_fast_norm", False):
-            yield f"{name} is timm's fast norm, which rounds differently"
-        if norm.weight is None or norm.bias is None:
-            yield f"{name} has no weight or no bias"
-    for name, linear in linears.items():
-        yield from _wrong_class(name, linear, torch=("Linear", "NonDynamicallyQuantizableLinear"))
-        if linear.weight.dtype not in _DTYPES:
-            yield f"{name} is {linear.weight.dtype}; supported are bfloat16, float16 and float32"
-    yield from _wrong_class("activation", activation, torch=("GELU",), timm=("GELU",), transformers=("GELUActivation",))
-    if getattr(activation, "approximate", "none") != "none":
-        yield f"its GELU is the {activation.approximate} approximation, the kernels' is exact"
-    for name, probability in dropouts.items():
-        if probability > 0:
-            yield f"dropout {name} is {probability}; set it to 0 to fuse the block"
-
-
-def _find_problem(adapter: type[AcceleratedBlock], block: nn.Module) -> str | None:
-    if "forward" in vars(block):
-        return "its forward is patched"
-    for name, module in block.named_modules():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
-        # The hooks by which transformers records attention weights are served: see _TransformersLayer.
-        hooks = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
-        if module is not block and hooks:
-            return f"{name} has a hook, which the kernels would never call"
-    try:
-        return next(adapter.problems(block), None)
-    except AttributeError as error:
-        return f"not the layout this version of deitfast knows: {error}"
-
-
 def _foreign_block(module: nn.Module) -> bool:
     """Whether `module` looks like a transformer block of a known library, of a kind without an adapter."""
     library = type(module).__module__.split(".")[0]
@@ -305,8 +292,8 @@ def _foreign_block(module: nn.Module) -> bool:
 class AccelerationReport:
     """What `accelerate` did. Names are those of `model.named_modules()`.
 
-    replaced: blocks that now run fused. already: blocks that did before. left: block -> why it was left alone.
-    notes: what a user of the replaced blocks should know.
+    replaced: blocks that now run fused. already: blocks that did before. left: block -> why it runs unfused. what
+    a user of the replaced blocks should know.
     """
 
     model: str
@@ -317,9 +304,23 @@ class AccelerationReport:
     _originals: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Give the replaced blocks their own class back."""
+        """Give all fused blocks their own class back: those that this call replaced, and those that were before.
+
+        So `accelerate(copy).undo()` serves a model that was copied or loaded. Raises DeitfastError for blocks that
+        another library has given a class of its own since (FSDP).
+        """
+        for block, original in self._originals:
+            fused = FusedBlock if original is Block else type(block)
+            if isinstance(block, AcceleratedBlock):
+                fused = _accelerated_class(block.adapter, block.original)
+            if type(block) not in (fused, original):
+                raise DeitfastError(
+                    f"a block is a {type(block).__name__} now, of which undo knows nothing. Undo before FSDP, or build "
+                    "the model anew and load its state dict"
+                )
         for block, original in self._originals:
             block.__class__ = original
+            block.__dict__.pop("_examination", None)
         self._originals.clear()
 
     def __str__(self) -> str:
@@ -343,8 +344,11 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
         torch.compile, DDP or FSDP.
     verbose: print the report.
 
-    Returns the report: what was replaced, what was left alone and why; `report.undo()` takes it back. Calling it again
-    changes nothing. Warns where every block was left alone; raises DeitfastError where there is no block at all.
+    What is changed in a block later (LoRA, hooks, pruning, dropout, another dtype) is seen in the next forward: the
+    block then runs its own forward, with a warning. Calls of torch.func, forward-mode AD, TorchScript and ONNX do too.
+
+    Returns the report: what was replaced, what was left alone and why; `report.undo()` takes it back. Called again it
+    examines fused blocks anew. Warns where every block is left alone; raises DeitfastError where there is no block.
     """
     if torch.cuda.is_available():
         check_compiler()
@@ -353,20 +357,23 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
         cls = type(module)
         name = name or "the model itself"
         if isinstance(module, (AcceleratedBlock, FusedBlock)):
-            report.already.append(name)
-        elif entry := _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}"):
-            adapter, notes = entry
-            if problem := _find_problem(adapter, module):
+            report._originals.append((module, Block if isinstance(module, FusedBlock) else module.original))
+            if problem := examine(module).problem:
                 report.left[name] = problem
             else:
-                module.__class__ = _accelerated_class(adapter, cls)
-                report.replaced.append(name)
-                report._originals.append((module, cls))
+                report.already.append(name)
+        elif entry := _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}"):
+            adapter, notes = entry
+            if problem := find_problem(adapter, module):
+                report.left[name] = problem
+            else:
+                _give_class(report, name, module, _accelerated_class(adapter, cls))
                 report.notes = list(dict.fromkeys([*report.notes, *notes]))
-        elif cls is FusedBlock.__base__:
-            module.__class__ = FusedBlock
-            report.replaced.append(name)
-            report._originals.append((module, cls))
+        elif cls is Block:
+            if problem := find_problem(FusedBlock, module):
+                report.left[name] = problem
+            else:
+                _give_class(report, name, module, FusedBlock)
         elif _foreign_block(module):
             report.left[name] = f"{cls.__module__}.{cls.__qualname__} is no plain pre-norm ViT block"
     if not (report.replaced or report.already or report.left):
@@ -379,6 +386,12 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
     if not (report.replaced or report.already):
         warnings.warn(f"deitfast.accelerate replaced no block of {report.model}: {_first(report.left)}", stacklevel=2)
     return report
+
+
+def _give_class(report: AccelerationReport, name: str, block: nn.Module, cls: type[nn.Module]) -> None:
+    report.replaced.append(name)
+    report._originals.append((block, type(block)))
+    block.__class__ = cls
 
 
 def _first(left: Mapping[str, str]) -> str:

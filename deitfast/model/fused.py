@@ -15,30 +15,20 @@ unless TRITON_INTERPRET=1 runs the kernels in Triton's interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deitfast.kernels.attention import HEAD_DIMS
-from deitfast.kernels.common import INTERPRETED
+from deitfast.kernels.common import DTYPES, INTERPRETED
 from deitfast.kernels.layernorm_attention import layernorm_attention
 from deitfast.kernels.layernorm_mlp import layernorm_mlp
 from deitfast.kernels.patch_embed import patch_embed
 from deitfast.kernels.replaced import CHOSEN
 from deitfast.model.deit import Block, DeiT, Kept
-
-__all__ = [
-    "HEAD_DIMS",
-    "BlockTensors",
-    "FusedBlock",
-    "FusedDeiT",
-    "block_tensors",
-    "fuse",
-    "fused_block_forward",
-    "runs_kernels",
-    "saved_bytes_per_token",
-]
+from deitfast.model.fitness import Fusible, is_wrapper
 
 
 class BlockTensors(NamedTuple):
@@ -148,14 +138,69 @@ def block_tensors(block: Any) -> BlockTensors:
     )
 
 
-class FusedBlock(Block):
+# What the kernels cannot do ------------------------------------------------------------------------------------------
+
+
+def wrong_class(name: str, module: Any, **allowed: tuple[str, ...]) -> Iterator[str]:
+    """A reason if `module` is none of the classes `allowed` (library -> names); subclasses may compute anything."""
+    library, _, inside = type(module).__module__.partition(".")
+    known = library != "torch" or inside.startswith("nn.modules.")  # torch.ao has other classes of the same names
+    if not known or type(module).__name__ not in allowed.get(library, ()):
+        yield f"{name} is a {type(module).__module__}.{type(module).__name__}"
+
+
+def head_problems(width: int, num_heads: int, scale: float) -> Iterator[str]:
+    """What of attention heads no kernel takes. scale: what the scores are multiplied with."""
+    if width % num_heads or width // num_heads not in HEAD_DIMS:
+        yield f"head dimension {width / num_heads:g}; supported are {', '.join(map(str, HEAD_DIMS))}"
+    if abs(scale * (width / num_heads) ** 0.5 - 1) > 1e-6:
+        yield f"it scales its attention scores by {scale:g}, not by one over the root of the head dimension"
+
+
+def layer_problems(norms: Mapping[str, Any], linears: Mapping[str, Any], activation: Any = None) -> Iterator[str]:
+    """What every block's layers must be. activation: the module, None where the block's code says GELU."""
+    for name, norm in norms.items():
+        yield from wrong_class(name, norm, torch=("LayerNorm",), timm=("LayerNorm",))
+        if getattr(norm, "_fast_norm", False):
+            yield f"{name} is timm's fast norm, which rounds differently"
+        if norm.weight is None or norm.bias is None:
+            yield f"{name} has no weight or no bias"
+    for name, linear in linears.items():
+        yield from wrong_class(name, linear, torch=("Linear", "NonDynamicallyQuantizableLinear"))
+        if linear.weight.dtype not in DTYPES:
+            yield f"{name} is {linear.weight.dtype}; supported are bfloat16, float16 and float32"
+        if is_wrapper(linear.weight):
+            yield f"{name}'s weight is a {type(linear.weight).__name__}"
+    if activation is None:
+        return
+    yield from wrong_class("activation", activation, torch=("GELU",), timm=("GELU",), transformers=("GELUActivation",))
+    if getattr(activation, "approximate", "none") != "none":
+        yield f"its GELU is the {activation.approximate} approximation, the kernels' is exact"
+
+
+# Our own model -------------------------------------------------------------------------------------------------------
+
+
+class FusedBlock(Fusible, Block):
     """`deitfast.model.deit.Block`, same parameters and names, computed by the kernels."""
 
     on_cpu = True
     """False: the kernels only where the input is on a GPU (or in Triton's interpreter), eager PyTorch on CPU."""
 
+    @staticmethod
+    def problems(block: Any) -> Iterator[str]:
+        attn, mlp = block.attn, block.mlp
+        yield from wrong_class("attn", attn, deitfast=("Attention",))
+        yield from wrong_class("mlp", mlp, deitfast=("Mlp",))
+        for name in ("ls1", "ls2"):
+            yield from wrong_class(name, getattr(block, name), deitfast=("LayerScale",), torch=("Identity",))
+        yield from layer_problems(  # of the heads the ops themselves tell, for this is our own model
+            norms={"norm1": block.norm1, "norm2": block.norm2},
+            linears={"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
+        )
+
     def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None) -> Tensor:
-        if not (self.on_cpu or x_BND.is_cuda or INTERPRETED):
+        if not (self.on_cpu or x_BND.is_cuda or INTERPRETED) or self.steps_aside(x_BND):
             return super().forward(x_BND, drop)
         kept = drop if isinstance(drop, Kept) else None
         keep1_B, keep2_B = drop if isinstance(drop, Tensor) else (None, None)

@@ -18,7 +18,7 @@ from deitfast.data.manifest import read_manifest, write_manifest
 from deitfast.distributed import World, start
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import Engine, make_engine
-from deitfast.engine.memory import largest_micro_batch
+from deitfast.engine.memory import LARGEST_EVALUATED, largest_micro_batch
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
@@ -56,6 +56,11 @@ class Run:
     best: dict[str, Any] | None = None
 
     @property
+    def eval_batch(self) -> int:
+        """Images that a process evaluates at once."""
+        return min(self.micro_batch, LARGEST_EVALUATED)
+
+    @property
     def total_steps(self) -> int:
         return self.recipe.epochs * self.order.steps_per_epoch
 
@@ -86,10 +91,14 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
     model = world.agree(lambda: make_model(recipe, len(data.classes), depth)).to(world.device)
-    micro_batch, accumulation = fit(recipe, world, model, bf16)
+    teacher = None  # before the memory is measured that it leaves
+    if recipe.distillation != "none":
+        teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
+    teacher_bytes = teacher.image_bytes() if teacher else 0
+    micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes)
     kernels = trust_kernels(recipe, world, model, micro_batch, bf16, notes.append)
     if not kernels.all_ours:  # eager PyTorch keeps more for the backward
-        micro_batch, accumulation = fit(recipe, world, model, bf16)
+        micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes)
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
     decode = world.agree(
@@ -102,11 +111,9 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     decode = world.share(decode)  # the pixels of the two differ a little: the same everywhere
     classes = list(data.classes)
     how = trust_capture(recipe, world, model, classes, micro_batch, accumulation, bf16, kernels, notes.append)
-    teacher = None
-    if recipe.distillation != "none":
-        teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
+    if teacher:
         teacher.check(
-            data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, say=notes.append
+            data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, decode=decode, say=notes.append
         )  # fmt: skip
     engine = make_engine(model, how, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
     run = Run(
@@ -131,6 +138,8 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
 def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
     """Resume from the run folder and write down what is about to run."""
     run.world.agree(lambda: resume(run))
+    check_same_step(run)
+    run.engine.broadcast()  # equal already, but for a machine with other generators or files
     if run.folder:
         if run.recipe.allow_changes or not (run.folder.path / IMAGES).exists():
             write_manifest(run.folder.path / IMAGES, run.train_data)
@@ -187,9 +196,9 @@ def make_model(recipe: Recipe, classes: int, depth: int | None = None) -> DeiT:
     )
 
 
-def fit(recipe: Recipe, world: World, model: DeiT, bf16: bool) -> tuple[int, int]:
+def fit(recipe: Recipe, world: World, model: DeiT, bf16: bool, teacher_bytes: int) -> tuple[int, int]:
     """(micro-batch, accumulation) that fit into the GPU with the least memory."""
-    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16)))
+    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
     return world.agree(lambda: split_batch(recipe, world, largest))
 
 
@@ -243,6 +252,18 @@ def resume(run: Run) -> None:
     run.engine.load(found.tensors)
     run.step, run.best = found.step, found.state["best"]
     run.say(f"resuming {run.recipe.out} at step {run.step}")
+
+
+def check_same_step(run: Run) -> None:
+    """Raise DeitfastError where the processes would go on from different checkpoints."""
+    steps = run.world.gather(run.step)
+    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
+    if other is not None:
+        message = (
+            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[other]}. Give an --out that "
+            "all machines share"
+        )
+        raise DeitfastError(message if run.world.is_main else "")
 
 
 def introduce(run: Run, data: Dataset, stated: Recipe | None) -> None:

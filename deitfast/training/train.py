@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from deitfast.training.interrupt import EXIT_INTERRUPTED, StopRequest
 from deitfast.training.meter import Meter
 from deitfast.training.run import Run, begin, save, set_up
 from deitfast.training.run_folder import duration
-from deitfast.use.evaluate import Scores, evaluate
+from deitfast.use.evaluate import Scores, evaluate_each
 
 
 @dataclass(frozen=True)
@@ -151,20 +152,13 @@ def out_of_memory(run: Run) -> DeitfastError:
 
 def evaluate_both(run: Run, images_per_second: float, limit: int | None) -> Result:
     """Scores of the raw and of the averaged weights."""
-
-    def scores() -> Scores:
-        return evaluate(
-            run.model, run.val_data, run.world, crop_ratio=run.recipe.eval_crop_ratio, batch=run.micro_batch,
-            workers=run.recipe.workers, bf16=run.bf16, limit=limit, decode=run.decode,
-        )  # fmt: skip
-
-    raw, averaged = scores(), None
-    if run.recipe.ema_decay:
-        with run.engine.averaged():
-            averaged = scores()
-    return Result(
-        run.step, raw, averaged, images_per_second, engine=run.engine.description, folder=Path(run.recipe.out)
-    )
+    weights = [contextlib.nullcontext, *([run.engine.averaged] if run.recipe.ema_decay else [])]
+    raw, *averaged = evaluate_each(
+        run.model, weights, run.val_data, run.world, crop_ratio=run.recipe.eval_crop_ratio, batch=run.eval_batch,
+        workers=run.recipe.workers, bf16=run.bf16, limit=limit, decode=run.decode,
+    )  # fmt: skip
+    ema = averaged[0] if averaged else None
+    return Result(run.step, raw, ema, images_per_second, engine=run.engine.description, folder=Path(run.recipe.out))
 
 
 def record(run: Run, result: Result) -> None:

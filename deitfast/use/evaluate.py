@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,18 +84,36 @@ def evaluate(
     crop_ratio: share of the resized side that the centre crop keeps. batch: images a process runs at once. decode: gpu,
     cpu, or auto (where the model is).
     """
-    totals = torch.zeros(6, dtype=torch.float64, device=world.device)
+    (scores,) = evaluate_each(
+        model, [contextlib.nullcontext], manifest, world, crop_ratio=crop_ratio, batch=batch, workers=workers,
+        bf16=bf16, limit=limit, decode=decode,
+    )  # fmt: skip
+    return scores
+
+
+def evaluate_each(
+    model: DeiT, weights: Sequence[Callable[[], AbstractContextManager[None]]], manifest: Manifest, world: World, *,
+    crop_ratio: float, batch: int, workers: int, bf16: bool, limit: int | None = None, decode: str = "auto",
+) -> list[Scores]:  # fmt: skip
+    """`evaluate` with several weights of the model, each image being decoded once.
+
+    weights: what to enter so that the model has them, for one batch after another.
+    """
+    totals = [torch.zeros(6, dtype=torch.float64, device=world.device) for _ in weights]
     loader = _loader(
         manifest if limit is None else manifest.head(limit), model, world, crop_ratio, batch, workers, decode
     )
-    for heads, labels in _answers(model, loader, world, bf16):
-        totals += _tally(heads, labels)
-    return _scores(world.sum(totals), model.distilled)
+    with _evaluating(model):
+        for images, labels in loader:
+            for total, entered in zip(totals, weights, strict=True):
+                with entered():
+                    total += _tally(_heads(model, images, world, bf16), labels)
+    return [_scores(world.sum(total), model.distilled) for total in totals]
 
 
 def evaluate_in_detail(
     model: DeiT, manifest: Manifest, world: World, *, crop_ratio: float, batch: int, workers: int, bf16: bool,
-    real: Sequence[Sequence[int]] | None = None,
+    real: Sequence[Sequence[int]] | None = None, decode: str = "auto",
 ) -> tuple[Scores, Details]:  # fmt: skip
     """`evaluate`, and what lies behind it.
 
@@ -107,18 +127,19 @@ def evaluate_in_detail(
     right = None if real is None else _membership(real, classes).to(world.device)
     # A label here is the image's number: whatever the loader leaves out, answers stay with their images.
     labels_M = torch.from_numpy(manifest.label).to(world.device)
-    loader = _loader(_numbered(manifest), model, world, crop_ratio, batch, workers)
+    loader = _loader(_numbered(manifest), model, world, crop_ratio, batch, workers, decode)
     started = time.perf_counter()
-    for heads, numbers in _answers(model, loader, world, bf16):
-        labels = labels_M[numbers]
-        totals += _tally(heads, labels)
-        confidence, answer = heads[0].softmax(1).max(1)
-        confusion += torch.bincount(labels * classes + answer, minlength=classes * classes)
-        where = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-        values = torch.stack([torch.ones_like(confidence), confidence, (answer == labels).float()], dim=1).double()
-        bins.index_add_(0, where, values)
-        if right is not None:
-            reassessed += torch.stack([right[numbers, answer].sum(), right[numbers].any(1).sum()])
+    with _evaluating(model):
+        for images, numbers in loader:
+            heads, labels = _heads(model, images, world, bf16), labels_M[numbers]
+            totals += _tally(heads, labels)
+            confidence, answer = heads[0].softmax(1).max(1)
+            confusion += torch.bincount(labels * classes + answer, minlength=classes * classes)
+            where = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+            values = torch.stack([torch.ones_like(confidence), confidence, (answer == labels).float()], dim=1).double()
+            bins.index_add_(0, where, values)
+            if right is not None:
+                reassessed += torch.stack([right[numbers, answer].sum(), right[numbers].any(1).sum()])
     for tensor in (totals, confusion, bins, reassessed):
         world.sum(tensor)
     seconds = torch.zeros(world.size, dtype=torch.float64, device=world.device)
@@ -153,7 +174,7 @@ def real_labels(path: Path, manifest: Manifest) -> list[list[int]]:
 
 
 def _loader(
-    manifest: Manifest, model: DeiT, world: World, crop_ratio: float, batch: int, workers: int, decode: str = "auto"
+    manifest: Manifest, model: DeiT, world: World, crop_ratio: float, batch: int, workers: int, decode: str
 ) -> EvalLoader:
     return EvalLoader(
         manifest, image_size=model.image_size, crop_ratio=crop_ratio, batch=batch,
@@ -165,19 +186,24 @@ def _numbered(manifest: Manifest) -> Manifest:
     return replace(manifest, label=np.arange(len(manifest)))
 
 
-@torch.no_grad()
-def _answers(model: DeiT, loader: EvalLoader, world: World, bf16: bool) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """For each batch the logits in fp32, then for a distilled model those of its two heads, and the labels."""
+@contextlib.contextmanager
+def _evaluating(model: DeiT) -> Iterator[None]:
+    """The model in evaluation mode, no gradients."""
     was_training = model.training
     model.eval()
     try:
-        for images, labels in loader:
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-                features = model.extract_feat(normalise(images))
-                heads = [linear(x).float() for x, (_, linear) in zip(features, model.heads(), strict=True)]
-            yield ([(heads[0] + heads[1]) / 2, *heads] if model.distilled else heads), labels
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
+
+
+def _heads(model: DeiT, images: Tensor, world: World, bf16: bool) -> list[Tensor]:
+    """For uint8 images the logits in fp32, then for a distilled model those of its two heads."""
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+        features = model.extract_feat(normalise(images))
+        heads = [linear(x).float() for x, (_, linear) in zip(features, model.heads(), strict=True)]
+    return [(heads[0] + heads[1]) / 2, *heads] if model.distilled else heads
 
 
 def _tally(heads: list[Tensor], labels: Tensor) -> Tensor:

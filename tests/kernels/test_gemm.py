@@ -126,12 +126,3 @@ def test_row_sums(device, monkeypatch, rows, columns, weighted):
     row_sums.row_sums(x, torch.float16, weights, out=out[1:-1])
     torch.testing.assert_close(out[1:-1], expected.half(), rtol=1e-3, atol=1e-3)
     assert out[0] == out[-1] == 1
-
-
-@pytest.mark.parametrize("module", [gemm, layernorm, row_sums])
-@pytest.mark.parametrize("arch", [0, 80, 90, 100])
-def test_compile_cases_name_every_argument_once(module, arch):
-    cases = module.compile_cases(arch)
-    assert len({case.name for case in cases}) == len(cases)
-    for case in cases:
-        assert sorted([*case.signature, *case.constexprs]) == sorted(case.kernel.arg_names)

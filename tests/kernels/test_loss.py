@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.common import INTERPRETED, CompileCase
+from deitfast.kernels.common import INTERPRETED
 from deitfast.kernels.loss import mixed_bce, mixed_bce_reference, mixed_cross_entropy, mixed_cross_entropy_reference
-from deitfast.kernels.loss_kernels import compile_cases
 from tests.kernels.tolerance import assert_close_to_float64
 
 Loss = Callable[..., Tensor]
@@ -181,10 +180,3 @@ def test_arguments_that_do_not_fit(loss: Loss) -> None:
 def test_smoothing_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"smoothing is 1.5, must be in \[0, 1\]"):
         mixed_cross_entropy(*inputs(4, 10, torch.float32, torch.device("cpu")), smoothing=1.5)
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_kernel_is_listed_for_compilation(arch: int) -> None:
-    cases = compile_cases(arch)
-    assert all(isinstance(case, CompileCase) for case in cases)
-    assert len({case.kernel.__name__ for case in cases}) == 4

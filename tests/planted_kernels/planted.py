@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
-from deitfast.kernels.common import CompileCase
+from deitfast.kernels.common import Launch, launch
 
 
 @triton.jit
@@ -35,33 +35,34 @@ def not_a_kernel(x_ptr, N: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, N), tl.zeros((N + 1,), tl.float32))
 
 
-class KillsTheCompiler:
-    """Stands for a kernel at which the compiler process dies."""
-
-    @property
-    def arg_names(self) -> list[str]:
-        os._exit(11)
+@triton.jit(repr=lambda specialization: os._exit(11))
+def crash_kernel(x_ptr, N: tl.constexpr):
+    """The compiler process dies when it asks for the kernel's name."""
+    tl.store(x_ptr + tl.arange(0, N), tl.zeros((N,), tl.float32))
 
 
-def matmul_case(
-    name: str, m: int, n: int, block_k: int, num_warps: int, num_stages: int, matrix: bool = True
-) -> CompileCase:
-    signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*bf16", "K": "i32"}
-    constexprs = {"M": m, "N": n, "BLOCK_K": block_k}
-    return CompileCase(name, matmul_kernel, signature, constexprs, num_warps, num_stages, matrix)
+MATMULS = {
+    "good": Launch({"M": 64, "N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2),
+    "spills": Launch({"M": 64, "N": 128, "BLOCK_K": 16}, num_warps=1, num_stages=1),
+    "much shared memory": Launch({"M": 128, "N": 128, "BLOCK_K": 256}, num_warps=8, num_stages=4),
+    "no wgmma": Launch({"M": 16, "N": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2),
+    "serialised": Launch({"M": 128, "N": 256, "BLOCK_K": 64}, num_warps=4, num_stages=3),
+}
 
 
-def compile_cases(arch: int) -> list[CompileCase]:
-    broken: Any = KillsTheCompiler()
-    sums = {"x_ptr": "*fp32", "out_ptr": "*fp32"}
-    return [
-        matmul_case("good_matmul", m=64, n=64, block_k=64, num_warps=4, num_stages=2),
-        CompileCase("good_row_sum", row_sum_kernel, sums, {"ROWS": 1, "COLUMNS": 256}, 1, 1, matrix=False),
-        matmul_case("bad_spill", m=64, n=128, block_k=16, num_warps=1, num_stages=1, matrix=False),
-        matmul_case("bad_shared_memory", m=128, n=128, block_k=256, num_warps=8, num_stages=4),
-        matmul_case("bad_no_wgmma", m=16, n=64, block_k=64, num_warps=4, num_stages=2),
-        matmul_case("bad_serialised", m=128, n=256, block_k=64, num_warps=4, num_stages=3),
-        CompileCase("bad_syntax", not_a_kernel, {"x_ptr": "*fp32"}, {"N": 16}, 4, 1, matrix=False),
-        CompileCase("bad_signature", row_sum_kernel, sums, {"ROWS": 1}, 1, 1, matrix=False),
-        CompileCase("crash", broken, {}, {}, 4, 1, matrix=False),
-    ]
+def matmul(entry: Launch) -> None:
+    a, b, c = (torch.empty(256, 256, dtype=torch.bfloat16) for _ in range(3))
+    launch(matmul_kernel, (1,), entry, a_ptr=a, b_ptr=b, c_ptr=c, K=256)
+
+
+def row_sum() -> None:
+    x = torch.empty(256)
+    launch(row_sum_kernel, (1,), Launch({"ROWS": 1, "COLUMNS": 256}, 1, 1), x_ptr=x, out_ptr=x)
+
+
+def uses() -> None:
+    for entry in MATMULS.values():
+        matmul(entry)
+    row_sum()
+    for kernel in (not_a_kernel, crash_kernel):
+        launch(kernel, (1,), Launch({"N": 16}, 4, 1), x_ptr=torch.empty(16))

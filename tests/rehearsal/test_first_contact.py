@@ -1,8 +1,9 @@
-"""A GPU with a fault: each is found before the first step, replaced, told once, and training goes on with the right loss."""
+"""A GPU with a fault: found before the first step, replaced, told once; training goes on with the right loss."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ import torch
 from deitfast.data import decoder
 from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
-from deitfast.kernels import layernorm_mlp as _  # noqa: F401 (the op's module is found by name below)
 from deitfast.kernels import replaced
 from deitfast.kernels.replaced import EAGER, OURS
 from deitfast.recipe import Recipe
@@ -50,8 +50,6 @@ def forms(facts: dict[str, Any]) -> dict[str, str]:
 
 def plant(monkeypatch: pytest.MonkeyPatch, broken: Fault) -> None:
     """A fault in what layernorm_mlp's kernels give."""
-    import importlib
-
     op = importlib.import_module("deitfast.kernels.layernorm_mlp")._layernorm_mlp
     right = op._backend_fns["cuda"]
 
@@ -102,7 +100,7 @@ def test_a_faulty_op_is_replaced_and_training_goes_on_with_the_right_loss(
 
 def test_who_insists_on_the_kernels_is_told_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, FAULTS["wrong in its last column"][0]())
-    with pytest.raises(DeitfastError, match="layernorm_mlp .* --fused yes asks for the kernels"):
+    with pytest.raises(DeitfastError, match=r"layernorm_mlp .* --fused yes asks for the kernels"):
         run(tmp_path / "run", replace(SHORT, fused="yes"))
     assert not (tmp_path / "run" / "ckpt").exists()
 
@@ -116,10 +114,17 @@ def test_without_fused_kernels_nothing_is_verified(tmp_path: Path) -> None:
 def test_an_op_that_is_slower_than_eager_is_replaced_and_another_run_repeats_the_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_eager_mlp: list[float]
 ) -> None:
-    def times(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
-        slow = any("mlp" in str(call.func.__closure__[0].cell_contents) for call in calls.values())  # type: ignore[attr-defined]
+    timed, asked = check._timed, [""]
+
+    def noted(case: check.Case, *args: Any) -> Any:
+        asked.append(case.op.name)
+        return timed(case, *args)
+
+    def times(calls: dict[str, Any], device: torch.device) -> dict[str, list[float]]:
+        slow = asked[-1] == "layernorm_mlp"
         return {form: [2.0 if form == OURS and slow else 1.0] * 3 for form in calls}
 
+    monkeypatch.setattr(check, "_timed", noted)
     monkeypatch.setattr(check, "milliseconds", times)
     found, log, facts = run(tmp_path / "run")
     assert found == with_eager_mlp
@@ -181,9 +186,7 @@ def test_a_gpu_decoder_that_is_off_by_thirty_levels_is_left_for_the_cpu(
     assert found == run(tmp_path / "cpu", SHORT)[0]
     assert facts["decode"] == "cpu"
     assert log.count("decoding on the CPU: the GPU's decoder is not to be trusted: ") == 1
-    with pytest.raises(
-        DeitfastError, match="--decode gpu: the GPU's decoder is not to be trusted: .*Give --decode cpu"
-    ):
+    with pytest.raises(DeitfastError, match="--decode gpu: the GPU's decoder is not to be trusted"):
         run(tmp_path / "gpu", replace(SHORT, decode="gpu"))
 
 

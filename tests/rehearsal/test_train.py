@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from deitfast import guard
-from deitfast.distributed import start
+from deitfast.distributed import TRAINING_PATIENCE, start
 from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
@@ -191,6 +191,7 @@ def test_processes_join_by_nccl_on_a_gpu_each(torchrun: list[dict[str, Any]], mo
     assert torch.cuda.current_device() == 1
     assert torchrun[0]["backend"] == "nccl"
     assert torchrun[0]["device_id"] == torch.device("cuda", 1)
+    assert torchrun[0]["timeout"] == TRAINING_PATIENCE
     assert start("cpu").device.type == "cpu"
     assert torchrun[1]["backend"] == "gloo"
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))

@@ -1,0 +1,1 @@
+"""Kernels as compiled code without a GPU; see README.md beside this file."""
