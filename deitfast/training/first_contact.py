@@ -6,34 +6,31 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from deitfast.distributed import World
 from deitfast.engine.trial import capture_problem
 from deitfast.errors import DeitfastError, say
 from deitfast.model.deit import DeiT
-from deitfast.model.fused import FusedBlock
+from deitfast.model.fused import FusedBlock, question_about
 from deitfast.recipe import Recipe
-from deitfast.verification.verdict import OpVerdict, Verdict
-from deitfast.verification.verify import BLOCK_OPS, REPORT, Question, adopt, told, verify
+from deitfast.verification.verdict import REPORT, OpVerdict, Verdict
+from deitfast.verification.verify import BLOCK_OPS, Question, adopt, told, verify
 
 
 def question(recipe: Recipe, model: DeiT, micro_batch: int, bf16: bool) -> Question:
     """The ops of one training step, at its own shapes."""
-    block: Any = model.blocks[0]
     ops = [] if recipe.engine == "plain" else ["input_patches"]
-    if isinstance(block, FusedBlock):
+    if isinstance(model.blocks[0], FusedBlock):
         ops += ["patch_embed", *BLOCK_OPS]
     ops.append("mixed_bce" if recipe.loss == "bce" else "mixed_cross_entropy")
     drops = max(model.drop_path_rates, default=0.0)
     subset = bool(drops) and recipe.drop_path_form == "subset"
     of_group = max(1, round(recipe.mix_group * (1 - drops)))
-    return Question(
-        ops=tuple(ops), width=model.width, heads=block.attn.num_heads, tokens=model.pos_embed.shape[1],
-        batch=micro_batch, dtype="bfloat16" if bf16 else "float32", prefix=1 + model.distilled,
-        patch_size=model.patch_size, classes=model.num_classes,
-        without=(*(() if hasattr(block.ls1, "gamma") else ("gamma",)), *(() if drops else ("keep",))),
-        kept=micro_batch // recipe.mix_group * of_group if subset else 0,
+    return question_about(
+        model, tuple(ops), micro_batch, torch.bfloat16 if bf16 else torch.float32,
+        without=() if drops else ("keep",), kept=micro_batch // recipe.mix_group * of_group if subset else 0,
     )  # fmt: skip
 
 

@@ -113,10 +113,12 @@ class Expected:
         return ""
 
 
-def check(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, **of_case: Any) -> OpVerdict:
+def check(
+    op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, timed: bool = True, **of_case: Any
+) -> OpVerdict:
     """What there is to say of `op` at `shape`; with half the batch where the GPU's memory does not suffice.
 
-    of_case: keywords of `Case.draw`.
+    timed: a right op's fastest form, not just itself. of_case: keywords of `Case.draw`.
     """
     try:
         case = Case.draw(op, shape, Draw(seed, dtype, device), **of_case)
@@ -126,14 +128,16 @@ def check(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, seed: 
             why = _attempt(lambda: _wrong(case, other, expected))
         if why:
             return OpVerdict(op.name, EAGER, why, seed=seed)
-        return _timed(case, expected, device, seed) if device.type == "cuda" else OpVerdict(op.name, seed=seed)
+        if not timed or device.type != "cuda":
+            return OpVerdict(op.name, seed=seed)
+        return _timed(case, expected, device, seed)
     except torch.OutOfMemoryError:
         if shape.batch < 4:
             raise
     if device.type == "cuda":
         torch.cuda.empty_cache()
     half = {**of_case, "kept": of_case.get("kept", 0) // 2}
-    return check(op, replace(shape, batch=shape.batch // 4 * 2), dtype, device, seed, **half)
+    return check(op, replace(shape, batch=shape.batch // 4 * 2), dtype, device, seed, timed, **half)
 
 
 def _attempt(question: Callable[[], str]) -> str:

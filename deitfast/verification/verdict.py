@@ -15,6 +15,8 @@ import torch
 from deitfast.files import cache_folder, write_atomically
 from deitfast.kernels.replaced import OURS
 
+REPORT = "Please report this line with the output of `deitfast doctor --json`"
+
 
 @dataclass(frozen=True)
 class OpVerdict:

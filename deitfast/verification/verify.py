@@ -8,6 +8,7 @@ The first time on a GPU takes as long as compiling the kernels and some seconds,
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,24 +16,23 @@ from typing import Any
 
 import torch
 
-from deitfast.errors import DeitfastError
+from deitfast.errors import DeitfastError, say
 from deitfast.kernels import replaced
 from deitfast.kernels.catalogue import OPS, Shape
 from deitfast.verification import process
 from deitfast.verification.check import check
 from deitfast.verification.process import READY, ProcessEnded
-from deitfast.verification.verdict import OpVerdict, Verdict, machine, remembered
+from deitfast.verification.verdict import REPORT, OpVerdict, Verdict, machine, remembered
 
 BLOCK_OPS = ("layernorm_attention", "layernorm_mlp")
-REPORT = "Please report this line with the output of `deitfast doctor --json`"
 
 
 @dataclass(frozen=True)
 class Question:
     """What is to be verified. The sizes are those of `Shape`; dtype: torch's name of one.
 
-    backward: also gradients. without: optional tensors that are not given. kept: samples for which a branch runs, where
-    drop-path skips the others' compute.
+    backward: also gradients. timed: also which form is the fastest. without: optional tensors that are not given. kept:
+    samples for which a branch runs, where drop-path skips the others' compute.
     """
 
     ops: tuple[str, ...]
@@ -47,6 +47,7 @@ class Question:
     backward: bool = True
     without: tuple[str, ...] = ()
     kept: int = 0
+    timed: bool = True
 
     def shape(self) -> Shape:
         return Shape(
@@ -63,6 +64,15 @@ def verify(question: Question, device: torch.device, say: Callable[[str], None])
         return ask(question, device).record()
 
     return Verdict.of(remembered(key, find, keeps=lambda found: not found["unverified"]))
+
+
+@functools.cache
+def trust(question: Question, device: torch.device) -> None:
+    """`verify` and `adopt` once a process, telling on stderr."""
+    verdict = verify(question, device, say)
+    adopt(verdict)
+    for line in told(verdict):
+        say(line)
 
 
 def ask(question: Question, device: torch.device) -> Verdict:
@@ -97,7 +107,7 @@ def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"begins": name}
         found = check(
             OPS[name], question.shape(), getattr(torch, question.dtype), device, int.from_bytes(os.urandom(3)),
-            backward=question.backward, without=frozenset(question.without), kept=question.kept,
+            timed=question.timed, backward=question.backward, without=frozenset(question.without), kept=question.kept,
         )  # fmt: skip
         yield asdict(found)
         if found.why and not _healthy(device):

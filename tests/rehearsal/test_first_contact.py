@@ -19,9 +19,12 @@ from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
 from deitfast.kernels import replaced
 from deitfast.kernels.replaced import EAGER, OURS
+from deitfast.model.acceleration import accelerate
+from deitfast.model.deit import DeiT
 from deitfast.recipe import Recipe
 from deitfast.training.train import train
-from deitfast.verification import check
+from deitfast.use.inference import Predictor
+from deitfast.verification import check, verify
 from tests.rehearsal.test_train import RECIPE
 from tests.test_train import losses
 from tests.verification.planted import FAULTS, Fault
@@ -209,3 +212,71 @@ def test_choices_that_are_none_are_told(text: str | None, told: str, tmp_path: P
         path.write_text(text)
     with pytest.raises(DeitfastError, match=f"--choices .* {told}"):
         run(tmp_path / "run", replace(SHORT, choices=str(path)))
+
+
+# Without a run -------------------------------------------------------------------------------------------------------
+
+
+def test_inference_verifies_its_ops_once_and_goes_on_without_those_that_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify.trust.cache_clear()
+    plant(monkeypatch, FAULTS["wrong in its last column"][0]())
+    torch.manual_seed(0)
+    model = DeiT(image_size=32, patch_size=8, width=64, depth=1, num_heads=1, num_classes=5)
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    for _ in range(2):
+        found = Predictor(model, "cuda", "fp32")(images).cpu()
+    torch.testing.assert_close(found, Predictor(model, "cpu")(images), rtol=1e-4, atol=1e-4)
+    told = capsys.readouterr().err
+    assert told.count("verifying 3 kernels") == 1
+    assert told.count("layernorm_mlp runs as eager PyTorch: its kernels are wrong on this GPU: output: largest") == 1
+
+
+@pytest.mark.parametrize("fault", ["fails", "replays something else"])
+def test_inference_goes_on_without_graphs_that_cannot_be_trusted(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify.trust.cache_clear()
+    model = DeiT(image_size=32, patch_size=8, width=64, depth=1, num_heads=1, num_classes=5)
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    right = Predictor._run
+
+    def planted(self: Predictor, images: torch.Tensor) -> torch.Tensor:
+        if not torch.cuda.is_current_stream_capturing():
+            return right(self, images)
+        return right(self, images) * (1.1 if fault != "fails" else images.sum().item())
+
+    monkeypatch.setattr(Predictor, "_run", planted)
+    predictor = Predictor(model, "cuda", "fp32")
+    for _ in range(2):
+        found = predictor(images).cpu()
+    torch.testing.assert_close(found, Predictor(model, "cpu")(images), rtol=1e-4, atol=1e-4)
+    why = "operation not permitted" if fault == "fails" else "off the model's logits"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "without CUDA graphs" in line]
+    assert len(lines) == 1
+    assert why in lines[0]
+
+
+def test_an_accelerated_model_verifies_its_ops_at_its_first_use_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], timm: Any
+) -> None:
+    verify.trust.cache_clear()
+    plant(monkeypatch, FAULTS["raises at launch"][0]())
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=5
+    ).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate(model, verbose=False)
+        on_cpu = model(x)
+        assert "verifying" not in capsys.readouterr().err
+        found = model.to("cuda")(x.to("cuda")).cpu()
+        model(x.to("cuda"))
+    for tensor in (on_cpu, found):
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
+    told = capsys.readouterr().err
+    assert told.count("verifying 2 kernels") == 1
+    assert told.count("layernorm_mlp runs as eager PyTorch") == 1
