@@ -241,6 +241,13 @@ def thread_count(workers: int) -> int:
     return workers or max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
+def dali_version() -> str:
+    """Raises ImportError where there is no DALI."""
+    import nvidia.dali
+
+    return str(nvidia.dali.__version__)
+
+
 def check_build(device: torch.device) -> None:
     """Raise DeitfastError where DALI is built for a newer CUDA than the driver of a GPU knows; a CPU needs none."""
     if device.type != "cuda":

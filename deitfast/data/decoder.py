@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deitfast.data.dali import Feed, Runner, check_build, decode_to_gpu, gathered, resize
+from deitfast.data.dali import Feed, Runner, check_build, dali_version, decode_to_gpu, gathered, resize
 from deitfast.data.manifest import Manifest
 from deitfast.data.quarantine import Quarantine
 from deitfast.errors import DeitfastError, first_line
@@ -41,7 +41,7 @@ def choose_decoder(
     check_build(device)
     if decode == "cpu":
         return decode
-    if problem := _gpu_problem(manifest, image_size, device, threads):
+    if problem := gpu_problem(manifest, image_size, device, threads):
         if decode == "gpu":
             raise DeitfastError(f"--decode gpu: {problem}. Give --decode cpu")
         say(f"decoding on the CPU: {problem}")
@@ -57,13 +57,11 @@ def choose_decoder(
     return chosen
 
 
-def _gpu_problem(manifest: Manifest, image_size: int, device: torch.device, threads: int) -> str:
+def gpu_problem(manifest: Manifest, image_size: int, device: torch.device, threads: int) -> str:
     """Why the GPU's decoder is not to be trusted with these images, in words; empty where it is."""
-    import nvidia.dali
-
     n = min(_BATCH, len(manifest))
     images = [int(checksum) for checksum in manifest.checksum[:n]]
-    key = {"dali": nvidia.dali.__version__, "images": images, "image_size": image_size, **machine(device)}
+    key = {"dali": dali_version(), "images": images, "image_size": image_size, **machine(device)}
 
     def find() -> dict[str, str]:
         try:

@@ -18,7 +18,7 @@ from deitfast.kernels.replaced import CUDNN, EAGER, OURS, chosen
 from deitfast.verification.arena import Arena
 from deitfast.verification.judgement import GRADIENT, OUTPUT, problem
 from deitfast.verification.timing import fastest, milliseconds
-from deitfast.verification.verdict import OpVerdict
+from deitfast.verification.verdict import SLOWER, OpVerdict
 
 _CHUNK = 1 << 23
 """Values of the stream in a part of the batch that is computed in float64 at once: some gigabytes with all between."""
@@ -199,5 +199,5 @@ def _timed(case: Case, expected: Expected, device: torch.device, seed: int) -> O
     right = [OURS, *(form for form in forms if not _attempt(partial(problem_of, form)))]
     times = milliseconds({form: partial(of_form, form) for form in right}, device)
     best, ms = fastest(times, OURS), {form: statistics.median(found) for form, found in times.items()}
-    why = "" if best == OURS else f"slower here: {ms[OURS]:.3f} ms, {best} {ms[best]:.3f} ms"
+    why = "" if best == OURS else f"{SLOWER}: {ms[OURS]:.3f} ms, {best} {ms[best]:.3f} ms"
     return OpVerdict(case.op.name, best, why, ms, seed)

@@ -15,6 +15,7 @@ import torch
 from deitfast.files import cache_folder, write_atomically
 from deitfast.kernels.replaced import OURS
 
+SLOWER = "slower here"
 REPORT = "Please report this line with the output of `deitfast doctor --json`"
 
 
@@ -31,6 +32,11 @@ class OpVerdict:
     why: str = ""
     ms: dict[str, float] = field(default_factory=dict)
     seed: int = 0
+
+    @property
+    def right(self) -> bool:
+        """Whether its kernels are; they may be slower."""
+        return not self.why or self.why.startswith(SLOWER)
 
     def __str__(self) -> str:
         times = ", ".join(f"{form} {ms:.3f} ms" for form, ms in self.ms.items())

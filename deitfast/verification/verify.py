@@ -25,6 +25,7 @@ from deitfast.verification.process import READY, ProcessEnded
 from deitfast.verification.verdict import REPORT, OpVerdict, Verdict, machine, remembered
 
 BLOCK_OPS = ("layernorm_attention", "layernorm_mlp")
+TRAINING_OPS = ("input_patches", "patch_embed", *BLOCK_OPS, "mixed_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def told(verdict: Verdict) -> list[str]:
     """A line for each op that does not run its kernels."""
     lines = [
         f"{op.op} runs as {op.form} PyTorch: its kernels are {op.why}"
-        if op.why.startswith("slower")
+        if op.right
         else f"{op.op} runs as {op.form} PyTorch: its kernels are wrong on this GPU: {op.why}. {REPORT}"
         for op in verdict.ops
         if op.form != replaced.OURS
