@@ -50,7 +50,7 @@ _KINDS = (
     ("GEMM", r"gemm|gemv|cutlass|nvjet|wgmma|splitk|triton_tem|linear_|(^|::)(mm|addmm|bmm|baddbmm|linear|matmul)$"),
     (
         "norm, elementwise",
-        r"norm|elementwise|reduce|cat|copy|fill|vectorized|memcpy|memset|index|gelu|scale_and_sum|row_sums|kept_rows"
+        r"norm|elementwise|reduce|cat|copy|fill|vectorized|memcpy|memset|index|gelu|scale_and_sum|row_sums|subset_rows"
         r"|(^|::)(add|sub|mul|div|sum|mean|to|zero|clone|empty|select|slice|view|reshape|expand|t|transpose)\w*$",
     ),
 )

@@ -7,16 +7,21 @@ bytes), weights and optimiser state shared by the images of a batch. A matrix pr
 GELU and its derivative, residual) counts the epilogue's tensors and no pass of their own; LayerNorm counts as a pass.
 An op's floor is the larger of FLOPs / matmul rate and bytes / bandwidth. Rates are the datasheet's unless given.
 
+The last block is counted as it is computed: queries, projection and MLP of the class (and distillation) token alone.
+
 Model FLOPs, the numerator of MFU, are three times the forward's, as in PaLM (Chowdhery et al. 2022, arXiv 2204.02311,
-appendix B); the attention backward computes its scores a second time, which the floor counts and MFU does not.
+appendix B), of a model all of whose blocks compute all tokens, as everybody counts them; the attention backward
+computes its scores a second time, which the floor counts and MFU does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -103,40 +108,61 @@ def short_name(model: str) -> str:
     return model.replace("_patch16_224", "").replace("_patch16", "")
 
 
-def step_ops(variant: Variant, batch: int) -> list[Op]:
-    """Every op of one training step, for one image of a batch."""
+def _products(
+    name: str, part: str, batch: int, rows: int, K: int, out: int, extra: float = 0, more: float = 0, count: int = 1
+) -> list[Op]:
+    """Forward, dgrad and wgrad of x (rows, K) W^T (K, out); extra and more: further elements forward, dgrad."""
+    flops, weight, x, y = 2.0 * rows * K * out, K * out / batch, rows * K, rows * out
+    return [
+        Op(f"{name} forward", part or "GEMM forward", flops, 2 * (x + weight + y + extra), count),
+        Op(f"{name} dgrad", part or "GEMM dgrad", flops, 2 * (y + weight + x + more), count),
+        Op(f"{name} wgrad", part or "GEMM wgrad", flops, 2 * (y + x + weight), count),
+    ]
+
+
+def _block_ops(variant: Variant, batch: int, count: int, rows: int, last: str = "") -> list[Op]:
+    """`count` blocks that compute `rows` tokens of an image, with keys and values of all of them."""
+    D, N, product = variant.width, variant.tokens, partial(_products, part="", batch=batch, count=count)
+    if rows == N:
+        ops = product(f"{last}qkv", rows=N, K=D, out=3 * D)
+    else:
+        ops = product(f"{last}kv", rows=N, K=D, out=2 * D) + product(f"{last}q", rows=rows, K=D, out=D)
+    ops += product(f"{last}proj", rows=rows, K=D, out=D, extra=rows * D)
+    ops += product(f"{last}fc1", rows=rows, K=D, out=4 * D, extra=4 * rows * D)
+    ops += product(f"{last}fc2", rows=rows, K=4 * D, out=D, extra=rows * D, more=4 * rows * D)
+    statistics, kv = 4.0 * variant.heads * rows, 2 * N * D
+    return [
+        *ops,
+        Op(f"{last}attention forward", "attention", 4.0 * rows * N * D, 2 * (kv + 2 * rows * D) + statistics, count),
+        Op(f"{last}attention backward", "attention", 10.0 * rows * N * D, 4 * (kv + 2 * rows * D) + statistics, count),
+        Op(f"{last}LayerNorm forward", "norm", 4.0 * (N + rows) * D, 2 * (N + rows) * D, 2 * count),
+        Op(f"{last}LayerNorm backward", "norm", 7.0 * (N + rows) * D, 2 * 2 * (N + rows) * D, 2 * count),
+    ]
+
+
+def step_ops(variant: Variant, batch: int, whole: bool = False) -> list[Op]:
+    """Every op of one training step, for one image of a batch. whole: as if the last block computed all tokens."""
     D, L, N, S = variant.width, variant.depth, variant.tokens, variant.image_size
     heads = 2 if variant.distilled else 1
     patches, pixels = N - heads, 3 * variant.patch_size**2
-
-    def product(name: str, rows: int, K: int, out: int, extra: float, more: float, count: int = L) -> list[Op]:
-        """Forward, dgrad and wgrad of x (rows, K) W^T (K, out); extra and more: further elements forward, dgrad."""
-        flops, weight, x, y = 2.0 * rows * K * out, K * out / batch, rows * K, rows * out
-        return [
-            Op(f"{name} forward", "GEMM forward", flops, 2 * (x + weight + y + extra), count),
-            Op(f"{name} dgrad", "GEMM dgrad", flops, 2 * (y + weight + x + more), count),
-            Op(f"{name} wgrad", "GEMM wgrad", flops, 2 * (y + x + weight), count),
-        ]
-
-    ops = product("qkv", N, D, 3 * D, 0, 0) + product("proj", N, D, D, N * D, 0)
-    ops += product("fc1", N, D, 4 * D, 4 * N * D, 0) + product("fc2", N, 4 * D, D, N * D, 4 * N * D)
-    statistics = 4.0 * variant.heads * N
+    ops = _block_ops(variant, batch, L if whole else L - 1, N)
+    ops += [] if whole else _block_ops(variant, batch, 1, heads, "last ")
+    read = N if whole else heads
     ops += [
-        Op("attention forward", "attention", 4.0 * N * N * D, 2 * 4 * N * D + statistics, L),
-        Op("attention backward", "attention", 10.0 * N * N * D, 2 * 8 * N * D + statistics, L),
-        Op("LayerNorm forward", "norm", 8.0 * N * D, 2 * 2 * N * D, 2 * L + 1),
-        Op("LayerNorm backward", "norm", 14.0 * N * D, 2 * 4 * N * D, 2 * L + 1),
+        Op("final LayerNorm forward", "norm", 8.0 * read * D, 2 * 2 * read * D),
+        Op("final LayerNorm backward", "norm", 14.0 * read * D, 2 * 4 * read * D),
     ]
     # Parameter, both moments and the average read and written, the gradient read (fp32); the bf16 copy written.
     ops.append(Op("AdamW, EMA, casts", "optimiser", 0.0, (4 * 2 * 4 + 4 + 2) * variant.parameters(CLASSES) / batch))
-    patch, _, patch_wgrad = product("patch", patches, pixels, D, D * heads, 0, 1)
-    head = product("head", 1, D, CLASSES, 0, 0, heads)
-    ops += [
+    patch, _, patch_wgrad = _products("patch", "input", batch, patches, pixels, D, D * heads)
+    return [
+        *ops,
         Op("uint8 to patches", "input", 0.0, 3 * S * S + 2 * patches * pixels),
-        *(Op(op.name, "input", op.flops, op.nbytes, op.count) for op in (patch, patch_wgrad, *head)),
+        patch,
+        patch_wgrad,
+        *_products("head", "input", batch, 1, D, CLASSES, count=heads),
         Op("loss", "input", 0.0, 2 * 3 * CLASSES, heads),
     ]
-    return ops
 
 
 def _is_forward(op: Op) -> bool:
@@ -145,7 +171,8 @@ def _is_forward(op: Op) -> bool:
 
 def forward_macs(model: str) -> float:
     """Multiply-adds of one image's forward pass: its matrix products, attention included."""
-    return sum(op.count * op.flops for op in step_ops(find_variant(full_name(model)), 1) if _is_forward(op)) / 2
+    ops = step_ops(find_variant(full_name(model)), 1, whole=True)
+    return sum(op.count * op.flops for op in ops if _is_forward(op)) / 2
 
 
 def model_flops(model: str) -> float:
@@ -198,7 +225,7 @@ def _attention(factor: int, qkv: Sequence[int]) -> int:
     return factor * batch * tokens * tokens * packed // 3
 
 
-def _products(x: Sequence[int], *weights: Sequence[int], factor: int = 2) -> int:
+def _counted_products(x: Sequence[int], *weights: Sequence[int], factor: int = 2) -> int:
     """factor x rows of x x the weights' sizes: 2 for a forward, 4 for a backward."""
     return factor * _numel(x[:-1]) * sum(map(_numel, weights))
 
@@ -219,22 +246,22 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
     # The halves of a block. Output 1 of the forward and argument 9 of the backward are the normalised rows, of those
     # samples alone that run through the branch; output 4 and argument 12 are qkv.
     def half(*shapes: Any, out_shape: Any, **_: Any) -> int:
-        return _products(out_shape[1], shapes[3], shapes[5])
+        return _counted_products(out_shape[1], shapes[3], shapes[5])
 
     def half_bwd(*shapes: Any, **_: Any) -> int:
-        return _products(shapes[9], *shapes[3:5], factor=4)
+        return _counted_products(shapes[9], *shapes[3:5], factor=4)
 
     return {
         ours.attention_fwd: lambda qkv, *_, **__: _attention(4, qkv),
         ours.attention_bwd: lambda dout, qkv, *_, **__: _attention(10, qkv),
-        ours.layernorm_qkv: lambda x, lw, lb, w, *_, **__: _products(x, w),
-        ours.layernorm_qkv_bwd: lambda dout, x, lw, w, *_, **__: _products(x, w, factor=4),
-        ours.linear_residual: lambda x, w, *_, **__: _products(x, w),
-        ours.linear_residual_bwd: lambda dout, x, w, *_, **__: _products(x, w, factor=4),
-        ours.mlp_gelu: lambda x, w1, b1, w2, *_, **__: _products(x, w1, w2),
-        ours.mlp_gelu_bwd: lambda dout, x, w1, w2, *_, **__: _products(x, w1, w2, factor=4),
-        ours.patch_embed: lambda patches, w, *_, **__: _products(patches, w),
-        ours.patch_embed_bwd: lambda dout, patches, *_, **__: _products(patches, [dout[-1], patches[-1]]),
+        ours.layernorm_qkv: lambda x, lw, lb, w, *_, **__: _counted_products(x, w),
+        ours.layernorm_qkv_bwd: lambda dout, x, lw, w, *_, **__: _counted_products(x, w, factor=4),
+        ours.linear_residual: lambda x, w, *_, **__: _counted_products(x, w),
+        ours.linear_residual_bwd: lambda dout, x, w, *_, **__: _counted_products(x, w, factor=4),
+        ours.mlp_gelu: lambda x, w1, b1, w2, *_, **__: _counted_products(x, w1, w2),
+        ours.mlp_gelu_bwd: lambda dout, x, w1, w2, *_, **__: _counted_products(x, w1, w2, factor=4),
+        ours.patch_embed: lambda patches, w, *_, **__: _counted_products(patches, w),
+        ours.patch_embed_bwd: lambda dout, patches, *_, **__: _counted_products(patches, [dout[-1], patches[-1]]),
         ours.layernorm_attention: lambda *x, out_shape: half(*x, out_shape=out_shape) + _attention(4, out_shape[4]),
         ours.layernorm_attention_bwd: lambda *x, **_: half_bwd(*x) + _attention(10, x[12]),
         ours.layernorm_mlp: half,
@@ -242,6 +269,12 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa(4, q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, q, k, v, *_, **__: sdpa(10, q, k, v),
     }
+
+
+class _Unhooked(contextlib.nullcontext[None]):
+    """In place of `ModuleTracker`: everything belongs to the whole."""
+
+    parents = frozenset({"Global"})
 
 
 def counted_flops(model: str, *, fused: bool, backward: bool = False) -> int:
@@ -259,7 +292,10 @@ def counted_flops(model: str, *, fused: bool, backward: bool = False) -> int:
     with torch.device("meta"), mock.patch.object(DeiT, "init_weights"):
         net = create_model(full_name(model), fused=fused)
     images = torch.empty(1, 3, net.image_size, net.image_size, device="meta")
-    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+    # It follows the modules by hooks on all of them, and a block that is hooked computes what a hook may ask for.
+    counter.mod_tracker = _Unhooked()  # type: ignore[assignment]
+    with counter:
         out = net(images)
         if backward:
             (torch.stack(out) if isinstance(out, tuple) else out).sum().backward()
@@ -276,12 +312,12 @@ def report(model: str, batch: int, gpu: Gpu) -> str:
     ops = step_ops(variant, batch)
     lines = [
         f"{name}, batch {batch}, {gpu.name} ({gpu.tflops:g} TFLOP/s, {gpu.gbps:g} GB/s); an image at a time",
-        f"{'op':22}{'part':14}{'count':>6}{'GFLOP':>10}{'MB':>10}{'bound':>9}{'floor us':>10}",
+        f"{'op':26}{'part':14}{'count':>6}{'GFLOP':>10}{'MB':>10}{'bound':>9}{'floor us':>10}",
     ]
     for op in ops:
         gflop, megabytes = op.count * op.flops / 1e9, op.count * op.nbytes / 1e6
         bound, floor = op.bound(gpu.tflops, gpu.gbps), op.floor_us(gpu.tflops, gpu.gbps)
-        lines.append(f"{op.name:22}{op.part:14}{op.count:6}{gflop:10.3f}{megabytes:10.3f}{bound:>9}{floor:10.3f}")
+        lines.append(f"{op.name:26}{op.part:14}{op.count:6}{gflop:10.3f}{megabytes:10.3f}{bound:>9}{floor:10.3f}")
     planned = {line.part: line for line in BUDGET} if name == BUDGET_MODEL else {}
     lines += ["", f"{'part':22}{'floor us':>10}" + (f"{'plan: floor':>14}{'budget':>8}  how" if planned else "")]
     floors = part_floors(name, batch, gpu.tflops, gpu.gbps)

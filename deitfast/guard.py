@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,11 @@ _LET_IT_SPEAK_S = 2.0
 
 def guarded(main: Callable[[], None]) -> None:
     """Run a command: a DeitfastError becomes one line on stderr and exit code 2, told to torchrun too."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow remarks on, we tell by name where it matters
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a closed pipe is expected
     except DeitfastError as error:
         if not str(error):  # another process tells it, and torchrun kills the rest when the first one exits
             time.sleep(_LET_IT_SPEAK_S)
@@ -27,6 +31,9 @@ def guarded(main: Callable[[], None]) -> None:
         _tell_torchrun(str(error))
         _leave(EXIT_USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush goes nowhere
+        _leave(0)
     except Exception:
         if not _started():
             raise

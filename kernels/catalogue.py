@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deitfast.kernels.attention import attention, attention_reference
+from deitfast.kernels.attention_op import attention, attention_reference
 from deitfast.kernels.input import input_patches, input_patches_reference
-from deitfast.kernels.layernorm_attention import layernorm_attention, layernorm_attention_reference
-from deitfast.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_reference
-from deitfast.kernels.layernorm_qkv import layernorm_qkv, layernorm_qkv_reference
-from deitfast.kernels.linear_residual import linear_residual, linear_residual_reference
+from deitfast.kernels.layernorm_attention_op import layernorm_attention, layernorm_attention_reference
+from deitfast.kernels.layernorm_mlp_op import layernorm_mlp, layernorm_mlp_reference
+from deitfast.kernels.layernorm_qkv_op import layernorm_qkv, layernorm_qkv_reference
+from deitfast.kernels.linear_residual_op import linear_residual, linear_residual_reference
 from deitfast.kernels.loss import (
     mixed_bce,
     mixed_bce_reference,
@@ -34,8 +34,8 @@ from deitfast.kernels.loss import (
     mixed_cross_entropy_reference,
     of_fp32_logits,
 )
-from deitfast.kernels.mlp_gelu import mlp_gelu, mlp_gelu_reference
-from deitfast.kernels.patch_embed import patch_embed, patch_embed_reference
+from deitfast.kernels.mlp_gelu_op import mlp_gelu, mlp_gelu_reference
+from deitfast.kernels.patch_embed_op import patch_embed, patch_embed_reference
 
 MODELS = {"Ti": (192, 3), "S": (384, 6), "B": (768, 12)}
 """DeiT's sizes: width and heads."""
@@ -124,7 +124,7 @@ class Draw:
         """LayerScale's factors."""
         return self.normal(width, mean=0.1, std=0.3)
 
-    def keep(self, batch: int) -> Tensor:
+    def path_scale(self, batch: int) -> Tensor:
         """Drop-path factors: every third sample dropped."""
         return torch.tensor([0.0 if i % 3 == 1 else 1.25 for i in range(batch)], device=self.device)
 
@@ -160,19 +160,24 @@ def mlp_gelu_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, **acti
 def linear_residual_inputs(draw: Draw, leading: tuple[int, ...], D: int, K: int, **activations: Any) -> Inputs:
     tensors = {"x": draw.activations(*leading, K, **activations), **draw.linear("", D, K)}
     residual = draw.activations(*leading, D, **activations)
-    return {**tensors, "residual": residual, "gamma": draw.gamma(D), "keep": draw.keep(leading[0]) if leading else None}
+    return {
+        **tensors,
+        "residual": residual,
+        "gamma": draw.gamma(D),
+        "path_scale": draw.path_scale(leading[0]) if leading else None,
+    }
 
 
 def layernorm_mlp_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, **activations: Any) -> Inputs:
     tensors = mlp_gelu_inputs(draw, leading, D, H, **activations) | draw.norm("ln", D)
-    return tensors | {"gamma": draw.gamma(D), "keep": draw.keep(leading[0]) if leading else None}
+    return tensors | {"gamma": draw.gamma(D), "path_scale": draw.path_scale(leading[0]) if leading else None}
 
 
 def layernorm_attention_inputs(draw: Draw, leading: tuple[int, ...], D: int, _: int = 0, **activations: Any) -> Inputs:
-    """keep only where there is a batch of samples: (samples, tokens)."""
+    """path_scale only where there is a batch of samples: (samples, tokens)."""
     tensors = {"x": draw.activations(*leading, D, **activations), **draw.norm("ln", D)}
     tensors |= draw.linear("qkv", 3 * D, D) | draw.linear("proj", D, D)
-    return {**tensors, "gamma": draw.gamma(D), "keep": draw.keep(leading[0]) if len(leading) > 1 else None}
+    return {**tensors, "gamma": draw.gamma(D), "path_scale": draw.path_scale(leading[0]) if len(leading) > 1 else None}
 
 
 def _all_there(inputs: Inputs) -> Tensors:
@@ -250,8 +255,8 @@ class Op:
     inputs: Callable[[Draw, Shape], Tensors]
     options: Callable[[Shape], Mapping[str, Any]] = field(default=_no_options)
     out: Callable[[Shape], tuple[int, ...]] = field(default=_stream)
-    per_sample: frozenset[str] = frozenset({"x", "qkv", "residual", "keep"})
-    constants: frozenset[str] = frozenset({"keep"})
+    per_sample: frozenset[str] = frozenset({"x", "qkv", "residual", "path_scale"})
+    constants: frozenset[str] = frozenset({"path_scale"})
 
 
 _LOSS: dict[str, Any] = {

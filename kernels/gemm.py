@@ -7,8 +7,8 @@ Epilogues, on the fp32 accumulator, rounded once when stored:
 
     bias        acc + bias
     gelu        h = acc + bias; out = gelu(h), and gelu'(h) for the backward where it is wanted
-    residual    residual + keep * gamma * (acc + bias)        keep per sample, gamma per channel, both optional;
-                for some samples only (kept_rows.py), residual and out are those rows of the batch
+    residual    residual + path_scale * gamma * (acc + bias)    path_scale per sample, gamma per channel, both optional;
+                for some samples only (subset_rows.py), residual and out are those rows of the batch
     gelu_grad   acc * gelu'(h), and its sums over each block of rows (the gradient of fc1's bias)
 
 16-bit operands run on the tensor cores, read through tensor descriptors (TMA) on sm_90 and sm_100 wherever base and row
@@ -41,8 +41,8 @@ from deitfast.kernels.common import (
     runs_triton,
 )
 from deitfast.kernels.gemm_kernels import linear_kernel, scale_and_sum_kernel
-from deitfast.kernels.kept_rows import KeptRows
 from deitfast.kernels.row_sums import row_sums
+from deitfast.kernels.subset_rows import SubsetRows
 
 # Launch tables -------------------------------------------------------------------------------------------------------
 
@@ -109,13 +109,18 @@ INTERPRETER_SUM_LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 512}, num_warps=4, nu
 # Launchers -----------------------------------------------------------------------------------------------------------
 
 
-def _sample_arguments(M: int, keep: Tensor | None, kept: KeptRows | None) -> dict[str, Any]:
+def _sample_arguments(M: int, path_scale: Tensor | None, subset: SubsetRows | None) -> dict[str, Any]:
     """The kernels' arguments about samples, for M rows of a branch."""
-    if kept is not None:
-        rows_per_sample = kept.rows_per_sample
-        return {"keep": None, "kept": kept.samples, "rows_per_sample": rows_per_sample, "kept_scale": kept.scale}
-    rows_per_sample = 1 if keep is None else M // max(1, keep.numel())
-    return {"keep": keep, "kept": None, "rows_per_sample": rows_per_sample, "kept_scale": 1.0}
+    if subset is not None:
+        rows_per_sample = subset.rows_per_sample
+        return {
+            "path_scale": None,
+            "subset": subset.samples,
+            "rows_per_sample": rows_per_sample,
+            "subset_scale": subset.scale,
+        }
+    rows_per_sample = 1 if path_scale is None else M // max(1, path_scale.numel())
+    return {"path_scale": path_scale, "subset": None, "rows_per_sample": rows_per_sample, "subset_scale": 1.0}
 
 
 def _linear(
@@ -127,8 +132,8 @@ def _linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
-    keep: Tensor | None = None,
-    kept: KeptRows | None = None,
+    path_scale: Tensor | None = None,
+    subset: SubsetRows | None = None,
     derivative: Tensor | None = None,
 ) -> Tensor | None:
     """Fill `out` (and `derivative`); return parts (any number, N) of its column sums for gelu_grad, else None."""
@@ -164,7 +169,7 @@ def _linear(
         M=M,
         N=N,
         K=K,
-        **_sample_arguments(M, keep, kept),
+        **_sample_arguments(M, path_scale, subset),
         TRANSPOSED=transposed,
         DESCRIPTORS=descriptors,
         EPILOGUE=epilogue,
@@ -201,28 +206,31 @@ def linear_residual_fwd(
     bias: Tensor | None,
     residual: Tensor,
     gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: KeptRows | None = None,
+    path_scale: Tensor | None,
+    subset: SubsetRows | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """residual + keep * gamma * (a W^T + bias): a (M, K), weight (N, K), residual (M, N), gamma (N,), keep (B,).
+    """residual + path_scale * gamma * (a W^T + bias).
 
-    kept: residual has the rows of the batch, and the rows kept are written in `out`, contiguous, like it, and returned.
+    a (M, K), weight (N, K), residual (M, N), gamma (N,), path_scale (B,). subset: residual has the rows of the batch,
+    and the subset's are written in `out`, contiguous, like it, and returned.
     """
     if not runs_triton(a):
         branch = F.linear(a, weight, bias).to(residual.dtype)
         if gamma is not None:
             branch = branch * gamma
-        if kept is not None:
+        if subset is not None:
             assert out is not None
-            rows = kept.numbers()
-            return out.index_copy_(0, rows, (residual[rows] + branch * kept.scale).to(out.dtype))
-        if keep is not None:
-            branch = branch * keep.repeat_interleave(a.shape[0] // max(1, keep.numel()))[:, None]
+            rows = subset.numbers()
+            return out.index_copy_(0, rows, (residual[rows] + branch * subset.scale).to(out.dtype))
+        if path_scale is not None:
+            branch = branch * path_scale.repeat_interleave(a.shape[0] // max(1, path_scale.numel()))[:, None]
         return (residual + branch).to(residual.dtype)
     if out is None:
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    _linear(a, weight, out, transposed=True, bias=bias, residual=residual, gamma=gamma, keep=keep, kept=kept)
+    _linear(
+        a, weight, out, transposed=True, bias=bias, residual=residual, gamma=gamma, path_scale=path_scale, subset=subset
+    )
     return out
 
 
@@ -243,22 +251,22 @@ def scale_and_sum(
     dout: Tensor,
     dtype: torch.dtype,
     gamma: Tensor | None = None,
-    keep: Tensor | None = None,
-    kept: KeptRows | None = None,
+    path_scale: Tensor | None = None,
+    subset: SubsetRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dout (M, N) contiguous -> dout * keep and dout * keep * gamma, of `dtype`, and the first's column sums (N,) fp32.
+    """dout (M, N) contiguous -> dout * path_scale and that * gamma, of `dtype`, and the first's column sums (N,) fp32.
 
-    A tensor that would be equal to another is that other, not a copy. kept: dout has the rows of the batch, the results
-    are of the rows kept, times the factor of the branch.
+    A tensor that would be equal to another is that other, not a copy. subset: dout has the rows of the batch, the
+    results are of the subset's rows, times the factor of the branch.
     """
     if not runs_triton(dout):
-        exact = dout if kept is None else dout[kept.numbers()] * kept.scale
-        if keep is not None:
-            exact = exact * keep.repeat_interleave(dout.shape[0] // max(1, keep.numel()))[:, None]
+        exact = dout if subset is None else dout[subset.numbers()] * subset.scale
+        if path_scale is not None:
+            exact = exact * path_scale.repeat_interleave(dout.shape[0] // max(1, path_scale.numel()))[:, None]
         branch = exact.to(dtype)
         return branch, branch if gamma is None else (exact * gamma).to(dtype), exact.float().sum(0)
-    M, N = (dout.shape[0] if kept is None else kept.row_count), dout.shape[1]
-    copies = keep is not None or kept is not None or dtype != dout.dtype
+    M, N = (dout.shape[0] if subset is None else subset.row_count), dout.shape[1]
+    copies = path_scale is not None or subset is not None or dtype != dout.dtype
     branch = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
     scaled = torch.empty_like(branch) if gamma is not None else branch
     entry = INTERPRETER_SUM_LAUNCH if INTERPRETED else SUM_LAUNCH
@@ -277,7 +285,7 @@ def scale_and_sum(
         column_sums=column_sums,
         M=M,
         N=N,
-        **_sample_arguments(M, keep, kept),
+        **_sample_arguments(M, path_scale, subset),
     )
     return branch, scaled, row_sums(column_sums, torch.float32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deitfast.kernels.kept_rows import kept_row
+from deitfast.kernels.subset_rows import subset_row
 
 
 @triton.jit
@@ -59,12 +59,12 @@ def linear_kernel(
     a,  # (M, K): pointer, or descriptor of blocks (BLOCK_M, BLOCK_K)
     b,  # (N, K) if TRANSPOSED, else (K, N): pointer, or descriptor of blocks (BLOCK_N, BLOCK_K) or (BLOCK_K, BLOCK_N)
     bias,  # (N,) or None
-    residual,  # (M, N) or None; all rows of the batch if `kept` is given
+    residual,  # (M, N) or None; all rows of the batch if `subset` is given
     gamma,  # (N,) or None
-    keep,  # (M / rows_per_sample,) or None
-    kept,  # (M / rows_per_sample,) int64 or None
+    path_scale,  # (M / rows_per_sample,) or None
+    subset,  # (M / rows_per_sample,) int64 or None
     derivative,  # (M, N): gelu'(h), written by "gelu" unless None, read by "gelu_grad"
-    out,  # (M, N); all rows of the batch if `kept` is given, of which the rows kept are written
+    out,  # (M, N); all rows of the batch if `subset` is given, of which the subset's are written
     column_sums,  # (M / BLOCK_M rounded up, N) fp32, written by "gelu_grad"
     stride_a,
     stride_b,
@@ -73,10 +73,10 @@ def linear_kernel(
     N,
     K,
     rows_per_sample,
-    kept_scale,  # of the branch, where `kept` is given
+    subset_scale,  # of the branch, where `subset` is given
     TRANSPOSED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    EPILOGUE: tl.constexpr,  # "linear" (bias, residual, gamma, keep, kept as given), "gelu" or "gelu_grad"
+    EPILOGUE: tl.constexpr,  # "linear" (bias, residual, gamma, path_scale, subset as given), "gelu" or "gelu_grad"
     EXACT_GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,8 +110,8 @@ def linear_kernel(
         acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
 
     row_out = row
-    if kept is not None:
-        row_out = kept_row(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), kept, rows_per_sample, row < M)
+    if subset is not None:
+        row_out = subset_row(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), subset, rows_per_sample, row < M)
 
     # In slices of columns, so that one slice's temporaries fit the registers beside the rest of the accumulator.
     slices = column_slices(acc, EPILOGUE_PARTS)
@@ -132,10 +132,10 @@ def linear_kernel(
             tl.store(column_sums + tile_m.to(tl.int64) * N + column, tl.sum(h, 0), mask=column < N)
         if gamma is not None:
             h *= tl.load(gamma + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        if keep is not None:
-            h *= tl.load(keep + row // rows_per_sample, mask=row < M, other=0.0).to(tl.float32)[:, None]
-        if kept is not None:
-            h *= kept_scale
+        if path_scale is not None:
+            h *= tl.load(path_scale + row // rows_per_sample, mask=row < M, other=0.0).to(tl.float32)[:, None]
+        if subset is not None:
+            h *= subset_scale
             offset = row_out[:, None] * N + column[None, :]
         if residual is not None:
             offset_residual = row_out[:, None] * stride_residual + column[None, :]
@@ -145,17 +145,17 @@ def linear_kernel(
 
 @triton.jit
 def scale_and_sum_kernel(
-    dout,  # (M, N), or all rows of the batch if `kept` is given
+    dout,  # (M, N), or all rows of the batch if `subset` is given
     gamma,  # (N,) or None
-    keep,  # (M / rows_per_sample,) or None
-    kept,  # (M / rows_per_sample,) int64 or None
-    branch,  # (M, N) or None: dout * keep, or the rows kept of dout * kept_scale
+    path_scale,  # (M / rows_per_sample,) or None
+    subset,  # (M / rows_per_sample,) int64 or None
+    branch,  # (M, N) or None: dout * path_scale, or the subset's rows of dout * subset_scale
     scaled,  # (M, N) or None: branch * gamma
     column_sums,  # (programs along M, N) fp32: sums of branch
     M,
     N,
     rows_per_sample,
-    kept_scale,
+    subset_scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -166,13 +166,13 @@ def scale_and_sum_kernel(
         mask = (row < M)[:, None] & (column < N)[None, :]
         offset = row[:, None] * N + column[None, :]
         row_dout = row
-        if kept is not None:
-            row_dout = kept_row(row, kept, rows_per_sample, row < M)
+        if subset is not None:
+            row_dout = subset_row(row, subset, rows_per_sample, row < M)
         values = tl.load(dout + row_dout[:, None] * N + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if kept is not None:
-            values *= kept_scale
-        if keep is not None:
-            values *= tl.load(keep + row // rows_per_sample, mask=row < M, other=0.0).to(tl.float32)[:, None]
+        if subset is not None:
+            values *= subset_scale
+        if path_scale is not None:
+            values *= tl.load(path_scale + row // rows_per_sample, mask=row < M, other=0.0).to(tl.float32)[:, None]
         sums += values
         if branch is not None:
             tl.store(branch + offset, values.to(branch.dtype.element_ty), mask=mask)

@@ -11,9 +11,9 @@ A program holds whole rows, so x is read once and the variance is that of the ce
 the mean). dresidual is the gradient that reaches x past the branch: adding it here saves a pass over x.
 dweight and dbias are summed per program, then over programs: no atomics, the same bits in every run.
 
-Where a branch keeps some samples only (kept_rows.py), out, dout, mean and rstd have the M rows of those samples, and x,
-dresidual and dx those of the batch. The same kernels then copy the other rows: x to the output of the branch in the
-forward, dresidual to dx in the backward.
+Where a branch runs for a subset of the samples (subset_rows.py), out, dout, mean and rstd have the M rows of those
+samples, and x, dresidual and dx those of the batch. The same kernels then copy the other rows: x to the output of the
+branch in the forward, dresidual to dx in the backward.
 
 Why LayerNorm is a pass of its own, not folded into the matrix product that follows. The fold
 rstd * (x W'^T - mean * colsum(W')), W' = weight * W, subtracts two numbers |mean| / std times larger than their
@@ -41,8 +41,8 @@ from deitfast.kernels.common import (
     launch,
     runs_triton,
 )
-from deitfast.kernels.kept_rows import KeptRows, copy_rows_not_kept, kept_row
 from deitfast.kernels.row_sums import row_sums
+from deitfast.kernels.subset_rows import SubsetRows, copy_other_rows, subset_row
 
 BWD_PROGRAMS = 528
 """Programs of the backward, four for each of an H100's 132 multiprocessors; fixed, so that no chip changes the sums."""
@@ -60,20 +60,20 @@ def layernorm_launch(columns: int) -> Launch:
 
 @triton.jit
 def layernorm_fwd_kernel(
-    x,  # (M, D), or all rows of the batch if `kept` is given
+    x,  # (M, D), or all rows of the batch if `subset` is given
     weight,  # (D,)
     bias,  # (D,)
-    kept,  # (K,) int64 or None
+    subset,  # (K,) int64 or None
     out,  # (M, D)
     mean,  # (M,) fp32
     rstd,  # (M,) fp32
-    unkept_out,  # like x, or None without `kept`: its rows that are not kept are written
+    other_out,  # like x, or None without `subset`: its other rows are written
     stride_x,
     M,
     D,
     K,
     rows_per_sample,
-    unkept_rows,
+    other_rows,
     eps,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -83,8 +83,8 @@ def layernorm_fwd_kernel(
     column = tl.arange(0, BLOCK_D)
     mask = (row < M)[:, None] & (column < D)[None, :]
     row_x = row
-    if kept is not None:
-        row_x = kept_row(row, kept, rows_per_sample, row < M)
+    if subset is not None:
+        row_x = subset_row(row, subset, rows_per_sample, row < M)
     values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
     row_mean = tl.sum(values, 1) / D
     centred = tl.where(mask, values - row_mean[:, None], 0.0)
@@ -95,22 +95,20 @@ def layernorm_fwd_kernel(
     tl.store(out + row[:, None] * D + column[None, :], normed.to(out.dtype.element_ty), mask=mask)
     tl.store(mean + row, row_mean, mask=row < M)
     tl.store(rstd + row, row_rstd, mask=row < M)
-    if kept is not None:
-        for start in tl.range(first, unkept_rows, tl.num_programs(0) * BLOCK_M):
-            copy_rows_not_kept(
-                x, unkept_out, kept, start, stride_x, unkept_rows, K, D, rows_per_sample, BLOCK_M, BLOCK_D
-            )
+    if subset is not None:
+        for start in tl.range(first, other_rows, tl.num_programs(0) * BLOCK_M):
+            copy_other_rows(x, other_out, subset, start, stride_x, other_rows, K, D, rows_per_sample, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def layernorm_bwd_kernel(
     dout,  # (M, D)
-    x,  # (M, D), or all rows of the batch if `kept` is given, as are dresidual and dx
+    x,  # (M, D), or all rows of the batch if `subset` is given, as are dresidual and dx
     weight,  # (D,)
     mean,  # (M,) fp32
     rstd,  # (M,) fp32
     dresidual,  # (M, D) or None
-    kept,  # (K,) int64 or None
+    subset,  # (K,) int64 or None
     dx,  # (M, D)
     dweight_parts,  # (programs, D) fp32
     dbias_parts,  # (programs, D) fp32
@@ -119,7 +117,7 @@ def layernorm_bwd_kernel(
     D,
     K,
     rows_per_sample,
-    unkept_rows,
+    other_rows,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -132,8 +130,8 @@ def layernorm_bwd_kernel(
         row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (row < M)[:, None] & (column < D)[None, :]
         row_x = row
-        if kept is not None:
-            row_x = kept_row(row, kept, rows_per_sample, row < M)
+        if subset is not None:
+            row_x = subset_row(row, subset, rows_per_sample, row < M)
         offset = row_x[:, None] * D + column[None, :]
         g = tl.load(dout + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -149,9 +147,9 @@ def layernorm_bwd_kernel(
         if dresidual is not None:
             result += tl.load(dresidual + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + offset, result.to(dx.dtype.element_ty), mask=mask)
-    if kept is not None:
-        for start in tl.range(program * BLOCK_M, unkept_rows, tl.num_programs(0) * BLOCK_M):
-            copy_rows_not_kept(dresidual, dx, kept, start, D, unkept_rows, K, D, rows_per_sample, BLOCK_M, BLOCK_D)
+    if subset is not None:
+        for start in tl.range(program * BLOCK_M, other_rows, tl.num_programs(0) * BLOCK_M):
+            copy_other_rows(dresidual, dx, subset, start, D, other_rows, K, D, rows_per_sample, BLOCK_M, BLOCK_D)
     part = program.to(tl.int64) * D + column
     tl.store(dweight_parts + part, tl.sum(dweight, 0), mask=column < D)
     tl.store(dbias_parts + part, tl.sum(dbias, 0), mask=column < D)
@@ -168,15 +166,15 @@ def check_layernorm(op: str, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weig
     check_same_or_fp32(op, weight_name, weight, x=x, ln_weight=ln_weight, ln_bias=ln_bias)
 
 
-def _kept_arguments(x: Tensor, kept: KeptRows | None) -> dict[str, Any]:
-    """The kernels' arguments about the samples kept in x (B * n, D)."""
-    if kept is None:
-        return {"kept": None, "K": 0, "rows_per_sample": 1, "unkept_rows": 0}
+def _subset_arguments(x: Tensor, subset: SubsetRows | None) -> dict[str, Any]:
+    """The kernels' arguments about the subset of the samples of x (B * n, D)."""
+    if subset is None:
+        return {"subset": None, "K": 0, "rows_per_sample": 1, "other_rows": 0}
     return {
-        "kept": kept.samples,
-        "K": kept.samples.shape[0],
-        "rows_per_sample": kept.rows_per_sample,
-        "unkept_rows": x.shape[0] - kept.row_count,
+        "subset": subset.samples,
+        "K": subset.samples.shape[0],
+        "rows_per_sample": subset.rows_per_sample,
+        "other_rows": x.shape[0] - subset.row_count,
     }
 
 
@@ -186,31 +184,31 @@ def layernorm_fwd(
     bias: Tensor,
     eps: float,
     dtype: torch.dtype,
-    kept: KeptRows | None = None,
-    unkept_out: Tensor | None = None,
+    subset: SubsetRows | None = None,
+    other_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (M, D), weight and bias (D,) -> out (M, D) of `dtype`, mean (M,) fp32, rstd (M,) fp32.
 
-    kept: x has the rows of the batch, the results those of the samples kept. unkept_out: contiguous, like x; its other
-    rows become those of x, what the rows kept hold afterwards is undefined.
+    subset: x has the rows of the batch, the results those of the subset. other_out: contiguous, like x; its other
+    rows become those of x; what the subset's hold afterwards is undefined.
     """
     if not runs_triton(x):
-        if kept is not None:
-            assert unkept_out is not None
-            unkept_out.copy_(x)
-            x = x[kept.numbers()]
+        if subset is not None:
+            assert other_out is not None
+            other_out.copy_(x)
+            x = x[subset.numbers()]
         mean = x.float().mean(1)
         centred = x.float() - mean[:, None]
         rstd = centred.square().mean(1).add(eps).rsqrt()
         return (centred * rstd[:, None] * weight.float() + bias.float()).to(dtype), mean, rstd
-    M, D = (x.shape[0] if kept is None else kept.row_count), x.shape[1]
+    M, D = (x.shape[0] if subset is None else subset.row_count), x.shape[1]
     out = torch.empty((M, D), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    entry, samples = layernorm_launch(D), _kept_arguments(x, kept)
+    entry, samples = layernorm_launch(D), _subset_arguments(x, subset)
     launch(
         layernorm_fwd_kernel,
-        (triton.cdiv(max(M, samples["unkept_rows"]), entry.tiles["BLOCK_M"]),),
+        (triton.cdiv(max(M, samples["other_rows"]), entry.tiles["BLOCK_M"]),),
         entry,
         x=x,
         weight=weight,
@@ -218,7 +216,7 @@ def layernorm_fwd(
         out=out,
         mean=mean,
         rstd=rstd,
-        unkept_out=unkept_out,
+        other_out=other_out,
         stride_x=x.stride(0),
         M=M,
         D=D,
@@ -235,16 +233,16 @@ def layernorm_bwd(
     mean: Tensor,
     rstd: Tensor,
     dresidual: Tensor | None = None,
-    kept: KeptRows | None = None,
+    subset: SubsetRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dout and dresidual (M, D) contiguous, x (M, D) -> dx (M, D) like x, dweight and dbias (D,) like weight.
 
-    kept: x, dresidual, which must be given, and dx have the rows of the batch; rows not kept have dx = dresidual.
+    subset: x, dresidual, which must be given, and dx have the rows of the batch; other rows have dx = dresidual.
     """
     if not runs_triton(x):
-        if kept is not None:
+        if subset is not None:
             assert dresidual is not None
-            rows = kept.numbers()
+            rows = subset.numbers()
             dx, dweight, dbias = layernorm_bwd(dout, x[rows], weight, mean, rstd, dresidual[rows])
             return dresidual.index_copy(0, rows, dx), dweight, dbias
         xhat = (x.float() - mean[:, None]) * rstd[:, None]
@@ -256,8 +254,8 @@ def layernorm_bwd(
         return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
     M, D = dout.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    entry, samples = layernorm_launch(D), _kept_arguments(x, kept)
-    programs = min(BWD_PROGRAMS, triton.cdiv(max(M, samples["unkept_rows"]), entry.tiles["BLOCK_M"]))
+    entry, samples = layernorm_launch(D), _subset_arguments(x, subset)
+    programs = min(BWD_PROGRAMS, triton.cdiv(max(M, samples["other_rows"]), entry.tiles["BLOCK_M"]))
     parts = torch.empty((2, programs, D), dtype=torch.float32, device=x.device)
     launch(
         layernorm_bwd_kernel,

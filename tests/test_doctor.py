@@ -128,28 +128,13 @@ def test_the_speed_of_a_disk_is_of_a_file_that_is_gone_afterwards(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("text", "quota"), [("max 100000\n", 0.0), ("150000 100000\n", 1.5), ("nonsense", 0.0), (None, 0.0)]
-)
-def test_a_containers_share_of_the_cores_is_read(
-    text: str | None, quota: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read(_: Path) -> str:
-        if text is None:
-            raise FileNotFoundError
-        return text
-
-    monkeypatch.setattr(doctor.Path, "read_text", read)
-    assert doctor._quota() == quota
-
-
-def test_a_container_with_fewer_cores_than_it_shows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_quota", lambda: 2.0)
-    monkeypatch.setattr(doctor, "thread_count", lambda _: 32)
+def test_too_few_cores_for_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "cores", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     [(level, text)] = findings(doctor._cores, 2)
     assert level == NOTE
-    assert "16 core(s) a process" in text
-    assert "Give --workers 1" in text
+    assert "3 core(s) a process" in text
+    assert [level for level, _ in findings(doctor._cores, 1)] == [OK]
 
 
 def test_nccl_is_missed_by_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +143,7 @@ def test_nccl_is_missed_by_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     assert [level for level, _ in findings(doctor._nccl, 1)] == [NOTE]
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
-    assert [text for _, text in findings(doctor._nccl, 2)] == ["ok     NCCL 2.27.5"]
+    assert [text for _, text in findings(doctor._nccl, 2)] == ["ok     NCCL 2.27.5, over which several GPUs train"]
 
 
 def test_a_dali_for_another_cuda_breaks(monkeypatch: pytest.MonkeyPatch) -> None:

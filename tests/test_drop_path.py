@@ -11,7 +11,7 @@ import torch
 
 from deitfast.engine.drop_path import DropPath
 from deitfast.errors import DeitfastError
-from deitfast.model.deit import DeiT, Kept
+from deitfast.model.deit import DeiT, Subset
 from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 
@@ -44,10 +44,10 @@ def factors(drop_path: DropPath, step: int, slots: np.ndarray) -> torch.Tensor:
         return arranged
     assert arranged is not None
     rows = []
-    for kept in arranged:
+    for subset in arranged:
         row = torch.ones(2, len(slots))
-        if kept is not None:
-            row = torch.zeros(2, len(slots)).scatter(1, kept.index_2K, kept.scale)
+        if subset is not None:
+            row = torch.zeros(2, len(slots)).scatter(1, subset.index_2K, subset.scale)
         rows.append(row)
     return torch.stack(rows)
 
@@ -56,9 +56,9 @@ def factors(drop_path: DropPath, step: int, slots: np.ndarray) -> torch.Tensor:
 def test_both_forms_have_the_same_mean_and_chance(form: str) -> None:
     drop_path = DropPath(model_of(recipe_of(form)), recipe_of(form), 4 * GROUP)
     draws = torch.stack([factors(drop_path, step, np.arange(4 * GROUP)) for step in range(200)])
-    kept = (draws > 0).double().mean((0, 3))
+    subset = (draws > 0).double().mean((0, 3))
     # 25,600 draws each: five standard deviations of a Bernoulli mean.
-    assert (kept - 0.5).abs().max() < 5 * (0.25 / draws[:, 0, 0].numel()) ** 0.5
+    assert (subset - 0.5).abs().max() < 5 * (0.25 / draws[:, 0, 0].numel()) ** 0.5
     assert set(draws.unique().tolist()) == {0.0, 2.0}
     assert (draws.double().mean((0, 3)) - 1).abs().max() < 10 * (0.25 / draws[:, 0, 0].numel()) ** 0.5
     by_slot = (draws > 0).double().mean((0, 1, 2))  # no slot is favoured: 1,600 draws each
@@ -94,7 +94,7 @@ def test_a_model_skips_what_it_would_multiply_by_zero() -> None:
     batch = batch_of(0, np.arange(GROUP))
     arranged = drop_path.arrange(drop_path.draw(batch))
     assert arranged is not None
-    assert isinstance(arranged[0], Kept)
+    assert isinstance(arranged[0], Subset)
     images = torch.randn(GROUP, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     results = []
     for drop in (arranged, factors(drop_path, 0, np.arange(GROUP))):

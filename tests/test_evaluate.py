@@ -207,4 +207,4 @@ def test_the_number_of_classes_must_agree(tmp_path: Path, capsys: pytest.Capture
     save_file(create_model("deit_digits_patch4_16", num_classes=4).state_dict(), weights)
     with pytest.raises(SystemExit):
         main(["test", "--weights", str(weights), "--data", "digits", "--device", "cpu"])
-    assert "the model has 4 classes, digits has 10" in capsys.readouterr().err
+    assert "the model has 4 classes without names, digits has 10" in capsys.readouterr().err

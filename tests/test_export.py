@@ -20,6 +20,7 @@ from deitfast.data import normalise
 from deitfast.errors import DeitfastError
 from deitfast.model.factory import LoadedModel, create_model, load_model
 from deitfast.model.fused import fuse
+from deitfast.model.preprocessing import Preprocessing
 from deitfast.use.export import export, exported_program
 from deitfast.use.images import centre_crop
 from tests.reference import import_torchvision
@@ -30,7 +31,7 @@ CLASSES = ("a", "b", "c", "d", "e")
 
 
 def loaded(**options: Any) -> LoadedModel:
-    return LoadedModel(small(**options), "small", CLASSES, 0.875)
+    return LoadedModel(small(**options), "small", CLASSES, Preprocessing(0.875))
 
 
 @pytest.mark.parametrize("format", ["timm", "safetensors", "mmpretrain"])
@@ -51,7 +52,7 @@ def test_state_dicts_round_trip_exactly(format: str, variety: str, tmp_path: Pat
 def test_timm_loads_ours_strictly(timm, tmp_path: Path) -> None:
     for name in ("deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"):
         model = create_model(name, num_classes=3).eval()
-        path = export(LoadedModel(model, name, ("a", "b", "c"), 1.0), "timm", tmp_path / name)
+        path = export(LoadedModel(model, name, ("a", "b", "c"), Preprocessing(1.0)), "timm", tmp_path / name)
         theirs = timm.create_model(name, num_classes=3, checkpoint_path=str(path))
         assert same(theirs.state_dict(), model.state_dict())
 
@@ -96,12 +97,12 @@ def test_transformers_preprocesses_as_we_do(tmp_path: Path) -> None:
     import_torchvision()
     import transformers
 
-    folder = export(replace(loaded(), crop_ratio=0.75), "hf", tmp_path / "hf")
+    folder = export(replace(loaded(), preprocessing=Preprocessing(0.75)), "hf", tmp_path / "hf")
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((60, 41), Image.Resampling.BICUBIC)
     theirs = torch.as_tensor(np.array(processor(image)["pixel_values"]))
-    ours = normalise(torch.tensor(centre_crop(image, 24, 0.75)[None]))
+    ours = normalise(torch.tensor(centre_crop(image, 24, Preprocessing(0.75))[None]))
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().max() < 0.06  # three levels of 255: another bicubic
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from deitfast.kernels.common import INTERPRETED
-from deitfast.model.deit import Block, DeiT, Kept
+from deitfast.model.deit import Block, DeiT, Subset, prefix_alone
 from deitfast.model.fused import FusedBlock, fuse, saved_bytes_per_token
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import images, outputs_and_gradients, perturb
@@ -30,14 +30,91 @@ def test_a_fused_model_is_as_near_to_float64_as_eager(options, training):
     fused = fuse(copy.deepcopy(eager))
     assert list(fused.state_dict()) == list(eager.state_dict())
     x = images(eager, batch=3)
-    keep = eager.draw_keep(3, x.device) if training else None
+    path_scale = eager.draw_path_scales(3, x.device) if training else None
     found = []
     for model in (exact, eager, fused):
-        model.forward_features = lambda x, _=None, model=model: type(model).forward_features(model, x, keep)
+        model.prefix_features = lambda x, _=None, model=model: type(model).prefix_features(model, x, path_scale)
         found.append(outputs_and_gradients(model, x.to(next(model.parameters()).dtype)))
     for name in found[1]:
         factor = 2.0 if name == "logits" else 3.0
         assert_close_to_float64(name, found[2][name], found[0][name], found[1][name], factor)
+
+
+DROPS = {
+    "none": None,
+    "each image": torch.tensor([[1.25, 0.0, 1.25, 0.0], [0.0, 1.25, 1.25, 0.0]]),
+    "subset": Subset(torch.tensor([[0, 2, 3], [1, 2, 3]]), 4 / 3),
+}
+
+
+@pytest.mark.parametrize("drop", DROPS)
+@pytest.mark.parametrize("layer_scale", [None, 0.3])
+@pytest.mark.parametrize("prefix", [1, 2])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_block_for_the_prefix_alone_has_the_rows_and_gradients_of_the_whole_block(drop, layer_scale, prefix, fused):
+    model = small_deit(layer_scale=layer_scale)
+    exact = copy.deepcopy(model.blocks[0]).double()
+    whole, part = (copy.deepcopy(model if not fused else fuse(model)).blocks[0] for _ in range(2))
+    x = torch.randn(4, 10, 64)
+    dout = torch.randn(4, prefix, 64)
+    found = []
+    for block, dtype, rows in (
+        (exact, torch.float64, None),
+        (whole, torch.float32, None),
+        (part, torch.float32, prefix),
+    ):
+        given = x.to(dtype).requires_grad_()
+        out = block(given, DROPS[drop], rows)[:, :prefix]
+        out.backward(dout.to(dtype))
+        gradients = {name: p.grad for name, p in block.named_parameters()}
+        found.append({"out": out.detach(), "x": given.grad} | gradients)
+    for name in found[1]:
+        assert_close_to_float64(name, found[2][name], found[0][name], found[1][name], 2.0 if name == "out" else 3.0)
+
+
+def test_no_head_reads_more_than_the_prefix():
+    """The last block's queries, projection and MLP see one row an image (two with a distillation token)."""
+    for fused in (False, True):
+        model = small_deit(distilled=True)
+        seen: list[tuple[int, ...]] = []
+        model = fuse(model) if fused else model
+        model.norm.register_forward_hook(lambda module, given, out, seen=seen: seen.append(tuple(out.shape)))
+        logits = model.eval()(images(model, batch=3))
+        assert seen == [(3, 2, 64)]
+        tokens = model.forward_features(images(model, batch=3))
+        both = model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])
+        torch.testing.assert_close(logits, both / 2, rtol=1e-5, atol=1e-5)
+
+
+def _hook(block):
+    block.mlp.register_forward_hook(lambda module, given, out: None)
+
+
+def _adapter(block):
+    block.attn.qkv = torch.nn.Sequential(block.attn.qkv)
+
+
+def _other_mlp(block):
+    block.mlp = torch.nn.Sequential(block.mlp)
+
+
+def _patched(block):
+    block.attn.forward = block.attn.forward
+
+
+def _parametrised(block):
+    torch.nn.utils.parametrizations.weight_norm(block.mlp.fc1)
+
+
+@pytest.mark.parametrize("change", [_hook, _adapter, _other_mlp, _patched, _parametrised])
+def test_a_last_block_that_is_watched_or_changed_computes_all_tokens(change):
+    model = small_deit().eval()
+    expected, rows = model(images(model)), []
+    change(model.blocks[-1])
+    model.blocks[-1].norm2.register_forward_hook(lambda module, given, out: rows.append(out.shape[1]))
+    torch.testing.assert_close(model(images(model)), expected, rtol=1e-5, atol=1e-5)
+    assert rows == [10]
+    assert not prefix_alone(model.blocks[-1])
 
 
 def test_fuse_keeps_parameters_and_survives_copies():
@@ -76,11 +153,11 @@ def test_saved_bytes_per_token_are_what_autograd_saves(width, heads, mlp_ratio, 
     assert sum(saved.values()) == 2 * batch * tokens * expected
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept_out = blocks[0](x, Kept(torch.tensor([[0, 2], [1, 2]]), 1.5))
+        subset_out = blocks[0](x, Subset(torch.tensor([[0, 2], [1, 2]]), 1.5))
     stream, index = 2 * width * dtype.itemsize, 2 * 2 * 8  # x of both halves, whole; the samples' indices
     assert sum(saved.values()) == tokens * (batch * stream + 2 * (expected - stream)) + index
     assert out.grad_fn is not None
-    assert kept_out.grad_fn is not None
+    assert subset_out.grad_fn is not None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs kernels on CPU tensors")

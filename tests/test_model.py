@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import deitfast
 from deitfast.errors import DeitfastError
-from deitfast.model.deit import keep_scales, resize_pos_embed
+from deitfast.model.deit import path_scales, resize_pos_embed
 from deitfast.model.factory import create_model
 from deitfast.model.weights import load_weights
 
@@ -96,22 +96,22 @@ def test_position_embeddings_are_resized_as_timm_does(size: int, prefix: int, ti
 def test_drop_path_scales_keep_the_mean_and_rise_over_depth() -> None:
     model = create_model("deit_digits_patch4_16", drop_path=0.4)
     torch.manual_seed(0)
-    keep = model.draw_keep(20_000, torch.device("cpu"))
-    assert keep is not None
-    assert keep.shape == (len(model.blocks), 2, 20_000)
-    torch.testing.assert_close(keep.mean(-1), torch.ones(len(model.blocks), 2), rtol=0, atol=0.03)
-    dropped = (keep == 0).float().mean((1, 2))
+    path_scale = model.draw_path_scales(20_000, torch.device("cpu"))
+    assert path_scale is not None
+    assert path_scale.shape == (len(model.blocks), 2, 20_000)
+    torch.testing.assert_close(path_scale.mean(-1), torch.ones(len(model.blocks), 2), rtol=0, atol=0.03)
+    dropped = (path_scale == 0).float().mean((1, 2))
     torch.testing.assert_close(dropped, torch.linspace(0, 0.4, len(model.blocks)), rtol=0, atol=0.01)
-    assert keep_scales(torch.zeros(2, 2, 1), [0.0, 0.5]).flatten().tolist() == [1, 1, 0, 0]
+    assert path_scales(torch.zeros(2, 2, 1), [0.0, 0.5]).flatten().tolist() == [1, 1, 0, 0]
 
 
 def test_drop_path_leaves_a_dropped_image_as_it_was() -> None:
     model = create_model("deit_digits_patch4_16", drop_path=0.5).train()
     randomise(model)
     images = torch.randn(2, 3, 16, 16)
-    keep = torch.ones(len(model.blocks), 2, 2)
-    keep[:, :, 1] = 0
-    tokens = model.forward_features(images, keep)
+    path_scale = torch.ones(len(model.blocks), 2, 2)
+    path_scale[:, :, 1] = 0
+    tokens = model.forward_features(images, path_scale)
     torch.testing.assert_close(tokens[1], model.norm(model.embed(images))[1])
     torch.testing.assert_close(tokens[0], model.eval().forward_features(images)[0])
 
@@ -166,7 +166,7 @@ class _Code:
         (lambda s: s.update({"norm.bias": torch.ones(3)}), r"norm.bias has shape \(3,\), the model's is \(128,\)"),
         (
             lambda s: s.update({"head.weight": torch.ones(9, 128)}),
-            "the head has 9 classes, the data 4. Add --reset-head",
+            "the head has 9 classes, 4 are wanted. Add --reset-head",
         ),
         (lambda s: s.pop("patch_embed.proj.weight"), "of another model"),
     ],

@@ -17,6 +17,7 @@ from deitfast.cli.main import main
 from deitfast.data import EvalLoader, normalise, open_dataset
 from deitfast.errors import DeitfastError
 from deitfast.model.factory import create_model
+from deitfast.model.preprocessing import Preprocessing
 from deitfast.use import images as images_module
 from deitfast.use.images import batches, centre_crop, find_images, open_image
 from deitfast.use.predict import annotate, get_model, inference_model
@@ -129,7 +130,7 @@ def test_preprocessing_is_torchvisions(photos: list[Path]) -> None:
         reference = Compose([Resize(int(size / ratio), InterpolationMode.BICUBIC), CenterCrop(size)])
         for path in photos:
             image = open_image(path)
-            np.testing.assert_array_equal(centre_crop(image, size, ratio), np.asarray(reference(image)))
+            np.testing.assert_array_equal(centre_crop(image, size, Preprocessing(ratio)), np.asarray(reference(image)))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
@@ -172,21 +173,21 @@ def test_dali_gives_the_images_and_names_the_damaged(
     (tmp_path / "cut.jpg").write_bytes(photos[1].read_bytes()[:-200])
     sources = [photos[0], tmp_path / "bad.jpg", photos[1], tmp_path / "cut.jpg", tmp_path / "none.png", photos[3]]
     found, bad = {}, {}
-    for index, tensor, failed in images_module._dali_batches(sources, 16, 0.875, 2, torch.device("cpu")):
+    for index, tensor, failed in images_module._dali_batches(sources, 16, Preprocessing(), 2, torch.device("cpu")):
         found |= dict(zip(index, tensor.numpy(), strict=True))
         bad |= dict(failed)
     assert sorted(found) == [0, 2, 5]
     assert sorted(bad) == [1, 3, 4]
     assert all("\n" not in reason for reason in bad.values())
     for i, image in found.items():
-        expected = centre_crop(open_image(sources[i]), 16, 0.875).astype(int)
+        expected = centre_crop(open_image(sources[i]), 16, Preprocessing()).astype(int)
         assert np.abs(image - expected).max() <= 3  # another resize and another JPEG decoder
 
 
 def test_batches_are_in_order_and_name_the_unreadable(photos: list[Path]) -> None:
     sources = [*photos, b"no image", *photos]
     seen, bad = [], []
-    for index, tensor, failed in batches(sources, 16, 0.875, 3, torch.device("cpu")):
+    for index, tensor, failed in batches(sources, 16, Preprocessing(), 3, torch.device("cpu")):
         assert len(index) == len(tensor)
         seen += index
         bad += failed
@@ -293,6 +294,6 @@ def test_preprocessing_agrees_with_evaluations(shared_data: Path) -> None:
     data = data.head(8)
     for images, _ in EvalLoader(data, image_size=96, batch=8):
         for i, image in enumerate(images.numpy()):
-            mine = centre_crop(open_image(f"{data.root}/{data.name(i)}"), 96, 0.875)
+            mine = centre_crop(open_image(f"{data.root}/{data.name(i)}"), 96, Preprocessing())
             assert np.abs(image.astype(int) - mine).max() <= 2  # PyTorch's bicubic against PIL's
     assert normalise(images).shape == (8, 3, 96, 96)

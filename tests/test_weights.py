@@ -228,7 +228,7 @@ def _whole_model(path: Path, mark: Path) -> None:
 def test_nothing_in_a_pickle_is_executed(write: Callable[[Path, Path], None], name: str, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     write(tmp_path / name, mark)
-    with pytest.raises(DeitfastError, match=r"holds more than tensors|cannot be read") as raised:
+    with pytest.raises(DeitfastError, match=r"holds (more than tensors|a whole model)|cannot be read") as raised:
         read_weights(tmp_path / name)
     assert "\n" not in str(raised.value)
     assert "weights_only" not in str(raised.value)  # torch's own advice is to load it all the same

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deitfast.kernels import catalogue
-from deitfast.kernels.attention import attention_reference
+from deitfast.kernels.attention_op import attention_reference
 from deitfast.kernels.catalogue import Draw, Op, Shape, Tensors
 from deitfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
-from deitfast.kernels.layernorm_mlp import layernorm_mlp_reference
-from deitfast.kernels.layernorm_qkv import layernorm_qkv_reference
-from deitfast.kernels.linear_residual import linear_residual_reference
+from deitfast.kernels.layernorm_mlp_op import layernorm_mlp_reference
+from deitfast.kernels.layernorm_qkv_op import layernorm_qkv_reference
+from deitfast.kernels.linear_residual_op import linear_residual_reference
 from deitfast.model.fused import BlockTensors, fused_block_forward
 
 EPS = 1e-6
@@ -62,23 +62,23 @@ def _layernorm_reference(x: Tensor, ln_weight: Tensor, ln_bias: Tensor) -> Tenso
 
 
 def _block_inputs(draw: Draw, s: Shape) -> Tensors:
-    tensors = {"x": draw.activations(*s.leading, s.width), "keep": draw.keep(s.batch)}
+    tensors = {"x": draw.activations(*s.leading, s.width), "path_scale": draw.path_scale(s.batch)}
     for name, outputs, inputs in (("qkv", 3, 1), ("proj", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
         tensors |= draw.linear(name, outputs * s.width, inputs * s.width)
     return tensors | draw.norm("norm1", s.width) | draw.norm("norm2", s.width)
 
 
-def _block(x: Tensor, heads: int, keep: Tensor, **tensors: Tensor) -> Tensor:
+def _block(x: Tensor, heads: int, path_scale: Tensor, **tensors: Tensor) -> Tensor:
     block = BlockTensors(**tensors, ls1=None, ls2=None)
-    return fused_block_forward(x, block, heads, keep1_B=keep, keep2_B=keep)
+    return fused_block_forward(x, block, heads, path_scale1_B=path_scale, path_scale2_B=path_scale)
 
 
-def _block_reference(x: Tensor, heads: int, keep: Tensor, **t: Tensor) -> Tensor:
+def _block_reference(x: Tensor, heads: int, path_scale: Tensor, **t: Tensor) -> Tensor:
     qkv = layernorm_qkv_reference(x, t["norm1_weight"], t["norm1_bias"], t["qkv_weight"], t["qkv_bias"], EPS)
     out = attention_reference(qkv, heads)
-    x = linear_residual_reference(out, t["proj_weight"], t["proj_bias"], x, None, keep)
+    x = linear_residual_reference(out, t["proj_weight"], t["proj_bias"], x, None, path_scale)
     norm, fc1, fc2 = ((t[f"{name}_weight"], t[f"{name}_bias"]) for name in ("norm2", "fc1", "fc2"))
-    return layernorm_mlp_reference(x, *norm, *fc1, *fc2, EPS, residual=True, keep=keep)
+    return layernorm_mlp_reference(x, *norm, *fc1, *fc2, EPS, residual=True, path_scale=path_scale)
 
 
 OPS = catalogue.OPS | {

@@ -11,16 +11,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from deitfast.kernels.attention import attention
+from deitfast.kernels.attention_op import attention
 from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Segments
 from deitfast.kernels.image_ops import image_ops
 from deitfast.kernels.input import input_patches
-from deitfast.kernels.layernorm_attention import layernorm_attention
-from deitfast.kernels.layernorm_mlp import layernorm_mlp
-from deitfast.kernels.layernorm_qkv import layernorm_qkv
+from deitfast.kernels.layernorm_attention_op import layernorm_attention
+from deitfast.kernels.layernorm_mlp_op import layernorm_mlp
+from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
 from deitfast.kernels.loss import mixed_bce, mixed_cross_entropy
 from deitfast.kernels.optimizer import update
-from deitfast.kernels.patch_embed import patch_embed
+from deitfast.kernels.patch_embed_op import patch_embed
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -46,9 +46,9 @@ def _branch_end(form: str, gamma: bool, width: int, batch: int, stream: torch.dt
     """LayerScale and drop-path. form: "whole" (none), "scaled" (a factor a sample) or "subset" (some samples run)."""
     found: dict[str, Any] = {"gamma": _leaf(width, dtype=stream) if gamma else None}
     if form == "scaled":
-        found["keep"] = torch.empty(batch)
+        found["path_scale"] = torch.empty(batch)
     if form == "subset":
-        found |= {"kept": torch.empty(batch - 1, dtype=torch.int64), "kept_scale": 1.25}
+        found |= {"subset": torch.empty(batch - 1, dtype=torch.int64), "subset_scale": 1.25}
     return found
 
 

@@ -7,7 +7,6 @@ attention backward) through the package's own launcher, so that what is tuned is
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,12 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.compile_report import Case, cases_of
-from deitfast.kernels import gemm, layernorm
+from deitfast.kernels import attention_op, gemm, layernorm
 from deitfast.kernels.catalogue import MODELS, Draw, Shape, Tensors
 from deitfast.kernels.common import Launch, record
-
-# By name, because the package gives the op the name of its module.
-attention_module: Any = importlib.import_module("deitfast.kernels.attention")
 
 SHARED_MEMORY = 227 << 10
 """Bytes a block may have on sm_90 and sm_100; only spares the compiler what cannot fit, the compile check decides."""
@@ -108,7 +104,7 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
     backward = kernel.startswith("bwd")
 
     def table(arch: int) -> dict[tuple[int, int], Launch]:
-        return attention_module.LAUNCHES[arch].setdefault(kernel, {})
+        return attention_op.LAUNCHES[arch].setdefault(kernel, {})
 
     @contextlib.contextmanager
     def apply(arch: int, candidate: Candidate) -> Iterator[None]:
@@ -130,20 +126,20 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
         qkv = draw.activations(*shape.leading, 3 * shape.width)
         if not backward:
             return {"qkv": qkv}
-        out, lse = attention_module.attention_fwd_op(qkv, shape.heads, scale)
+        out, lse = attention_op.attention_fwd_op(qkv, shape.heads, scale)
         return {"qkv": qkv, "out": out, "lse": lse, "dout": draw.activations(*shape.leading, shape.width)}
 
     def call(t: Tensors) -> tuple[Tensor, ...]:
         if not backward:
-            return (attention_module.attention_fwd_op(t["qkv"], shape.heads, scale)[0],)
-        return (attention_module.attention_bwd_op(t["dout"], t["qkv"], t["out"], t["lse"], shape.heads, scale),)
+            return (attention_op.attention_fwd_op(t["qkv"], shape.heads, scale)[0],)
+        return (attention_op.attention_bwd_op(t["dout"], t["qkv"], t["out"], t["lse"], shape.heads, scale),)
 
     def eager(t: Tensors) -> tuple[Tensor, ...]:
         if not backward:
-            return (attention_module.attention_reference(t["qkv"], shape.heads),)
+            return (attention_op.attention_reference(t["qkv"], shape.heads),)
         with torch.enable_grad():
             qkv = t["qkv"].detach().requires_grad_()
-            out = attention_module.attention_reference(qkv, shape.heads)
+            out = attention_op.attention_reference(qkv, shape.heads)
             return torch.autograd.grad(out, qkv, t["dout"])
 
     return Site(
@@ -186,7 +182,7 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
             return tensors | {"weight": draw.normal(K, N, std=K**-0.5), "derivative": draw.normal(shape.rows, N)}
         tensors |= draw.linear("", N, K)
         if stage == "residual":
-            tensors |= {"residual": draw.normal(shape.rows, N), "keep": draw.keep(shape.batch)}
+            tensors |= {"residual": draw.normal(shape.rows, N), "path_scale": draw.path_scale(shape.batch)}
         return tensors
 
     def call(t: Tensors) -> tuple[Tensor, ...]:
@@ -195,7 +191,7 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
         if stage == "gelu":
             return gemm.linear_gelu_fwd(t["a"], t["weight"], t["bias"], save=True)
         if stage == "residual":
-            return (gemm.linear_residual_fwd(t["a"], t["weight"], t["bias"], t["residual"], None, t["keep"]),)
+            return (gemm.linear_residual_fwd(t["a"], t["weight"], t["bias"], t["residual"], None, t["path_scale"]),)
         return (gemm.linear_fwd(t["a"], t["weight"], t["bias"]),)
 
     def eager(t: Tensors) -> tuple[Tensor, ...]:
@@ -208,8 +204,8 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
                 leaf = h.detach().requires_grad_()
                 return F.gelu(h), torch.autograd.grad(F.gelu(leaf).sum(), leaf)[0]
         if stage == "residual":
-            keep = t["keep"].to(h.dtype).repeat_interleave(h.shape[0] // t["keep"].numel())
-            return (t["residual"] + h * keep[:, None],)
+            path_scale = t["path_scale"].to(h.dtype).repeat_interleave(h.shape[0] // t["path_scale"].numel())
+            return (t["residual"] + h * path_scale[:, None],)
         return (h,)
 
     def entry(candidate: Candidate) -> str:
@@ -242,14 +238,14 @@ def _sum_site(model: str, batch: int) -> Site:
             yield
 
     def call(t: Tensors) -> tuple[Tensor, ...]:
-        return gemm.scale_and_sum(t["dout"], t["dout"].dtype, t["gamma"], t["keep"])
+        return gemm.scale_and_sum(t["dout"], t["dout"].dtype, t["gamma"], t["path_scale"])
 
     def eager(t: Tensors) -> tuple[Tensor, ...]:
-        kept = t["dout"] * t["keep"].to(t["dout"].dtype).repeat_interleave(shape_rows(t))[:, None]
-        return kept, kept * t["gamma"], _wide(kept).sum(0)
+        branch = t["dout"] * t["path_scale"].to(t["dout"].dtype).repeat_interleave(shape_rows(t))[:, None]
+        return branch, branch * t["gamma"], _wide(branch).sum(0)
 
     def shape_rows(t: Tensors) -> int:
-        return t["dout"].shape[0] // t["keep"].numel()
+        return t["dout"].shape[0] // t["path_scale"].numel()
 
     candidates = [
         Candidate(Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, 2), MULTIPROCESSORS * blocks)
@@ -266,7 +262,7 @@ def _sum_site(model: str, batch: int) -> Site:
         inputs=lambda draw, s: {
             "dout": draw.normal(s.rows, s.width),
             "gamma": draw.gamma(s.width),
-            "keep": draw.keep(s.batch),
+            "path_scale": draw.path_scale(s.batch),
         },
         call=call,
         eager=eager,

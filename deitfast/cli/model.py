@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deitfast.errors import DeitfastError
+from deitfast.errors import DeitfastError, say
+from deitfast.model.class_names import ORDERS
 from deitfast.training.launch import share_cores_politely
 
 if TYPE_CHECKING:
@@ -165,8 +166,9 @@ def _attention(args: argparse.Namespace, _: list[str]) -> None:
 
     photo = open_image(args.image)
     loaded = _load(args, fused=False)
-    image = centre_crop(photo, loaded.model.image_size, loaded.crop_ratio)
-    maps = attention_maps(loaded.model, normalise(torch.tensor(image)[None]))
+    wants = loaded.preprocessing
+    image = centre_crop(photo, loaded.model.image_size, wants)
+    maps = attention_maps(loaded.model, normalise(torch.tensor(image)[None], wants.mean, wants.std))
     picture = draw_attention(image, maps, loaded.model.num_prefix_tokens, args.block, args.tile)
     out = Path(args.out or f"attention-{Path(args.image).stem}.jpg")
     try:
@@ -208,7 +210,11 @@ def _add_test(commands: argparse._SubParsersAction) -> None:
     )
     _model_flags(parser)
     parser.add_argument("--data", required=True, help="folder with val/<class>/*, of class folders, or of val shards")
-    parser.add_argument("--classes", default=None, choices=["imagenet"], help="class folders are ImageNet synsets")
+    parser.add_argument(
+        "--classes", default=None, choices=ORDERS,
+        help="where names of weights and folders tell nothing: labels by ImageNet's synsets, or by the folders, sorted "
+        "as text (folders) or as numbers (natural, as timm does)",
+    )  # fmt: skip
     parser.add_argument(
         "--eval-crop-ratio", type=float, default=0, help="side share the centre crop keeps; 0: as published (.875 or 1)"
     )
@@ -231,31 +237,36 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
         raise DeitfastError(f"--batch is {args.batch}, must be at least 1")
     share_cores_politely()
     from deitfast.data import open_dataset
+    from deitfast.data.manifest import relabelled
     from deitfast.distributed import start
-    from deitfast.model.class_names import class_names
+    from deitfast.model.class_names import imagenet_names, labels_by_name
     from deitfast.use.evaluate import evaluate_in_detail, real_labels
 
     world = start(args.device)
-    data = world.agree(lambda: open_dataset(args.data, split="val", classes=args.classes, quiet=world.local_rank > 0))
-    val = data.val
-    if val is None:
+    data = world.agree(lambda: open_dataset(args.data, split="val", quiet=world.local_rank > 0))
+    found = data.val
+    if found is None:
         raise DeitfastError(f"{args.data} has no validation images. Give a folder with val/<class>/*.jpg")
-    real = world.agree(lambda: real_labels(Path(args.real), val)) if args.real else None
+    real = world.agree(lambda: real_labels(Path(args.real), found)) if args.real else None
     loaded = world.agree(lambda: _load(args))
-    if loaded.model.num_classes != len(data.classes):
-        raise DeitfastError(
-            f"the model has {loaded.model.num_classes} classes, {args.data} has {len(data.classes)}. "
-            "If its folders are ImageNet synsets, give --classes imagenet"
-        )
+    count = loaded.model.num_classes
+    labels, note = world.agree(lambda: labels_by_name(loaded.stored, count, data.classes, args.data, args.classes))
+    names = list(loaded.classes)
+    if loaded.stored is None and loaded.classes != imagenet_names():  # they have none of their own
+        for name, label in labels.items():
+            names[label] = name
+    val = relabelled(found, names, labels)
+    if note and world.is_main:
+        say(note)
     crop_ratio = args.eval_crop_ratio or loaded.crop_ratio
     bf16 = world.wants_bf16(args.precision)
     scores, details = evaluate_in_detail(
         loaded.model.to(world.device), val, world,
         crop_ratio=crop_ratio, batch=args.batch, workers=args.workers, bf16=bf16, real=real,
+        preprocessing=loaded.preprocessing,
     )  # fmt: skip
     if not world.is_main:
         return
-    names = class_names(len(data.classes), data.classes)
     plots: list[Path] = []
     if args.plots:
         from deitfast.use.eval_plots import write_plots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from deitfast.data.indexing import SUFFIXES
+from deitfast.data.files import SUFFIXES
 from deitfast.data.manifest import FORMATS, Manifest
 from deitfast.data.sources import Dataset
 from deitfast.errors import DeitfastError
 
 _SHOWN = 10
+_ORIENTATION = 0x0112  # of EXIF
 
 
 @dataclass
@@ -29,6 +31,7 @@ class SplitReport:
     wrong_suffix: list[tuple[str, str]]  # (name, format)
     duplicates: list[list[str]]  # groups of the same bytes
     conflicts: list[list[str]]  # those of them with different labels
+    rotated: list[str]  # whose EXIF tag asks viewers to turn them, which training and evaluation do not
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Report:
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
     leaks: list[tuple[str, str]] = field(default_factory=list)
+    shortcomings: list[str] = field(default_factory=list)
 
     @property
     def damaged(self) -> int:
@@ -44,7 +48,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"damaged": self.damaged, "leaks": self.leaks} | {
+        return {"damaged": self.damaged, "leaks": self.leaks, "shortcomings": self.shortcomings} | {
             name: vars(split) for name, split in self.splits.items()
         }
 
@@ -60,13 +64,14 @@ class Report:
                 ("wrong suffix", [f"{file} is a {kind}" for file, kind in split.wrong_suffix]),
                 ("duplicate", [" = ".join(group) for group in split.duplicates]),
                 ("duplicate with another label", [" = ".join(group) for group in split.conflicts]),
+                ("turned by EXIF for viewers, not for training", split.rotated),
             ]
             for kind, found in findings:
                 lines += _listed(kind, found)
         if len(self.splits) > 1:
             lines.append(f"{len(self.leaks):,} validation images are in the training set, too")
             lines += _listed("leak", [f"{train} = {val}" for train, val in self.leaks])
-        return lines
+        return lines + self.shortcomings
 
 
 def check_dataset(data: Dataset, tiny: int = 32, huge: int = 25_000_000) -> Report:
@@ -75,7 +80,7 @@ def check_dataset(data: Dataset, tiny: int = 32, huge: int = 25_000_000) -> Repo
     Every file is read and its checksum compared, also where an earlier scan is known: damage need not change a file's
     time or size.
     """
-    report = Report()
+    report = Report(shortcomings=data.shortcomings())
     for name, manifest in (("train", data.train), ("val", data.val)):
         if manifest is not None:
             report.splits[name] = _check_split(manifest, tiny, huge)
@@ -103,29 +108,41 @@ def _check_split(m: Manifest, tiny: int, huge: int) -> SplitReport:
     for i, value in enumerate(m.checksum.tolist()):
         same[value].append(i)
     groups = [group for group in same.values() if len(group) > 1]
+    changed, rotated = _read_all(m)
     return SplitReport(
         images=len(m) + len(m.bad),
-        damaged=[*m.bad, *_changed(m)],
+        damaged=[*m.bad, *changed],
         tiny=sized(np.minimum(m.width, m.height) < tiny),
         huge=sized(m.width * m.height > huge),
         wrong_suffix=wrong,
         duplicates=[[m.name(i) for i in group] for group in groups],
+        rotated=[m.name(i) for i in rotated],
         conflicts=[[m.name(i) for i in group] for group in groups if len(set(m.label[group].tolist())) > 1],
     )
 
 
-def _changed(m: Manifest) -> list[tuple[str, str]]:
-    """(name, reason) of the images whose bytes are no longer those of the scan."""
+def _read_all(m: Manifest) -> tuple[list[tuple[str, str]], list[int]]:
+    """(name, reason) of images whose bytes are no longer the scan's, and the numbers of those that EXIF turns."""
 
-    def look(i: int) -> tuple[str, str] | None:
+    def look(i: int) -> str | bool:
         try:
-            m.read(i)
+            return _is_turned(m.read(i))
         except DeitfastError as error:
-            return m.name(i), str(error)
-        return None
+            return str(error)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return [found for found in pool.map(look, range(len(m))) if found]
+        found = list(enumerate(pool.map(look, range(len(m)))))
+    return [(m.name(i), what) for i, what in found if isinstance(what, str)], [i for i, what in found if what is True]
+
+
+def _is_turned(data: np.ndarray) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data.data), formats=FORMATS) as image:
+            return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:  # a broken tag turns nothing
+        return False
 
 
 def _listed(kind: str, found: list[str]) -> list[str]:

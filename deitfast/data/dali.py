@@ -14,8 +14,8 @@ capture_error_mode="thread_local".
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -34,6 +34,7 @@ from deitfast.errors import DeitfastError
 _QUEUE = 2  # batches DALI holds ready
 _READY = 2  # finished batches held ready
 _AHEAD = 2  # batches whose bytes are read and whose parameters are drawn before DALI asks
+_TICK_S = 2e-3  # how often a busy consumer looks whether it still is
 _POLL_S = 0.1  # how often a thread that waits for room looks whether it should stop
 
 
@@ -45,6 +46,9 @@ class Feed:
     encoded: list[np.ndarray]  # uint8 bytes of each
     parameters: list[np.ndarray]  # each (d, ...), contiguous, in the graph's order
 
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate|bad_alloc|memory allocation|memoryallocation", re.IGNORECASE)
+_NO_GPU = re.compile(r"CUDA (runtime|driver) API error|cudaError|CUDA_ERROR", re.IGNORECASE)
 
 F = TypeVar("F", bound=Feed)
 Graph = Callable[..., Sequence[Any]]
@@ -79,6 +83,7 @@ class Runner(Generic[F]):
         self.graph, self.collect = graph, collect
         self.parameters, self.max_batch, self.threads, self.device = parameters, max_batch, threads, device
         self.seconds_waiting = 0.0
+        self.busy: Callable[[], bool] = lambda: False  # whether the consumer has other work: then no wait is a loss
         self._next = 0  # the next feed to be prepared
         self._ahead: deque[Future[F]] = deque()
         self._running: deque[F] = deque()
@@ -95,9 +100,7 @@ class Runner(Generic[F]):
             raise RuntimeError("the loader is closed; make a new one")
         self._thread.start()
         for _ in range(self.count):
-            started = time.perf_counter()
-            made = self._ready.get()
-            self.seconds_waiting += time.perf_counter() - started
+            made = self._next_made()
             self.quarantine.tell()
             if isinstance(made, BaseException):
                 raise made
@@ -107,6 +110,20 @@ class Runner(Generic[F]):
                 current.wait_event(done)
                 images.record_stream(current)
             yield feed, images
+
+    def _next_made(self) -> Any:
+        """What the thread made next. What of the wait falls into a time when `busy` says no counts as waiting."""
+        started: float | None = None
+        while True:
+            if started is None and not self.busy():
+                started = time.perf_counter()
+            try:
+                made = self._ready.get(timeout=None if started else _TICK_S)
+            except queue.Empty:
+                continue
+            if started:
+                self.seconds_waiting += time.perf_counter() - started
+            return made
 
     def close(self) -> None:
         """Stop the threads and free DALI's buffers; further use is an error."""
@@ -130,6 +147,7 @@ class Runner(Generic[F]):
                         outputs = self._run()
                     except RuntimeError as error:  # DALI's; it names no file and spoils what is in flight
                         failures += 1
+                        _raise_unless_of_an_image(error)
                         if not self._mend() and failures > 1:
                             raise self._unexplained(error) from error
                         self._restart(done)
@@ -157,7 +175,8 @@ class Runner(Generic[F]):
         images = self.collect(feed, outputs)
         return feed, images, None if self._stream is None else self._stream.record_event()
 
-    def _build(self, source: Callable[[int], tuple[Any, ...]], batch: int) -> Any:
+    def _build(self, source: Callable[[int], tuple[Any, ...]], batch: int, ahead: bool = True) -> Any:
+        """A pipeline fed by `source`. ahead: it runs ahead of what it is asked for, so that its errors come early."""
         from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
 
@@ -165,7 +184,9 @@ class Runner(Generic[F]):
             batch_size=batch,
             num_threads=self.threads,
             device_id=_device_index(self.device),
-            prefetch_queue_depth=_QUEUE,
+            prefetch_queue_depth=_QUEUE if ahead else 1,
+            exec_pipelined=ahead,
+            exec_async=ahead,
             seed=0,  # nothing in the graph draws
         )
         with pipeline:
@@ -202,32 +223,30 @@ class Runner(Generic[F]):
     def _mend(self) -> bool:
         """Try every image in flight singly; whether one failed, and is now PIL's to decode or quarantined."""
         self._pipeline = None
-        known: set[int] = set()
+        wanted = {i: (feed, row) for feed in self._running for row, i in enumerate(feed.distinct.tolist())}
         mended = False
-        for feed in self._running:
-            for row, i in enumerate(feed.distinct.tolist()):
-                if i in known or self._stop.is_set():
-                    continue
-                known.add(i)
-                problem = self._try(feed, row)
-                if problem is None:
-                    continue
-                mended = True
-                try:
-                    self.quarantine.manifest.rgb(i)
-                    self.quarantine.decode_by_pil(i)
-                except DeitfastError:
-                    self.quarantine.add(i, f"does not decode: {problem}")
+        one: list[Any] = []
+        alone: Any = None  # a pipeline of one image, until it fails
+        for i, (feed, row) in wanted.items():
+            if self._stop.is_set():
+                break
+            one[:] = [[feed.encoded[row]], *(parameter[row : row + 1] for parameter in feed.parameters)]
+            alone = alone or self._build(lambda _: tuple(one), 1, ahead=False)
+            try:
+                alone.run()
+            except RuntimeError as error:
+                _raise_unless_of_an_image(error)
+                alone, mended = None, True
+                self._set_aside(i, " ".join(str(error).split())[:200])
         return mended
 
-    def _try(self, feed: F, row: int) -> str | None:
-        """DALI's complaint about one image of a feed; None if there is none."""
-        one = ([feed.encoded[row]], *(parameter[row : row + 1] for parameter in feed.parameters))
+    def _set_aside(self, i: int, problem: str) -> None:
+        """Have PIL decode image i from now on, or quarantine it where PIL cannot either."""
         try:
-            self._build(lambda _: one, 1).run()
-        except RuntimeError as error:
-            return " ".join(str(error).split())[:200]
-        return None
+            self.quarantine.manifest.rgb(i)
+            self.quarantine.decode_by_pil(i)
+        except DeitfastError:
+            self.quarantine.add(i, f"does not decode: {problem}")
 
     def _unexplained(self, error: RuntimeError) -> DeitfastError:
         manifest = self.quarantine.manifest
@@ -236,9 +255,16 @@ class Runner(Generic[F]):
         return DeitfastError(f"DALI failed twice on a batch that starts with {names}: {text[:300]}")
 
 
-def thread_count(workers: int) -> int:
-    """DALI threads of this process: `workers`, or this machine's cores shared by torchrun's processes on it."""
-    return workers or max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+def _raise_unless_of_an_image(error: RuntimeError) -> None:
+    """Raise DeitfastError for what is no image's fault: DALI's lack of memory, a GPU that answers no more."""
+    text = " ".join(str(error).split())
+    if _NO_MEMORY.search(text):
+        raise DeitfastError(
+            "no memory left to decode images. Lower the batch that a process runs at once (--micro-batch, --batch), or "
+            f"give --decode cpu. DALI says: {text[:200]}"
+        ) from error
+    if _NO_GPU.search(text):
+        raise DeitfastError(f"the GPU failed while images were decoded. DALI says: {text[:200]}") from error
 
 
 def dali_version() -> str:
@@ -285,7 +311,7 @@ def gathered(outputs: Sequence[Any], row: np.ndarray, output: np.ndarray, device
 
     # The outputs are in order on the current stream, and so are these copies. No DLPack: when a tensor dies that came
     # out of DALI by it, a thread of DALI's calls cudaDeviceSynchronize, which a capture under way does not survive.
-    stream = torch.cuda.current_stream(device)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     wholes = [o.as_tensor() for o in outputs]
     dense = torch.empty(len(wholes), *wholes[0].shape(), dtype=torch.uint8, device=device)
     for to, whole in zip(dense, wholes, strict=True):
@@ -325,13 +351,14 @@ def crop(images: Any, start: Any, shape: Any) -> Any:
     return fn.slice(images, start=start, shape=shape, axes=[0, 1])
 
 
-def resize(images: Any, size: Any) -> Any:
-    """Graph node: to `size` (height, width), integers; cubic with antialiasing, as PIL's bicubic."""
+def resize(images: Any, size: Any, interpolation: str = "bicubic") -> Any:
+    """Graph node: to `size` (height, width), integers; antialiased, as PIL's filter of that name."""
     from nvidia.dali import fn, types
 
     if not isinstance(size, list):
         size = fn.cast(size, dtype=types.DALIDataType.FLOAT)  # DALI takes sizes as floats
-    return fn.resize(images, size=size, interp_type=types.DALIInterpType.INTERP_CUBIC, antialias=True)
+    kind = {"bicubic": "CUBIC", "bilinear": "LINEAR", "lanczos": "LANCZOS3", "nearest": "NN"}[interpolation]
+    return fn.resize(images, size=size, interp_type=getattr(types.DALIInterpType, f"INTERP_{kind}"), antialias=True)
 
 
 def flip(images: Any, mirrored: Any) -> Any:

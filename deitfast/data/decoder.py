@@ -48,7 +48,11 @@ def choose_decoder(
         return "cpu"
     if decode == "gpu":
         return decode
-    speed = {where: _images_per_second(manifest, image_size, device, where, threads) for where in ("gpu", "cpu")}
+    try:
+        speed = {where: _images_per_second(manifest, image_size, device, where, threads) for where in ("gpu", "cpu")}
+    except (RuntimeError, DeitfastError) as error:
+        say(f"decoding on the CPU: the GPU's decoder failed here ({first_line(error)})")
+        return "cpu"
     chosen = max(speed, key=lambda where: speed[where])
     say(
         f"decoding on the {chosen.upper()}: measured {speed['gpu']:,.0f} images/s on the GPU and {speed['cpu']:,.0f} "
@@ -63,11 +67,11 @@ def gpu_problem(manifest: Manifest, image_size: int, device: torch.device, threa
     images = [int(checksum) for checksum in manifest.checksum[:n]]
     key = {"dali": dali_version(), "images": images, "image_size": image_size, **machine(device)}
 
-    def find() -> dict[str, str]:
+    def find() -> dict[str, Any]:
         try:
             of_gpu, of_cpu = (_pixels(manifest, image_size, device, where, threads) for where in ("gpu", "cpu"))
-        except RuntimeError as error:  # of DALI: it has no decoder for this GPU, or not its libraries
-            return {"problem": f"the GPU's decoder fails: {first_line(error)}"}
+        except (RuntimeError, DeitfastError) as error:  # of DALI: no decoder for this GPU, not its libraries, no memory
+            return {"problem": f"the GPU's decoder failed here ({first_line(error)})", "failed": True}
         off = (of_gpu.float() - of_cpu.float()).abs().flatten(1).mean(1)
         worst = int(off.argmax())
         if not float(off[worst]) > _LEVELS:
@@ -77,12 +81,12 @@ def gpu_problem(manifest: Manifest, image_size: int, device: torch.device, threa
             f"255 levels off libjpeg's pixels on average, and {_LEVELS:g} is the most that rounding explains"
         }
 
-    return str(remembered({"decoder": key}, find, keeps=lambda _: True)["problem"])
+    return str(remembered({"decoder": key}, find, keeps=lambda found: "failed" not in found)["problem"])
 
 
 def _pixels(manifest: Manifest, image_size: int, device: torch.device, decoder: str, threads: int) -> torch.Tensor:
     """The first images of the split, uint8 (n, image_size, image_size, 3)."""
-    runner = _runner(manifest, image_size, device, decoder, threads, batches=1)
+    runner, _ = _runner(manifest, image_size, device, decoder, threads, batches=1)
     try:
         _, pixels = next(iter(runner))
         return pixels.clone()
@@ -92,7 +96,8 @@ def _pixels(manifest: Manifest, image_size: int, device: torch.device, decoder: 
 
 def _images_per_second(manifest: Manifest, image_size: int, device: torch.device, decoder: str, threads: int) -> float:
     """Whole images decoded, resized and brought to the device, on the first images of the split."""
-    runner = _runner(manifest, image_size, device, decoder, threads, _WARM_UP + _TIMED)
+    runner, quarantine = _runner(manifest, image_size, device, decoder, threads, _WARM_UP + _TIMED)
+    n = min(_BATCH, len(manifest))
     try:
         batches = iter(runner)
         for _ in islice(batches, _WARM_UP):
@@ -102,15 +107,17 @@ def _images_per_second(manifest: Manifest, image_size: int, device: torch.device
         for _ in batches:
             pass
         torch.cuda.synchronize(device)
-        return _TIMED * min(_BATCH, len(manifest)) / (time.perf_counter() - started)
+        if quarantine.by_pil > n // 2:
+            raise DeitfastError(f"DALI could not decode {quarantine.by_pil} of {n} images")
+        return _TIMED * n / (time.perf_counter() - started)
     finally:
         runner.close()
 
 
 def _runner(
     manifest: Manifest, image_size: int, device: torch.device, decoder: str, threads: int, batches: int
-) -> Runner[Feed]:
-    """Decodes, resizes and brings to the device the first images of the split, batch by batch."""
+) -> tuple[Runner[Feed], Quarantine]:
+    """What decodes, resizes and brings to the device the first images of the split; who knows the unreadable ones."""
     n = min(_BATCH, len(manifest))
     quarantine = Quarantine(manifest, 0, float("inf"), lambda _: None)
 
@@ -125,14 +132,7 @@ def _runner(
     def collect(_: Feed, outputs: Sequence[Any]) -> torch.Tensor:
         return gathered(outputs, np.arange(n), np.zeros(n, np.int64), device)
 
-    return Runner(
-        quarantine,
-        prepare,
-        batches,
-        graph,
-        collect,
-        parameters=0,
-        max_batch=n,
-        device=device,
-        threads=threads,
+    runner: Runner[Feed] = Runner(
+        quarantine, prepare, batches, graph, collect, parameters=0, max_batch=n, device=device, threads=threads
     )
+    return runner, quarantine

@@ -22,13 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
+from deitfast.data.files import begins_as_image, is_hidden, named_as_image
 from deitfast.data.scan import Entries
 from deitfast.data.tfrecord import Record, read_records
 from deitfast.errors import DeitfastError, did_you_mean
 
-# Images of the second set cannot be used, but must be named rather than passed over.
-SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
-_FOREIGN_SUFFIXES = {".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".heif", ".jp2"}
 LARGEST_CLASS = 1_000_000  # a list of class names is as long as the largest number
 _LARGEST_LABEL = 1 << 16  # bytes of a .cls or .json
 _TAR_ERRORS = (
@@ -49,12 +47,6 @@ class Source:
     kind: str
     split: str
     folders: tuple[str, ...] = ()
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image, also of a kind that cannot be used."""
-    suffix = os.path.splitext(name)[1].lower()
-    return not name.startswith(".") and (suffix in SUFFIXES or suffix in _FOREIGN_SUFFIXES)
 
 
 def entries_of(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
@@ -173,30 +165,42 @@ def _read_headers(path: Path, shard: int) -> list[_Member]:
                     raise tarfile.ReadError(f"header of {info.name!r} points backwards")
                 end = info.offset_data
                 base = os.path.basename(info.name)
-                if not info.isreg() or base.startswith("."):
+                if not info.isreg() or any(map(is_hidden, info.name.split("/"))):
                     continue
-                # WebDataset: the key ends at the first dot of the file name.
-                key = os.path.join(os.path.dirname(info.name), base.split(".", 1)[0])
-                if is_image(base):
+                is_label = base.endswith((".cls", ".json"))
+                if named_as_image(base) or (not is_label and _holds_image(tar, info)):
                     folder = os.path.basename(os.path.dirname(info.name))
                     images[info.name] = _Member(shard, info.name, info.offset_data, info.size, None, folder)
-                elif base.endswith((".cls", ".json")):
+                elif is_label:
                     file = tar.extractfile(info)
                     assert file is not None
                     label = _parse_label(file.read(_LARGEST_LABEL), base.endswith(".json"), f"{info.name} in {path}")
                     if label is not None:
-                        labels[key] = label
+                        labels[os.path.splitext(info.name)[0]] = label
     except DeitfastError:
         raise
     except OSError as error:
         raise DeitfastError(f"cannot read {path}: {error.strerror or error}") from error
     except _TAR_ERRORS as error:
         raise DeitfastError(f"{path} is not a whole, uncompressed tar file ({error}). Repack it") from error
-    result = []
-    for name in sorted(images):
-        key = os.path.join(os.path.dirname(name), os.path.basename(name).split(".", 1)[0])
-        result.append(replace(images[name], label=labels.get(key)))
-    return result
+    return [replace(images[name], label=_label_of(name, labels)) for name in sorted(images)]
+
+
+def _holds_image(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bool:
+    """Whether a member whose name does not tell begins as an image does."""
+    file = tar.extractfile(info)
+    return file is not None and begins_as_image(file.read(16))
+
+
+def _label_of(image: str, labels: dict[str, int]) -> int | None:
+    """The label file's value: of the same name up to the last dot, else of WebDataset's key, up to the first."""
+    folder, base = os.path.split(image)
+    stem = base
+    while "." in stem:  # key.v2.input.jpg may have key.v2.input.cls, key.v2.cls or key.cls
+        stem = stem.rpartition(".")[0]
+        if (found := labels.get(os.path.join(folder, stem))) is not None:
+            return found
+    return labels.get(os.path.join(folder, base))
 
 
 def _parse_label(text: bytes, is_json: bool, where: str) -> int | None:

@@ -21,16 +21,19 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deitfast.errors import DeitfastError, say
 from deitfast.files import cache_folder, write_atomically
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-MAX_PIXELS = 50_000_000
-MAX_BYTES = 1 << 29  # an uncompressed image of so many pixels needs less
+MAX_PIXELS = 178_000_000  # Pillow refuses more than 178,956,970
+MAX_BYTES = 1 << 30  # an uncompressed image of so many pixels needs less
 PER_IMAGE = (
     "file_id", "member", "offset", "length", "label", "width", "height", "checksum", "format", "convert",
 )  # fmt: skip
@@ -104,7 +107,7 @@ class Manifest:
 
         try:
             with Image.open(io.BytesIO(self.read(i).data), formats=FORMATS) as image:
-                return np.asarray(image.convert("RGB"))
+                return np.asarray(to_rgb(image))
         except DeitfastError:
             raise
         except Exception as error:  # Pillow's decoders raise many kinds
@@ -114,9 +117,20 @@ class Manifest:
         """The bytes of image i for DALI: those of the file, or PIL's pixels as PPM where DALI's would differ."""
         if not (convert or self.convert[i]):
             return self.read(i)
-        pixels = self.rgb(i)
-        header = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0])
-        return np.frombuffer(bytearray(header + pixels.tobytes()), np.uint8)
+        return as_ppm(self.rgb(i))
+
+
+def to_rgb(image: PILImage) -> PILImage:
+    """A PIL image in RGB, as PIL's own conversion gives it, without its warning about palettes with transparency."""
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def as_ppm(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) as the bytes of an uncompressed image file, which DALI reads as it is."""
+    header = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0])
+    return np.frombuffer(bytearray(header + pixels.tobytes()), np.uint8)
 
 
 class _OpenFiles:

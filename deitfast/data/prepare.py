@@ -30,6 +30,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from deitfast.data.cores import cores
 from deitfast.data.manifest import FORMATS, PER_IMAGE, Manifest, checksum, read_manifest, strings, write_manifest
 from deitfast.data.sources import Dataset
 from deitfast.errors import DeitfastError, say
@@ -79,7 +80,7 @@ def prepare_shards(data: Dataset, out: Path, settings: Settings, workers: int = 
         classes = "".join(f"{name}\n" for name in data.classes)
         write_atomically(out / "classes.txt", lambda path: path.write_text(classes))
         for split, manifest in splits.items():
-            done = _prepare_split(split, manifest, out, settings, workers or len(os.sched_getaffinity(0)))
+            done = _prepare_split(split, manifest, out, settings, workers or cores())
             total = Done(*(a + b for a, b in zip(_counts(total), _counts(done), strict=True)))
     except OSError as error:
         raise DeitfastError(

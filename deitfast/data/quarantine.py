@@ -63,6 +63,11 @@ class Quarantine:
         with self._lock:
             self._by_pil.add(i)
 
+    @property
+    def by_pil(self) -> int:
+        """Images that PIL decodes because DALI cannot."""
+        return len(self._by_pil)
+
     def read(self, i: int) -> np.ndarray | None:
         """The bytes of image i for DALI; None, and quarantined, if it is unreadable."""
         if i in self._reasons:

@@ -5,8 +5,10 @@ A damaged image costs nothing here and hours in the middle of a run: what does n
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from deitfast.data.cores import cores
 from deitfast.data.manifest import FORMATS, MAX_BYTES, MAX_PIXELS, Manifest, checksum, name_of, strings
 from deitfast.errors import say
 
 _PLAIN_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # those whose pixels DALI gives as PIL does
+_LARGE = 25_000_000  # pixels; of more, one image is decoded at a time, for the memory it takes
+_LARGE_ONES = threading.Lock()
 _NAMED = 10  # damaged files named on stderr; the rest is counted
 
 
@@ -55,7 +60,7 @@ def inspect_image(data: bytes, whole: bool = True) -> Facts:
 
     if not data:
         raise ValueError("empty file")
-    too_many = f"more than {MAX_PIXELS // 10**6} million pixels"
+    too_many = f"more than {MAX_PIXELS // 10**6} million pixels. Reduce it"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
@@ -66,7 +71,8 @@ def inspect_image(data: bytes, whole: bool = True) -> Facts:
             convert = image.mode not in _PLAIN_MODES or deep
             facts = Facts(width, height, checksum(data), FORMATS.index(kind), convert)
             if whole:
-                image.load()
+                with _LARGE_ONES if width * height > _LARGE else contextlib.nullcontext():
+                    image.load()
     except ValueError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit is higher, but met first
@@ -105,7 +111,7 @@ def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = Fal
     checksums = np.zeros(n, np.uint64)
     bad: list[tuple[str, str]] = list(entries.bad)
     started = reported = time.monotonic()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, n, 4096):  # a bounded number of tasks at a time
             for i, found in enumerate(pool.map(look, range(start, min(start + 4096, n))), start):
                 if isinstance(found, str):

@@ -1,7 +1,7 @@
 """Where images come from: class folders, tar shards or TFRecords, found under one folder, turned into manifests.
 
-    folder/train/<class>/*.jpg         folder/val/<class>/*.jpg        (`validation` and `test` are accepted for val)
-    folder/train/*.tar, train-*.tar, train.tar                         (likewise for val)
+    folder/train/<class>/*.jpg         folder/val/<class>/*.jpg        (or `valid`, `validation`, `test`)
+    folder/train/*.tar, train-*.tar, train.tar                         (likewise for val; case does not matter)
     folder/train/*.tfrecord, train-00000-of-01024, train*.tfrecord     (likewise for val)
 
 What the files hold is told in `indexing`. Shards and records are read in place by offset; nothing is unpacked. Beside
@@ -11,17 +11,20 @@ shards that `deitfast data prepare` made lies their manifest, `<split>.manifest.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deitfast.data.indexing import Source, entries_of, is_image, label_numbers, names_files
+from deitfast.data.files import images_below, is_hidden
+from deitfast.data.indexing import Source, entries_of, label_numbers, names_files
 from deitfast.data.manifest import Manifest, bad_list, digest, load, prepared, relabelled, store
 from deitfast.data.scan import report_bad, scan
 from deitfast.data.tfrecord import is_tfrecord
-from deitfast.errors import DeitfastError, did_you_mean
+from deitfast.errors import DeitfastError, did_you_mean, say
 
-_SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing", "eval")}
+_SPLIT_NAMES = sum(_SPLITS.values(), ())
 _LAYOUTS = "Give a folder with train/<class>/* and val/<class>/*, tar shards, or TFRecords"
 PACKAGED = {"digits": Path(__file__).parent / "digits"}
 
@@ -33,6 +36,18 @@ class Dataset:
     train: Manifest | None
     val: Manifest | None
     classes: tuple[str, ...]
+
+    def shortcomings(self) -> list[str]:
+        """What makes scores say less than they seem to, a line each."""
+        found = []
+        if self.train is not None and len(self.classes) == 1:
+            found.append(f"{self.train.root} has one class only, {self.classes[0]}: any answer will be right")
+        if self.train is not None and self.val is not None:
+            unseen = [name for i, name in enumerate(self.classes) if not (self.val.label == i).any()]
+            if unseen:
+                few = ", ".join(unseen[:3]) + (", ..." if len(unseen) > 3 else "")
+                found.append(f"{len(unseen)} of {len(self.classes)} classes have no validation image: {few}")
+        return found
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -77,7 +92,11 @@ def open_dataset(
     val_manifest = _open(val, known, quiet) if val is not None else None
     found = train_manifest or val_manifest
     assert found is not None
-    return Dataset(train_manifest, val_manifest, found.classes)
+    data = Dataset(train_manifest, val_manifest, found.classes)
+    if not quiet and split is None:
+        for line in data.shortcomings():
+            say(line)
+    return data
 
 
 def _root(data: str) -> Path:
@@ -97,9 +116,13 @@ def _root(data: str) -> Path:
 
 def _find(root: Path, split: str) -> Source | None:
     """The split under root, or None where nothing bears its name."""
+    there = sorted(p.name for p in root.iterdir() if not is_hidden(p.name))
     for name in _SPLITS[split]:
-        folder = root / name
-        shards = sorted(folder.glob("*.tar")) or sorted(root.glob(f"{name}-*.tar")) or sorted(root.glob(f"{name}.tar"))
+        # By any case; that of the name itself first, should there be two.
+        folder = root / next((n for n in sorted(there, key=lambda n: n != name) if n.lower() == name), name)
+        shard = re.compile(rf"{name}([-_.].*)?\.tar", re.IGNORECASE)
+        inside = (p for p in folder.iterdir() if p.suffix == ".tar") if folder.is_dir() else ()
+        shards = sorted(p for p in inside if not is_hidden(p.name)) or [root / n for n in there if shard.fullmatch(n)]
         if shards:
             return Source(root, tuple(str(p.relative_to(root)) for p in shards), "tar", split)
         records = [
@@ -121,18 +144,13 @@ def _find(root: Path, split: str) -> Source | None:
 
 def _class_folders(root: Path, split: str) -> Source | None:
     """The images of the class folders right below root, or None where there are no folders."""
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
     if not folders:
         return None
     paths: list[str] = []
     empty = []
     for name in folders:
-        inside = sorted(
-            os.path.relpath(os.path.join(base, f), root)
-            for base, _, files in os.walk(root / name, followlinks=True)
-            for f in files
-            if is_image(f)
-        )
+        inside = sorted(os.path.relpath(path, root) for path in images_below(root / name))
         paths += inside
         if not inside:
             empty.append(name)
@@ -152,7 +170,17 @@ def _not_found(root: Path, split: str) -> DeitfastError:
     packed = [n for n in names if n.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip"))]
     if packed:
         hint = f" Unpack {packed[0]}, or repack it as plain tar."
-    if root.name in sum(_SPLITS.values(), ()):
+    folders = [p for p in root.iterdir() if p.is_dir() and not is_hidden(p.name)]
+    if (root.name.lower() in _SPLIT_NAMES or split == "train") and not hint:
+        if root.name.lower() in _SPLIT_NAMES and folders:
+            return DeitfastError(f"{root} is one split of a set. Give the folder above it, {root.parent}")
+        deeper = next((p for p in folders if any(n.name.lower() in _SPLITS["train"] for n in p.iterdir())), None)
+        if deeper is not None:
+            return DeitfastError(f"no {split} split in {root}; found {there}. Give {deeper}, which has one")
+    official = [n for n in names if n.startswith("ILSVRC2012_") or n == "ILSVRC" or n.endswith(".parquet")]
+    if official:
+        hint = f" ImageNet as it is downloaded ({official[0]}): `deitfast data prepare FOLDER OUT` makes shards of it."
+    if root.name.lower() in _SPLIT_NAMES:
         return DeitfastError(f"no class folders in {root}; found {there}.{hint} {_LAYOUTS}")
     return DeitfastError(f"no {split} split in {root}; found {there}.{hint} {_LAYOUTS}")
 

@@ -20,8 +20,9 @@ from deitfast.data import dali, draws
 from deitfast.data.augmentation import Augmentation
 from deitfast.data.augmentation_draws import AugmentationDraws
 from deitfast.data.batch import Batch
+from deitfast.data.cores import thread_count
 from deitfast.data.cpu_ops import Workers, decoded, resized_crop
-from deitfast.data.dali import Feed, Runner, gathered, thread_count
+from deitfast.data.dali import Feed, Runner, gathered
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import Manifest
 from deitfast.data.quarantine import Quarantine
@@ -93,6 +94,10 @@ class TrainLoader:
             device=self.device,
             threads=threads,
         )
+
+    def count_waits_unless(self, busy: Callable[[], bool]) -> None:
+        """Leave out of `seconds_waiting` what passes while `busy` says that the consumer has work left."""
+        self._runner.busy = busy
 
     def __len__(self) -> int:
         """Micro-batches in all."""

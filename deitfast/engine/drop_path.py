@@ -14,7 +14,7 @@ from torch import Tensor
 from deitfast.data import Batch, philox
 from deitfast.data.batch import to_device
 from deitfast.errors import DeitfastError
-from deitfast.model.deit import DeiT, Kept, keep_scales
+from deitfast.model.deit import DeiT, Subset, path_scales
 from deitfast.recipe import Recipe
 
 
@@ -40,17 +40,17 @@ class DropPath:
         uniform = words.reshape(-1, images)[:branches].reshape(-1, 2, images)
         device = batch.images.device
         if not self.subset:
-            return [to_device(keep_scales(torch.from_numpy(uniform).float(), self.rates).numpy(), device)]
+            return [to_device(path_scales(torch.from_numpy(uniform).float(), self.rates).numpy(), device)]
         return [to_device(self._kept(uniform[i], k), device) for i, k in self._counts() if k < self.group]
 
-    def arrange(self, drawn: list[Tensor]) -> Tensor | list[Kept | None] | None:
+    def arrange(self, drawn: list[Tensor]) -> Tensor | list[Subset | None] | None:
         """What `DeiT.forward` takes, made of what `draw` gave: no copy."""
         if not drawn:
             return None
         if not self.subset:
             return drawn[0]
         rest = iter(drawn)
-        return [Kept(next(rest), self.group / k) if k < self.group else None for _, k in self._counts()]
+        return [Subset(next(rest), self.group / k) if k < self.group else None for _, k in self._counts()]
 
     def _counts(self) -> list[tuple[int, int]]:
         """(block, images of a group that keep its branches); at least one."""

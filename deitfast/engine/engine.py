@@ -71,6 +71,9 @@ class Engine(Protocol):
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model holds the averaged weights inside."""
 
+    def busy(self) -> bool:
+        """Whether the device has steps left to run."""
+
     def close(self) -> None:
         """Free what must not outlive the process group; no step runs afterwards."""
 
@@ -85,6 +88,28 @@ def make_engine(
         return PlainEngine(model, recipe, world, accumulation, bf16, drop_path, teacher)
     captures = world.device.type == "cuda" and recipe.engine != "flat"
     return FlatEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, captures)
+
+
+class Pace:
+    """Holds the host at most `_AHEAD` steps ahead of a GPU: the batches of those steps are alive."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def queued(self) -> None:
+        """A step has been queued on the current stream: wait for the one `_AHEAD` before it."""
+        if not self.on_gpu:
+            return
+        end = torch.cuda.Event(blocking=True)
+        end.record()
+        self._ends.append(end)
+        if len(self._ends) > _AHEAD:
+            self._ends.popleft().synchronize()
+
+    def busy(self) -> bool:
+        """Whether the last step has not ended yet."""
+        return bool(self._ends) and not self._ends[-1].query()
 
 
 class PlainEngine:
@@ -104,6 +129,7 @@ class PlainEngine:
         if world.size > 1:
             self.trained = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.pace = Pace(world.device)
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)
@@ -124,6 +150,7 @@ class PlainEngine:
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.model)
+        self.pace.queued()
 
     def pop_loss(self) -> tuple[Tensor, Tensor]:
         loss = self.loss_sum.clone()
@@ -157,6 +184,9 @@ class PlainEngine:
         finally:
             self.ema.swap(self.model)
 
+    def busy(self) -> bool:
+        return self.pace.busy()
+
     def close(self) -> None:
         pass
 
@@ -185,10 +215,13 @@ class FlatEngine:
         self.reduction = Reduction(self.flat, self.compute, world) if world.size > 1 else None
         # Autograd remembers the stream on which a parameter's gradient was first accumulated and makes later ones wait
         # for it: the steps before the capture run on the stream of the capture.
-        self._stream = torch.cuda.Stream(device) if captures else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if captures else None  # before the loader's kernels
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple[list[Batch], Tensor] | None = None
-        self._ends: deque[torch.cuda.Event] = deque()
+        self.pace = Pace(device)
+
+    def busy(self) -> bool:
+        return self.pace.busy()
 
     def close(self) -> None:  # NCCL does not end while a graph holds its collectives
         if self._graph is not None:
@@ -209,17 +242,7 @@ class FlatEngine:
             static_scalars.copy_(scalars)
             self._graph.replay()
         self.steps_run += 1
-        self._keep_up()
-
-    def _keep_up(self) -> None:
-        """Wait for the step two back: what the host runs ahead of keeps its batches alive, and blurs `data_wait`."""
-        if self._stream is None:
-            return
-        end = torch.cuda.Event(blocking=True)
-        end.record()
-        self._ends.append(end)
-        if len(self._ends) > _AHEAD:
-            self._ends.popleft().synchronize()
+        self.pace.queued()
 
     def _with_drop_path(self, batch: Batch) -> Batch:
         return replace(batch, drop=self.drop_path.draw(batch))

@@ -48,7 +48,7 @@ def _question(shape: torch.Size, num_heads: int, dtype: torch.dtype, backward: b
     """What to verify before blocks of this kind run: few images show it, and processes need not agree on times."""
     return Question(
         BLOCK_OPS, width=shape[-1], heads=num_heads, tokens=shape[-2], batch=8, dtype=str(dtype).removeprefix("torch."),
-        backward=backward, without=("gamma", "keep"), timed=False,
+        backward=backward, without=("gamma", "path_scale"), timed=False,
     )  # fmt: skip
 
 
@@ -146,18 +146,18 @@ class _TimmBlock(AcceleratedBlock):
             block.attn.num_heads,
             eps1=block.norm1.eps,
             eps2=block.norm2.eps,
-            keep1_B=_draw_keep(block.drop_path1, x),
-            keep2_B=_draw_keep(block.drop_path2, x),
+            path_scale1_B=_draw_path_scales(block.drop_path1, x),
+            path_scale2_B=_draw_path_scales(block.drop_path2, x),
         )
 
 
-def _draw_keep(drop_path: Any, x: Tensor) -> Tensor | None:
+def _draw_path_scales(drop_path: Any, x: Tensor) -> Tensor | None:
     """timm's DropPath as a factor for each image, (B,) fp32, from the same draws; None where it does nothing."""
     if isinstance(drop_path, nn.Identity) or not drop_path.training or not drop_path.drop_prob:
         return None
     keep_probability = 1 - drop_path.drop_prob
-    keep_B = x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep_probability).flatten().float()
-    return keep_B / keep_probability if drop_path.scale_by_keep and keep_probability > 0 else keep_B
+    path_scale_B = x.new_empty((x.shape[0], 1, 1)).bernoulli_(keep_probability).flatten().float()
+    return path_scale_B / keep_probability if drop_path.scale_by_keep and keep_probability > 0 else path_scale_B
 
 
 _EXACT_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")

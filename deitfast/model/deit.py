@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from deitfast.errors import DeitfastError
@@ -48,6 +50,25 @@ class Attention(nn.Module):
         out_BHNK = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(out_BHNK, "b h n k -> b n (h k)"))
 
+    def of_prefix(self, x_BND: Tensor, prefix: int) -> Tensor:
+        """The first `prefix` rows of `forward`, (B, prefix, D): all tokens give keys and values, those queries."""
+        (q_weight, kv_weight), (q_bias, kv_bias) = split_qkv(self.qkv.weight), split_qkv(self.qkv.bias)
+        q_BPD, kv_BNE = F.linear(x_BND[:, :prefix], q_weight, q_bias), F.linear(x_BND, kv_weight, kv_bias)
+        return self.proj(attend(q_BPD, kv_BNE, self.num_heads))
+
+
+def split_qkv(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight or bias of a packed q, k, v projection, (3D, ...), as that of q (D, ...) and of k and v (2D, ...)."""
+    q, kv = packed.split([packed.shape[0] // 3, packed.shape[0] // 3 * 2])
+    return q, kv
+
+
+def attend(q_BPD: Tensor, kv_BNE: Tensor, num_heads: int) -> Tensor:
+    """Attention of queries (B, P, D) to packed keys and values (B, N, 2D): (B, P, D)."""
+    q = rearrange(q_BPD, "b p (h k) -> b h p k", h=num_heads)
+    k, v = rearrange(kv_BNE, "b n (two h k) -> two b h n k", two=2, h=num_heads)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h p k -> b p (h k)")
+
 
 class Mlp(nn.Module):
     """Two linear layers with an exact (erf) GELU between: (B, N, D) -> (B, N, D)."""
@@ -72,8 +93,8 @@ class LayerScale(nn.Module):
         return x_BND * self.gamma
 
 
-class Kept(NamedTuple):
-    """Drop-path by subset: only these images run through a block's two branches, each scaled by batch / kept."""
+class Subset(NamedTuple):
+    """Drop-path by subset: only these images run through a block's two branches, each scaled by batch / K."""
 
     index_2K: Tensor  # int64, ascending: images of the batch that keep the attention branch, and the MLP branch
     scale: float
@@ -82,8 +103,8 @@ class Kept(NamedTuple):
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    drop: drop-path of one block. A tensor (2, B) scales the two residual branches of each image; `Kept` runs them for a
-    subset of the images only, and the others pass unchanged; None leaves the branches whole.
+    drop: drop-path of one block. A tensor (2, B) scales the two residual branches of each image; `Subset` runs them for
+    some of the images only, and the others pass unchanged; None leaves the branches whole.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, layer_scale: float | None) -> None:
@@ -95,20 +116,52 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None) -> Tensor:
-        x_BND = _add_branch(x_BND, lambda x: self.ls1(self.attn(self.norm1(x))), drop, 0)
-        return _add_branch(x_BND, lambda x: self.ls2(self.mlp(self.norm2(x))), drop, 1)
+    computes_prefix = True
+    """Said by each class whose forward knows `prefix`, and not by one derived from it."""
+
+    def forward(self, x_BND: Tensor, drop: Tensor | Subset | None = None, prefix: int | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D), or with `prefix` the first `prefix` tokens of it alone, (B, prefix, D)."""
+        attn = self.attn if prefix is None else partial(self.attn.of_prefix, prefix=prefix)
+        x_BPD = x_BND[:, :prefix]
+        x_BPD = _add_branch(x_BPD, x_BND, lambda x: self.ls1(attn(self.norm1(x))), drop, 0)
+        return _add_branch(x_BPD, x_BPD, lambda x: self.ls2(self.mlp(self.norm2(x))), drop, 1)
 
 
-def _add_branch(x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Kept | None, which: int) -> Tensor:
-    """x + branch(x) under drop-path; `which`: 0 for the attention branch, 1 for the MLP branch."""
+def _add_branch(
+    to_BPD: Tensor, x_BND: Tensor, branch: Callable[[Tensor], Tensor], drop: Tensor | Subset | None, which: int
+) -> Tensor:
+    """to + branch(x) under drop-path; `which`: 0 for the attention branch, 1 for the MLP branch."""
     if drop is None:
-        return x_BND + branch(x_BND)
-    if isinstance(drop, Kept):
+        return to_BPD + branch(x_BND)
+    if isinstance(drop, Subset):
         index_K = drop.index_2K[which]
-        return x_BND.index_add(0, index_K, branch(x_BND[index_K]).to(x_BND.dtype), alpha=drop.scale)
-    out_BND = branch(x_BND)
-    return x_BND + out_BND * drop[which, :, None, None].to(out_BND.dtype)
+        return to_BPD.index_add(0, index_K, branch(x_BND[index_K]).to(to_BPD.dtype), alpha=drop.scale)
+    out_BPD = branch(x_BND)
+    return to_BPD + out_BPD * drop[which, :, None, None].to(out_BPD.dtype)
+
+
+_OWN = (Attention, Mlp, LayerScale, nn.LayerNorm, nn.Linear, nn.Identity)
+
+
+def prefix_alone(block: nn.Module) -> bool:
+    """Whether `block` may leave out the tokens that no head reads: what is inside is ours, and nobody watches.
+
+    A hook would see fewer tokens, an adapter or another module in place of ours would not be called or might mix them.
+    """
+    if "computes_prefix" not in vars(type(block)):
+        return False
+    for module in block.modules():
+        inside = vars(module)
+        if module is not block and type(module) not in _OWN:
+            return False
+        if "forward" in inside or any(inside[kind] for kind in _HOOKS):
+            return False
+    return not _has_any_global_hook()
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo with this module.
+prefix_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class DeiT(nn.Module):
@@ -144,6 +197,9 @@ class DeiT(nn.Module):
         self.width, self.image_size, self.patch_size, self.num_classes = width, image_size, patch_size, num_classes
         self.num_prefix_tokens = 2 if distilled else 1
         self.num_prefix_positions = self.num_prefix_tokens if class_position else 0
+        # What weights brought along: their classes in index order; image_size and fields of `Preprocessing`.
+        self.classes: tuple[str, ...] | None = None
+        self.stated: dict[str, Any] = {}
         self.recompute = False  # True: each block keeps only its input for the backward and runs again there
         self.drop_path_rates = [drop_path * (1 if constant_drop_path else i / max(depth - 1, 1)) for i in range(depth)]
         self.patch_embed = PatchEmbed(image_size, patch_size, width)
@@ -179,12 +235,12 @@ class DeiT(nn.Module):
         if self.distilled:
             yield "head_dist", self.head_dist
 
-    def draw_keep(self, batch: int, device: torch.device) -> Tensor | None:
+    def draw_path_scales(self, batch: int, device: torch.device) -> Tensor | None:
         """Drop-path scales (depth, 2, batch) in fp32 from torch's generator, or None where nothing is ever dropped."""
         if not any(self.drop_path_rates):
             return None
         uniform = torch.rand(len(self.blocks), 2, batch, device=device)
-        return keep_scales(uniform, self.drop_path_rates)
+        return path_scales(uniform, self.drop_path_rates)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), normalised, or their patches, to the tokens (B, N, D) that enter the first block.
@@ -216,43 +272,53 @@ class DeiT(nn.Module):
         missing = self.num_prefix_tokens - self.num_prefix_positions
         return F.pad(self.pos_embed, (0, 0, missing, 0)) if missing else self.pos_embed
 
-    def forward_features(self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None) -> Tensor:
         """Images (B, 3, S, S), normalised, or their patches (see `embed`) to normalised tokens (B, N, D).
 
-        drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is kept, or a `Kept`
-        (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
+        drop: drop-path scales (depth, 2, B), 0 where a branch is dropped and 1 / (1 - p) where it is not, or a
+        `Subset` (or None) a block. Drawn from torch's generator in training where none is given; ignored in evaluation.
         """
+        return self._features(images, drop, None)
+
+    def prefix_features(self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None) -> Tensor:
+        """The class (and distillation) token of `forward_features`, (B, 1 or 2, D): all that the heads read.
+
+        The last block computes these rows alone; of the other tokens it needs keys and values, nothing else.
+        """
+        return self._features(images, drop, self.num_prefix_tokens)
+
+    def _features(self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None, prefix: int | None) -> Tensor:
         if not self.training:
             drop = None
         elif drop is None:
-            drop = self.draw_keep(images.shape[0], images.device)
+            drop = self.draw_path_scales(images.shape[0], images.device)
         x_BND = self.embed(images)
+        alone = prefix if prefix_alone(self.blocks[-1]) else None
         for i, block in enumerate(self.blocks):
-            one = None if drop is None else drop[i]
+            arguments = None if drop is None else drop[i], alone if i == len(self.blocks) - 1 else None
             if self.recompute and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, one, use_reentrant=False, preserve_rng_state=False)
+                x_BND = checkpoint(block, x_BND, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BND = block(x_BND, one)
-        return self.norm(x_BND)
+                x_BND = block(x_BND, *arguments)
+        return self.norm(x_BND[:, :prefix])
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor, ...]:
         """The features a head reads: (class token,) or (class token, distillation token), each (B, D)."""
-        x_BND = self.forward_features(images)
-        return tuple(x_BND[:, i] for i in range(self.num_prefix_tokens))
+        return self.prefix_features(images).unbind(1)
 
     def forward(
-        self, images: Tensor, drop: Tensor | Sequence[Kept | None] | None = None
+        self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, classes); for a distilled model in training both heads' logits. See `forward_features`."""
-        x_BND = self.forward_features(images, drop)
-        logits = self.head(x_BND[:, 0])
+        x_BPD = self.prefix_features(images, drop)
+        logits = self.head(x_BPD[:, 0])
         if not self.distilled:
             return logits
-        logits_dist = self.head_dist(x_BND[:, 1])
+        logits_dist = self.head_dist(x_BPD[:, 1])
         return (logits, logits_dist) if self.training else (logits + logits_dist) / 2
 
 
-def keep_scales(uniform: Tensor, drop_path_rates: list[float]) -> Tensor:
+def path_scales(uniform: Tensor, drop_path_rates: list[float]) -> Tensor:
     """Uniform draws (depth, 2, B) in [0, 1) to drop-path scales: 0 with the block's probability p, else 1 / (1 - p)."""
     p = torch.tensor(drop_path_rates, dtype=uniform.dtype, device=uniform.device)[:, None, None]
     return (uniform >= p) / (1 - p)

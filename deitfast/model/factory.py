@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,14 +14,17 @@ from deitfast.model.class_names import class_names
 from deitfast.model.convert import to_ours
 from deitfast.model.deit import DeiT
 from deitfast.model.fused import fuse
-from deitfast.model.weights import fill, layer_scale_of, load_weights, published_weights, read_weights, shapes_of
-from deitfast.model.zoo import find_variant, recognise
+from deitfast.model.preprocessing import Preprocessing
+from deitfast.model.weights import WeightFile, fill, layer_scale_of, published_weights, read_weights, shapes_of
+from deitfast.model.zoo import Variant, find_variant, recognise
 
 
 def create_model(
     name: str,
-    pretrained: bool | str = False,
+    pretrained: bool | str | Path = False,
     *,
+    weights: str | Path | None = None,
+    classes: Sequence[str] | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
     drop_path: float = 0.0,
@@ -32,46 +36,77 @@ def create_model(
 ) -> DeiT:
     """A DeiT by timm's name.
 
-    pretrained: False for fresh weights; True for the authors' published ones (downloaded once and checked against the
-        hash in their name); a path to a .safetensors or .pth file otherwise.
-    num_classes, image_size, layer_scale: 1000 and the name's own where None. Position embeddings of pretrained weights
-        are interpolated to the image size.
-    reset_head: start the heads of a pretrained model at zero, whatever the file's class count.
+    weights: what `read_weights` takes: a file, a run's folder, a URL; None for fresh ones. pretrained: the same under
+        timm's and mmpretrain's name; True for the authors' published weights (downloaded once and checked against the
+        hash in their name).
+    classes: the data's class names, for which `num_classes` need not be given; a head whose weights name their classes
+        is brought into their order, or refused.
+    num_classes, image_size, layer_scale: those of the weights where None, else 1000 and the name's own. Position
+        embeddings of weights are interpolated to the image size.
+    reset_head: start the heads at zero, whatever the weights' class count.
     depth: blocks; None for the name's own. Fewer make another, smaller model: for smoke tests.
     fused: True runs the blocks through the ops of `deitfast.kernels`, False in eager PyTorch; None decides by where the
         model runs: fused on CUDA, eager on CPU.
     Raises DeitfastError for an unknown name and for a weight file that is another model's.
     """
     variant = find_variant(name)
+    if weights is not None and pretrained:
+        raise DeitfastError("weights and pretrained are the same. Give one of them")
+    source = weights if weights is not None else published_weights(name) if pretrained is True else pretrained
+    file = read_weights(source) if source else None
+    state = to_ours(file.tensors) if file else {}
+    shapes = {key: shape for key, shape in shapes_of(state).items() if shape}  # a scalar tells nothing
+    if num_classes is None:
+        trained = None if reset_head else shapes.get("head.weight")
+        num_classes = len(classes) if classes is not None else trained[0] if trained else 1000
     model = DeiT(
         width=variant.width,
         depth=variant.depth if depth is None else depth,
         num_heads=variant.heads,
-        image_size=image_size or variant.image_size,
+        image_size=image_size or _size_stated(file, variant) or variant.image_size,
         patch_size=variant.patch_size,
-        num_classes=1000 if num_classes is None else num_classes,
+        num_classes=num_classes,
         drop_path=drop_path,
         constant_drop_path=constant_drop_path,
-        layer_scale=variant.layer_scale if layer_scale is None else layer_scale,
+        layer_scale=(layer_scale_of(shapes) or variant.layer_scale) if layer_scale is None else layer_scale,
         class_position=variant.class_position,
         distilled=variant.distilled,
     )
-    if pretrained:
-        path = published_weights(name) if pretrained is True else pretrained
-        load_weights(model, path, name=name, reset_head=reset_head)
+    if file:
+        fill(model, file, state, name, reset_head, classes)
     if fused or (fused is None and torch.cuda.is_available()):
         fuse(model, on_cpu=bool(fused))
     return model
 
 
+def _size_stated(file: WeightFile | None, variant: Variant) -> int | None:
+    """The image side that weights state for themselves, where it is one that the model can have."""
+    size = file.stated.get("image_size") if file else None
+    return size if isinstance(size, int) and size > 0 and size % variant.patch_size == 0 else None
+
+
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with what is needed to use it. crop_ratio: what its weights are evaluated at."""
+    """A model in evaluation mode with what is needed to use it.
+
+    classes: names in index order, for a reader. stored: those that the weights hold, as they hold them, or None.
+    """
 
     model: DeiT
     name: str
     classes: tuple[str, ...]
-    crop_ratio: float
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    stored: tuple[str, ...] | None = None
+
+    @property
+    def crop_ratio(self) -> float:
+        return self.preprocessing.crop_ratio
+
+
+def as_loaded(model: DeiT, classes: Sequence[str] | None = None, name: str = "") -> LoadedModel:
+    """A model that is at hand, with the classes and the preprocessing that its weights brought."""
+    names = class_names(model.num_classes, classes or model.classes)
+    return LoadedModel(model, name, names, Preprocessing().changed(model.stated), model.classes)
 
 
 def load_model(
@@ -86,8 +121,8 @@ def load_model(
     """A model ready for use, on the CPU.
 
     name: as for `create_model`; None to tell it from the file. weights: what `read_weights` takes; None for the
-    published ones of `name`. num_classes, image_size: the file's where None, but `name`'s image size where a name is
-    given. Raises DeitfastError for weights that do not fit.
+    published ones of `name`. num_classes, image_size: the file's where None; a file that does not state its
+    image size has `name`'s where a name is given. Raises DeitfastError for weights that do not fit.
     """
     if weights is None:
         if name is None:
@@ -100,12 +135,14 @@ def load_model(
     if known is None:
         raise DeitfastError(f"{file.path} holds weights of no model of the list. Give the model's name")
     variant = find_variant(known)
+    image_size = image_size or _size_stated(file, variant)
     if name is None and image_size is None and len(shapes.get("pos_embed", ())) == 3:
         patches = shapes["pos_embed"][1] - variant.prefix_positions
         image_size = math.isqrt(max(patches, 1)) * variant.patch_size
-    classes = num_classes or (shapes["head.weight"][0] if "head.weight" in shapes else 1000)
+    count = num_classes or (shapes["head.weight"][0] if "head.weight" in shapes else 1000)
     model = create_model(
-        known, num_classes=classes, image_size=image_size, layer_scale=layer_scale_of(shapes), fused=fused
+        known, num_classes=count, image_size=image_size, layer_scale=layer_scale_of(shapes), fused=fused
     )
     fill(model, file, state, known)
-    return LoadedModel(model.eval(), known, class_names(classes, file.classes), variant.crop_ratio)
+    preprocessing = Preprocessing(crop_ratio=variant.crop_ratio).changed(file.stated)
+    return LoadedModel(model.eval(), known, class_names(count, file.classes), preprocessing, model.classes)

@@ -1,7 +1,7 @@
 """The transformer block through the Triton kernels: a function over its tensors, and the DeiT block that calls it.
 
-    x = x + keep1 * ls1 * (attention(LayerNorm(x) Wqkv^T + bqkv) Wproj^T + bproj)      one op, layernorm_attention
-    x = x + keep2 * ls2 * MLP(LayerNorm(x))                                            one op, layernorm_mlp
+    x = x + path_scale1 * ls1 * (attention(LayerNorm(x) Wqkv^T + bqkv) Wproj^T + bproj)      one op, layernorm_attention
+    x = x + path_scale2 * ls2 * MLP(LayerNorm(x))                                            one op, layernorm_mlp
 
 Saved for the backward, in values a token (D width, F hidden width; of all but x, only for the images that drop-path
 runs through the branch):
@@ -16,18 +16,22 @@ unless TRITON_INTERPRET=1 runs the kernels in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.attention import HEAD_DIMS
+from deitfast.kernels.attention_op import HEAD_DIMS
 from deitfast.kernels.common import DTYPES, INTERPRETED
-from deitfast.kernels.layernorm_attention import layernorm_attention
-from deitfast.kernels.layernorm_mlp import layernorm_mlp
-from deitfast.kernels.patch_embed import patch_embed
+from deitfast.kernels.layernorm_attention_op import layernorm_attention
+from deitfast.kernels.layernorm_mlp_op import layernorm_mlp
+from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
+from deitfast.kernels.linear_residual_op import linear_residual
+from deitfast.kernels.patch_embed_op import patch_embed
 from deitfast.kernels.replaced import CHOSEN
-from deitfast.model.deit import Block, DeiT, Kept
+from deitfast.model.deit import Block, DeiT, Subset, attend, split_qkv
 from deitfast.model.fitness import Fusible, is_wrapper
 from deitfast.verification.verify import BLOCK_OPS, Question
 
@@ -58,19 +62,19 @@ def fused_block_forward(
     *,
     eps1: float = 1e-6,
     eps2: float = 1e-6,
-    keep1_B: Tensor | None = None,
-    keep2_B: Tensor | None = None,
-    kept: Kept | None = None,
+    path_scale1_B: Tensor | None = None,
+    path_scale2_B: Tensor | None = None,
+    subset: Subset | None = None,
 ) -> Tensor:
     """A pre-norm block with exact GELU: x (B, N, D) -> (B, N, D) in the same dtype.
 
-    keep1_B, keep2_B: fp32 factors of the two residual branches of each image, 0 where drop-path drops one; None: 1.
-    kept: instead of them the images that run through the branches; the others pass unchanged.
+    path_scale1_B, path_scale2_B: fp32 factors of the two residual branches of each image, 0 where drop-path drops one.
+    subset: instead of them the images that run through the branches; the others pass unchanged.
     Under autocast the products run in its dtype and x keeps its own, as in eager PyTorch.
     Raises TypeError or ValueError, from the op concerned, for tensors that do not fit.
     """
     t = tensors
-    index1_K, index2_K, scale = (None, None, 1.0) if kept is None else (*kept.index_2K, kept.scale)
+    index1_K, index2_K, scale = (None, None, 1.0) if subset is None else (*subset.index_2K, subset.scale)
     x_BND = x_BND.contiguous()  # patches straight from a convolution, with no class token, arrive transposed
     x_BND = layernorm_attention(
         x_BND,
@@ -83,9 +87,9 @@ def fused_block_forward(
         num_heads,
         eps1,
         gamma=t.ls1,
-        keep=keep1_B,
-        kept=index1_K,
-        kept_scale=scale,
+        path_scale=path_scale1_B,
+        subset=index1_K,
+        subset_scale=scale,
     )
     return layernorm_mlp(
         x_BND,
@@ -98,9 +102,54 @@ def fused_block_forward(
         eps2,
         residual=True,
         gamma=t.ls2,
-        keep=keep2_B,
-        kept=index2_K,
-        kept_scale=scale,
+        path_scale=path_scale2_B,
+        subset=index2_K,
+        subset_scale=scale,
+    )
+
+
+def fused_prefix_forward(
+    x_BND: Tensor,
+    tensors: BlockTensors,
+    num_heads: int,
+    prefix: int,
+    *,
+    eps1: float = 1e-6,
+    eps2: float = 1e-6,
+    path_scale1_B: Tensor | None = None,
+    path_scale2_B: Tensor | None = None,
+    subset: Subset | None = None,
+) -> Tensor:
+    """The first `prefix` tokens of `fused_block_forward`, (B, prefix, D), where no other is read.
+
+    LayerNorm, keys and values are of all tokens; queries, projection and MLP of `prefix` rows an image, so that what is
+    left of the block is a sixth of its work. Attention of so few queries is PyTorch's.
+    """
+    t = tensors
+    index1_K, index2_K, scale = (None, None, 1.0) if subset is None else (*subset.index_2K, subset.scale)
+    x_BPD = x_BND[:, :prefix].contiguous()
+    x_BND = x_BND if index1_K is None else x_BND[index1_K]
+    (q_weight, kv_weight), norm = split_qkv(t.qkv_weight), (t.norm1_weight, t.norm1_bias)
+    q_bias, kv_bias = (None, None) if t.qkv_bias is None else split_qkv(t.qkv_bias)
+    kv_BNE = layernorm_qkv(x_BND, *norm, kv_weight, kv_bias, eps1)
+    q_BPD = layernorm_qkv(x_BND[:, :prefix].contiguous(), *norm, q_weight, q_bias, eps1)
+    out_BPD = attend(q_BPD, kv_BNE, num_heads)
+    if index1_K is None:
+        x_BPD = linear_residual(out_BPD, t.proj_weight, t.proj_bias, x_BPD, t.ls1, path_scale1_B)
+    else:
+        branch_KPD = F.linear(out_BPD, t.proj_weight, t.proj_bias) * (1.0 if t.ls1 is None else t.ls1)
+        x_BPD = x_BPD.index_add(0, index1_K, branch_KPD.to(x_BPD.dtype), alpha=scale)
+    norm, mlp = (t.norm2_weight, t.norm2_bias), (t.fc1_weight, t.fc1_bias, t.fc2_weight, t.fc2_bias)
+    return layernorm_mlp(
+        x_BPD,
+        *norm,
+        *mlp,
+        eps2,
+        residual=True,
+        gamma=t.ls2,
+        path_scale=path_scale2_B,
+        subset=index2_K,
+        subset_scale=scale,
     )
 
 
@@ -196,6 +245,7 @@ def layer_problems(norms: Mapping[str, Any], linears: Mapping[str, Any], activat
 class FusedBlock(Fusible, Block):
     """`deitfast.model.deit.Block`, same parameters and names, computed by the kernels."""
 
+    computes_prefix = True
     on_cpu = True
     """False: the kernels only where the input is on a GPU (or in Triton's interpreter), eager PyTorch on CPU."""
 
@@ -211,20 +261,21 @@ class FusedBlock(Fusible, Block):
             linears={"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
         )
 
-    def forward(self, x_BND: Tensor, drop: Tensor | Kept | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, drop: Tensor | Subset | None = None, prefix: int | None = None) -> Tensor:
         if not (self.on_cpu or x_BND.is_cuda or INTERPRETED) or self.steps_aside(x_BND):
-            return super().forward(x_BND, drop)
-        kept = drop if isinstance(drop, Kept) else None
-        keep1_B, keep2_B = drop if isinstance(drop, Tensor) else (None, None)
-        return fused_block_forward(
+            return super().forward(x_BND, drop, prefix)
+        subset = drop if isinstance(drop, Subset) else None
+        path_scale1_B, path_scale2_B = drop if isinstance(drop, Tensor) else (None, None)
+        run = fused_block_forward if prefix is None else partial(fused_prefix_forward, prefix=prefix)
+        return run(
             x_BND,
             block_tensors(self),
             self.attn.num_heads,
             eps1=self.norm1.eps,
             eps2=self.norm2.eps,
-            keep1_B=keep1_B,
-            keep2_B=keep2_B,
-            kept=kept,
+            path_scale1_B=path_scale1_B,
+            path_scale2_B=path_scale2_B,
+            subset=subset,
         )
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,15 @@ from torch import Tensor
 from deitfast.errors import DeitfastError, did_you_mean, first_line
 from deitfast.files import cache_folder, write_atomically
 from deitfast.integrity import file_damage, pointed_to
-from deitfast.model import vetting
+from deitfast.model import unpickling, vetting
+from deitfast.model.class_names import head_order
 from deitfast.model.convert import to_ours
 from deitfast.model.deit import DeiT, resize_pos_embed
 from deitfast.model.download import fetch, is_url
+from deitfast.model.preprocessing import read_json, stated_beside, stated_in_metadata
+from deitfast.model.state_dicts import find_state
 from deitfast.model.zoo import find_variant, recognise
 
-# What training programs call the weights and their moving average: ours and timm's, DeiT's, mmpretrain's.
-_RAW_KEYS = ("model", "state_dict")
-_EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 _HEADER_LIMIT = 100_000_000  # of safetensors
 
 
@@ -36,7 +34,8 @@ class WeightFile:
     """A weight file as read. tensors: by the names they have there, prefixes of wrappers taken off.
 
     model: the model's name where the file states it. classes: class names in index order where it has them. eps:
-    LayerNorm's epsilon where it is stated beside the file, as Hugging Face does.
+    LayerNorm's epsilon where it is stated beside the file, as Hugging Face does. stated: image_size and what of
+    `Preprocessing` the file, or one beside it, says.
     """
 
     path: Path
@@ -44,19 +43,27 @@ class WeightFile:
     model: str | None = None
     classes: tuple[str, ...] | None = None
     eps: float | None = None
+    stated: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_weights(
-    model: DeiT, source: str | Path, *, name: str = "", reset_head: bool = False, ema: bool = False
+    model: DeiT,
+    source: str | Path,
+    *,
+    name: str = "",
+    reset_head: bool = False,
+    ema: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Fill `model` from weights, strictly, after interpolating the position embeddings to its image size.
 
     source, ema: see `read_weights`. name: the model's name, for the message. reset_head: leave the file's heads out and
-    start the model's at zero. Raises DeitfastError naming the model the file is of, or the first missing, unexpected or
+    start the model's at zero. classes: the data's, to which the head's rows are brought by name where the file names
+    its own. Raises DeitfastError naming the model the file is of, or the first missing, unexpected or
     misshapen tensor.
     """
     file = read_weights(source, ema=ema)
-    fill(model, file, to_ours(file.tensors), name, reset_head)
+    fill(model, file, to_ours(file.tensors), name, reset_head, classes)
 
 
 def published_weights(name: str) -> Path:
@@ -75,16 +82,16 @@ def read_state_dict(source: str | Path, *, ema: bool = False) -> dict[str, Tenso
 def read_weights(source: str | Path, *, ema: bool = False) -> WeightFile:
     """The weights at `source`, on the CPU.
 
-    source: a URL; a .safetensors file, or a PyTorch file of tensors; a run's folder (its best weights), a checkpoint's,
-    or one of Hugging Face. The kind is told by content. A PyTorch file is unpickled with `weights_only=True`, which
-    runs no code; nesting and the prefixes that DDP (`module.`) and torch.compile (`_orig_mod.`) add are taken off.
+    source: a URL; a .safetensors file, or a PyTorch file; a run's folder (its best weights), a checkpoint's, or one of
+    Hugging Face. The kind is told by content. Of a PyTorch file nothing is executed (`unpickling`); in what it holds
+    the state dict is found, and prefixes of wrappers taken off (`state_dicts`).
     ema: the averaged weights instead of the raw ones, where a run keeps both.
     Raises DeitfastError for what cannot be read, and for a file that is not what was written where a hash tells.
     """
     path = fetch(str(source), cache_folder("weights")) if is_url(source) else _find_file(Path(source), ema)
     kind = _kind_of(path)
     meta: Mapping[str, Any] = {}
-    state: Any
+    found: Any
     if problem := file_damage(path):
         raise DeitfastError(f"{path} is damaged: {problem}. Copy it again, or use another checkpoint")
     try:
@@ -92,32 +99,79 @@ def read_weights(source: str | Path, *, ema: bool = False) -> WeightFile:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 vetting.check_count(path, len(file.keys()))
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator itself)
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator itself)
         else:
             vetting.check_archive(path)
-            # The authors' training program keeps its arguments beside the weights: a plain bag of values.
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch remarks on pickles of other versions
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            found = unpickling.load(path)
     except DeitfastError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise DeitfastError(f"{path} cannot be read as weights: {first_line(error)}") from error
     except Exception as error:  # torch.load raises pickle.UnpicklingError and more for files with code in them
-        raise DeitfastError(f"{path} holds more than tensors and is not loaded: {_what_else(error)}") from error
-    if kind == "pickle" and isinstance(state, dict):
-        meta = state.get("meta") if isinstance(state.get("meta"), dict) else {}  # type: ignore[assignment]
-        state = _nested(path, state, ema)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DeitfastError(f"{path} holds no state dict of tensors")
+        what = unpickling.refused_name(error) or type(error).__name__
+        raise DeitfastError(
+            f"{path} holds more than tensors and is not loaded: {what}. Where you trust it, save its tensors alone: "
+            "torch.save(model.state_dict(), FILE)"
+        ) from error
+    if isinstance(found, unpickling.StandIn):
+        raise DeitfastError(
+            f"{path} holds a whole model, which is code. Save its tensors: torch.save(m.state_dict(), F)"
+        )
+    if kind == "pickle" and isinstance(found, dict):
+        meta = _facts_of_pickle(found)
+    state = find_state(path, found, ema and kind == "pickle")
     vetting.check_count(path, len(state))
     vetting.check_dense(path, state)
     if kind == "safetensors":
-        vetting.check_hash(path, state, meta)
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in state.items()}
-    beside = _config_beside(path)
+        vetting.check_hash(path, found, meta)
+    run = _run_of(path)
+    stated = {**stated_beside(path.parent), **run.stated, **stated_in_metadata(meta if kind == "safetensors" else {})}
+    config = _config_beside(path)
     model = meta.get("model") if kind == "safetensors" else None
-    return WeightFile(path, tensors, model, _classes_in(meta, beside), beside.get("layer_norm_eps"))
+    classes = _classes_in(meta, config) or run.classes
+    return WeightFile(path, state, model or run.model, classes, config.get("layer_norm_eps"), stated)
+
+
+@dataclass(frozen=True)
+class _RunFacts:
+    """What a run's folder knows of the files in it that know nothing themselves: checkpoints and averages."""
+
+    model: str | None = None
+    classes: tuple[str, ...] | None = None
+    stated: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _run_of(path: Path) -> _RunFacts:
+    """Of the checkpoint that `path` lies in (RUN/ckpt/step-N), from its state and the run's best weights."""
+    state = read_json(path.parent / "state.json")
+    recipe = state.get("recipe")
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("model"), str):
+        return _RunFacts()
+    best: Mapping[str, Any] = {}
+    try:
+        with safe_open(path.parent.parent.parent / "best" / "model.safetensors", framework="pt") as file:
+            best = file.metadata() or {}
+    except (SafetensorError, OSError):
+        pass  # a run without an evaluation yet
+    stated = stated_in_metadata(best)
+    if isinstance(recipe.get("eval_crop_ratio"), (int, float)):
+        stated["crop_ratio"] = float(recipe["eval_crop_ratio"])
+    if isinstance(recipe.get("image_size"), int) and recipe["image_size"]:
+        stated["image_size"] = recipe["image_size"]
+    return _RunFacts(recipe["model"], _classes_in(state, {}) or _classes_in(best, {}), stated)
+
+
+def _facts_of_pickle(found: Mapping[Any, Any]) -> dict[str, Any]:
+    """Class names in what a training program saved: mmpretrain's meta, or a list or a dict of its own."""
+    meta = found.get("meta")
+    facts = dict(meta) if isinstance(meta, Mapping) else {}
+    for key in ("classes", "class_names", "label_names", "CLASSES"):
+        if isinstance(found.get(key), (list, tuple)) and all(isinstance(name, str) for name in found[key]):
+            facts.setdefault("classes", list(found[key]))
+    numbers = found.get("class_to_idx")  # torchvision's ImageFolder
+    if isinstance(numbers, Mapping) and sorted(map(str, numbers.values())) == sorted(map(str, range(len(numbers)))):
+        facts.setdefault("classes", [str(name) for name in sorted(numbers, key=lambda name: int(numbers[name]))])
+    return facts
 
 
 def _find_file(path: Path, ema: bool) -> Path:
@@ -129,12 +183,16 @@ def _find_file(path: Path, ema: bool) -> Path:
             path = latest
         elif (path / "best").is_dir() and not ema:
             path = path / "best"
-        path = path / ("ema.safetensors" if ema else "model.safetensors")
+        folder = path
+        path = folder / ("ema.safetensors" if ema else "model.safetensors")
+        if not ema and not path.is_file() and (folder / "pytorch_model.bin").is_file():  # Hugging Face's older files
+            path = folder / "pytorch_model.bin"
         if ema and not path.is_file():
             raise DeitfastError(f"{path.parent} holds no averaged weights. Leave --ema (ema=True) out")
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DeitfastError(f"no weight file {path}.{did_you_mean(path.name, siblings)}")
+        hint = did_you_mean(path.name, siblings) or " Give a .safetensors or .pth file, or a run's folder"
+        raise DeitfastError(f"no weight file {path}.{hint}")
     return path
 
 
@@ -158,28 +216,14 @@ def _kind_of(path: Path) -> str:
     raise DeitfastError(f"{path} cannot be read as weights: it is {what}")
 
 
-def _nested(path: Path, state: dict[Any, Any], ema: bool) -> Any:
-    """The state dict inside what a training program saved."""
-    for key in _EMA_KEYS if ema else _RAW_KEYS:
-        if isinstance(state.get(key), dict):
-            inner = {name: value for name, value in state[key].items() if name != "steps"}  # mmengine counts there
-            return inner
-    if ema:
-        raise DeitfastError(f"{path} holds no averaged weights. Leave --ema (ema=True) out")
-    return state
-
-
 def _config_beside(path: Path) -> dict[str, Any]:
-    """Hugging Face's config.json beside the file; empty where there is none."""
-    try:
-        config = json.loads((path.parent / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) and "model_type" in config else {}
+    """Hugging Face's or timm's config.json beside the file; empty where there is none."""
+    config = read_json(path.parent / "config.json")
+    return config if "model_type" in config or "architecture" in config else {}
 
 
 def _classes_in(meta: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Class names in safetensors metadata (a JSON list), in mmpretrain's meta or in Hugging Face's config."""
+    """Class names in safetensors metadata (a JSON list), in mmpretrain's meta, in timm's or Hugging Face's config."""
     nested = meta.get("dataset_meta")
     found: Any = (
         meta.get("classes") or meta.get("CLASSES") or (nested.get("classes") if isinstance(nested, dict) else None)
@@ -189,24 +233,38 @@ def _classes_in(meta: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str
             found = json.loads(found)
         except (ValueError, RecursionError):
             found = None
+    found = found or config.get("label_names")  # timm's
     labels = config.get("id2label")
     if not found and isinstance(labels, dict) and not all(str(v).startswith("LABEL_") for v in labels.values()):
-        numbered = all(str(key).isdecimal() for key in labels)
-        found = [labels[key] for key in sorted(labels, key=int)] if numbered else None
+        numbered = sorted(labels, key=str) == sorted(map(str, range(len(labels))))
+        found = [labels[str(i)] for i in range(len(labels))] if numbered else None
     return tuple(map(str, found)) if isinstance(found, (list, tuple)) and found else None
 
 
-def fill(model: DeiT, file: WeightFile, state: dict[str, Tensor], name: str, reset_head: bool = False) -> None:
+def fill(
+    model: DeiT,
+    file: WeightFile,
+    state: dict[str, Tensor],
+    name: str,
+    reset_head: bool = False,
+    classes: Sequence[str] | None = None,
+) -> None:
     ours = model.state_dict()
     if _architecture(state) != _architecture(ours):
         found = recognise(shapes_of(state))
         what = f"of {found}" if found else "of another model"
-        raise DeitfastError(f"{file.path} holds weights {what}, not of {name or 'this model'}. {_remedy(found, model)}")
+        remedy = _remedy(found, model, state)
+        raise DeitfastError(f"{file.path} holds weights {what}, not of {name or 'this model'}. {remedy}")
     if reset_head:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("head")}
         for head, linear in model.heads():
             state[f"{head}.weight"] = torch.zeros_like(linear.weight)
             state[f"{head}.bias"] = torch.zeros_like(linear.bias)
+    elif classes is not None and file.classes is not None and len(file.classes) == len(classes) == model.num_classes:
+        order = torch.tensor(head_order(file.classes, classes, str(file.path)))
+        state |= {key: state[key][order] for key in state if key.startswith("head") and state[key].ndim}
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
+        _check_grid(file.path, state["pos_embed"].shape[1], model.num_prefix_positions)
         state["pos_embed"] = resize_pos_embed(
             state["pos_embed"], model.patch_embed.num_patches, model.num_prefix_positions
         )
@@ -217,6 +275,21 @@ def fill(model: DeiT, file: WeightFile, state: dict[str, Tensor], name: str, res
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.eps = file.eps
+    model.stated = dict(file.stated)
+    model.classes = None
+    if not reset_head and file.classes is not None and len(file.classes) == model.num_classes:
+        model.classes = tuple(classes or file.classes)
+
+
+def _check_grid(path: Path, positions: int, prefix: int) -> None:
+    """DeitfastError for positions that are not those of `prefix` tokens and a square of patches."""
+    grid = positions - prefix
+    if grid < 1 or math.isqrt(grid) ** 2 != grid:
+        beside = f"{prefix} of tokens and " if prefix else ""
+        raise DeitfastError(
+            f"{path}: pos_embed has {positions} positions, which are not {beside}a square of patches. Only square "
+            "images are supported"
+        )
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -236,15 +309,23 @@ def _architecture(state: Mapping[str, Tensor]) -> tuple[Any, ...]:
     return shape, depth, "dist_token" in state, "blocks.0.ls1.gamma" in state
 
 
-def _remedy(found: str | None, model: DeiT) -> str:
-    if found:
-        return f"Create that model, or give a file of width {model.width} and depth {len(model.blocks)}"
-    return "Names must be timm's (patch_embed.proj.weight, ...), Hugging Face's or mmpretrain's"
+def _remedy(found: str | None, model: DeiT, state: Mapping[str, Tensor]) -> str:
+    if not found:
+        return "Names must be timm's (patch_embed.proj.weight, ...), Hugging Face's or mmpretrain's"
+    if ("dist_token" in state) != model.distilled:
+        without = "without" if model.distilled is False else "with"
+        return f"Use --model {found} (create_model({found!r})), or give a file {without} distillation token"
+    return f"Use --model {found}, or give a file of width {model.width} and depth {len(model.blocks)}"
 
 
 def _check_tensors(path: Path, state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
     missing = [key for key in ours if key not in state]
     extra = [key for key in state if key not in ours]
+    if missing and all(key.startswith("head") for key in missing):
+        raise DeitfastError(
+            f"{path} is a backbone without a head ({missing[0]}). Fine-tune it with a new one: --init {path.name} "
+            "--reset-head (reset_head=True)"
+        )
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DeitfastError(f"{path} lacks tensor {missing[0]}{more}.{did_you_mean(missing[0], extra)}")
@@ -256,16 +337,10 @@ def _check_tensors(path: Path, state: Mapping[str, Tensor], ours: Mapping[str, T
             continue
         if key.startswith("head") and state[key].ndim == tensor.ndim:
             raise DeitfastError(
-                f"{path}: the head has {state[key].shape[0]} classes, the data {tensor.shape[0]}. "
-                "Add --reset-head (reset_head=True) to start a new head"
+                f"{path}: the head has {state[key].shape[0]} classes, {tensor.shape[0]} are wanted. Add --reset-head "
+                f"(reset_head=True) to start a new head, or use num_classes={state[key].shape[0]}"
             )
         raise DeitfastError(f"{path}: {key} has shape {tuple(state[key].shape)}, the model's is {tuple(tensor.shape)}")
-
-
-def _what_else(error: Exception) -> str:
-    """What a refused pickle asked for. torch's own first line recommends to load it all the same."""
-    found = re.search(r"GLOBAL (\S+)|(?:class|type|function) (\S+)", str(error))
-    return next(filter(None, found.groups())) if found else type(error).__name__
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from deitfast.errors import DeitfastError, say
 from deitfast.model.deit import DeiT
 from deitfast.model.fused import FusedBlock, question_about
 from deitfast.recipe import Recipe
-from deitfast.verification.verdict import REPORT, OpVerdict, Verdict
+from deitfast.verification.verdict import REPORT, OpVerdict, Verdict, machine
 from deitfast.verification.verify import BLOCK_OPS, Question, adopt, told, verify
 
 
@@ -26,18 +27,22 @@ def question(recipe: Recipe, model: DeiT, micro_batch: int, bf16: bool) -> Quest
         ops += ["patch_embed", *BLOCK_OPS]
     ops.append("mixed_bce" if recipe.loss == "bce" else "mixed_cross_entropy")
     drops = max(model.drop_path_rates, default=0.0)
-    subset = bool(drops) and recipe.drop_path_form == "subset"
+    skips = bool(drops) and recipe.drop_path_form == "subset"
     of_group = max(1, round(recipe.mix_group * (1 - drops)))
     return question_about(
         model, tuple(ops), micro_batch, torch.bfloat16 if bf16 else torch.float32,
-        without=() if drops else ("keep",), kept=micro_batch // recipe.mix_group * of_group if subset else 0,
+        without=() if drops else ("path_scale",), subset=micro_batch // recipe.mix_group * of_group if skips else 0,
     )  # fmt: skip
 
 
 def trust_kernels(
-    recipe: Recipe, world: World, model: DeiT, micro_batch: int, bf16: bool, note: Callable[[str], None]
-) -> Verdict:
-    """What each op does from now on, the same on all processes: as --choices says, else as the leading GPU shows."""
+    recipe: Recipe, world: World, model: DeiT, micro_batch: int, bf16: bool, before: dict[str, Any],
+    note: Callable[[str], None],
+) -> Verdict:  # fmt: skip
+    """What each op does from now on, the same on all processes: as --choices says, else as the leading GPU shows.
+
+    before: the choices of the run that is resumed, which hold on the same GPU, or empty.
+    """
 
     def find() -> Verdict | None:
         if not world.is_main:
@@ -46,6 +51,8 @@ def trust_kernels(
             return read_choices(Path(recipe.choices))
         if world.device.type != "cuda" or recipe.fused == "no":
             return Verdict()
+        if before.get("machine") == machine(world.device):
+            return Verdict.of(before["kernels"])
         return verify(question(recipe, model, micro_batch, bf16), world.device, say)
 
     verdict = world.share(world.agree(find))
@@ -61,11 +68,12 @@ def trust_kernels(
 def read_choices(path: Path) -> Verdict:
     """The forms of ops that another run recorded in its env.json, or that `deitfast doctor --json` printed."""
     try:
-        found = json.loads(path.read_text())["kernels"]
-        return Verdict([OpVerdict(op["op"], op["form"], op["why"]) for op in found["ops"]])
+        found = json.loads(path.read_text())
+        ops = found.get("choices", found)["kernels"]["ops"]
+        return Verdict([OpVerdict(op["op"], op["form"], op["why"]) for op in ops])
     except OSError as error:
         raise DeitfastError(f"--choices {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeitfastError(
             f"--choices {path} holds no choices. Give a run's env.json, or the output of `deitfast doctor --json`"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deitfast.data import Dataset, Manifest, Order, open_dataset
-from deitfast.data.dali import thread_count
+from deitfast.data import Dataset, Manifest, Order, imagenet_classes, open_dataset
+from deitfast.data.cores import thread_count
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import read_manifest, write_manifest
 from deitfast.distributed import World, start
@@ -23,12 +24,13 @@ from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
+from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 from deitfast.training import checkpoint
 from deitfast.training.checkpoint import Checkpoint
 from deitfast.training.first_contact import trust_capture, trust_kernels
 from deitfast.training.run_folder import RunFolder, environment
-from deitfast.verification.verdict import Verdict
+from deitfast.verification.verdict import Verdict, machine
 
 IMAGES = "images.npz"
 """The run's list of training images, in its folder."""
@@ -90,20 +92,27 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     order = world.agree(lambda: Order.of(images, recipe))
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
-    model = world.agree(lambda: make_model(recipe, len(data.classes), depth)).to(world.device)
+    model = world.agree(lambda: make_model(recipe, data.classes, depth)).to(world.device)
+    if recipe.init and not recipe.reset_head and model.classes is None and data.classes != imagenet_classes():
+        notes.append(
+            f"{recipe.init} does not name its classes: its head is kept for the data's, in the order "
+            f"{', '.join(data.classes[:3])}{', ...' if len(data.classes) > 3 else ''}. --reset-head starts a new one"
+        )
     teacher = None  # before the memory is measured that it leaves
     if recipe.distillation != "none":
         teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
     teacher_bytes = teacher.image_bytes() if teacher else 0
-    micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes)
-    kernels = trust_kernels(recipe, world, model, micro_batch, bf16, notes.append)
+    before = world.share(choices_before(recipe, world.device) if world.is_main else {})
+    micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes, before)
+    kernels = trust_kernels(recipe, world, model, micro_batch, bf16, before, notes.append)
     if not kernels.all_ours:  # eager PyTorch keeps more for the backward
-        micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes)
+        micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes, before)
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
+    wanted = before.get("decode", "auto") if recipe.decode == "auto" else recipe.decode
     decode = world.agree(
         lambda: (
-            choose_decoder(recipe.decode, train_data, model.image_size, world.device, threads, notes.append)
+            choose_decoder(wanted, train_data, model.image_size, world.device, threads, notes.append)
             if world.is_main
             else ""
         )
@@ -143,7 +152,7 @@ def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
     if run.folder:
         if run.recipe.allow_changes or not (run.folder.path / IMAGES).exists():
             write_manifest(run.folder.path / IMAGES, run.train_data)
-        found = {"kernels": run.kernels.record(), "step": run.engine.description, "decode": run.decode}
+        found = {"choices": choices(run), "step": run.engine.description}
         run.folder.write_settings(run.recipe, environment() | found)
         run.folder.resume_metrics(run.step)
         introduce(run, data, stated)
@@ -171,6 +180,24 @@ def run_images(recipe: Recipe, scanned: Manifest, say: Callable[[str], None]) ->
     return recorded
 
 
+def choices(run: Run) -> dict[str, Any]:
+    """What was measured while setting up, for the run folder: chosen again it might differ, and with it the bits."""
+    device = run.world.device
+    return {
+        "device": device.type, "decode": run.decode, "micro_batch": run.micro_batch, "kernels": run.kernels.record(),
+        "machine": machine(device) if device.type == "cuda" else {},
+    }  # fmt: skip
+
+
+def choices_before(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The `choices` of the run that the recipe's folder holds; empty without one, or for another kind of device."""
+    try:
+        recorded = json.loads((Path(recipe.out) / "env.json").read_text())["choices"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return recorded if recorded["device"] == device.type and not recipe.allow_changes else {}
+
+
 def open_data(recipe: Recipe, world: World) -> Dataset:
     """Both splits; the first process of a machine speaks of damaged files and leaves manifests for the others."""
     data = open_dataset(recipe.data, quiet=world.local_rank > 0)
@@ -180,13 +207,13 @@ def open_data(recipe: Recipe, world: World) -> Dataset:
     return data
 
 
-def make_model(recipe: Recipe, classes: int, depth: int | None = None) -> DeiT:
+def make_model(recipe: Recipe, classes: tuple[str, ...], depth: int | None = None) -> DeiT:
     """The recipe's model, with weights from `init` where given."""
     return create_model(
         recipe.model,
         pretrained=recipe.init or False,
-        num_classes=classes,
-        image_size=recipe.image_size or None,
+        classes=classes,
+        image_size=recipe.image_size or find_variant(recipe.model).image_size,
         drop_path=recipe.drop_path,
         constant_drop_path=recipe.drop_path_schedule == "constant",
         layer_scale=recipe.layer_scale or None,
@@ -196,16 +223,19 @@ def make_model(recipe: Recipe, classes: int, depth: int | None = None) -> DeiT:
     )
 
 
-def fit(recipe: Recipe, world: World, model: DeiT, bf16: bool, teacher_bytes: int) -> tuple[int, int]:
-    """(micro-batch, accumulation) that fit into the GPU with the least memory."""
+def fit(
+    recipe: Recipe, world: World, model: DeiT, bf16: bool, teacher_bytes: int, before: dict[str, Any]
+) -> tuple[int, int]:
+    """(micro-batch, accumulation) that fit into the GPU with the least memory; before: of `choices_before`."""
     largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
-    return world.agree(lambda: split_batch(recipe, world, largest))
+    return world.agree(lambda: split_batch(recipe, world, largest, before.get("micro_batch", 0)))
 
 
-def split_batch(recipe: Recipe, world: World, largest: int) -> tuple[int, int]:
+def split_batch(recipe: Recipe, world: World, largest: int, before: int = 0) -> tuple[int, int]:
     """(micro-batch, accumulation) such that micro-batch x processes x accumulation is the global batch.
 
-    largest: images that fit into memory at once, where the recipe leaves the micro-batch open.
+    largest: images that fit into memory at once, where the recipe leaves the micro-batch open. before: the micro-batch
+    that the run had until now, which it keeps where that fits.
     """
     unit = recipe.unit
     share, rest = divmod(recipe.batch, world.size)
@@ -218,6 +248,8 @@ def split_batch(recipe: Recipe, world: World, largest: int) -> tuple[int, int]:
     divisors = [m for m in range(unit, share + 1, unit) if share % m == 0]
     if recipe.micro_batch:
         micro_batch = recipe.micro_batch
+    elif before in divisors and before <= largest:
+        micro_batch = before
     else:
         groups = [m for m in divisors if m % recipe.mix_group == 0] if recipe.drop_path_form == "subset" else divisors
         micro_batch = max((m for m in groups or divisors if m <= largest), default=unit)
@@ -233,7 +265,13 @@ def save(run: Run) -> None:
     """Write a checkpoint of `run` (the leading process; the state is the same everywhere)."""
     if not run.folder:
         return
-    state = {"recipe": asdict(run.recipe), "best": run.best, "steps_per_epoch": run.order.steps_per_epoch}
+    classes = list(run.train_data.classes)
+    state = {
+        "recipe": asdict(run.recipe),
+        "classes": classes,
+        "best": run.best,
+        "steps_per_epoch": run.order.steps_per_epoch,
+    }
     checkpoint.save(run.folder.checkpoints, Checkpoint(run.step, run.engine.tensors(), state))
 
 

@@ -71,6 +71,7 @@ def train(
             bad_list=Path(recipe.out) / "bad.txt",
             decoder=run.decode,
         ) as loader:
+            loader.count_waits_unless(run.engine.busy)
             try:
                 with StopRequest() as stop:
                     result = loop(run, loader, stop, stop_at, eval_images)

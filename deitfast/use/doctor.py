@@ -15,7 +15,8 @@ import torch
 
 from deitfast.compiler import missing_for_triton
 from deitfast.data import open_dataset
-from deitfast.data.dali import check_build, dali_version, thread_count
+from deitfast.data.cores import cores, thread_count
+from deitfast.data.dali import check_build, dali_version
 from deitfast.data.decoder import gpu_problem
 from deitfast.errors import DeitfastError, first_line
 from deitfast.model.factory import create_model
@@ -122,25 +123,13 @@ def _compiler(gpus: int) -> Iterator[Finding]:
 
 
 def _cores(processes: int) -> Iterator[Finding]:
-    mine = thread_count(0) // processes
+    mine = max(1, cores() // processes)
     what = f"{mine} core(s) a process, of {os.cpu_count()} in this machine"
-    quota = _quota()
-    if quota and quota < mine * processes:
-        remedy = f"Give --workers {max(1, int(quota / processes))}, or raise the container's limit"
-        yield Finding(NOTE, f"{what}, but this container may use {quota:g}", remedy)
-    elif mine < _GPU_CORES and torch.cuda.is_available():
-        yield Finding(NOTE, f"{what}: too few to decode JPEGs for a GPU", "Leave --decode at auto, or prepare the data")
+    if mine < _GPU_CORES and torch.cuda.is_available():
+        remedy = "Leave --decode at auto, reduce the images (deitfast data prepare --short-side), or give more cores"
+        yield Finding(NOTE, f"{what}: too few to decode JPEGs for a GPU", remedy)
     else:
         yield Finding(OK, what)
-
-
-def _quota() -> float:
-    """Cores that a container's cgroup allows; 0 where it sets no limit."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return 0.0 if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return 0.0
 
 
 def _disk(out: Path) -> Iterator[Finding]:
@@ -175,25 +164,25 @@ def _write_speed(folder: Path, size: int = 32 << 20) -> float:
 
 
 def _shared_memory(gpus: int) -> Iterator[Finding]:
+    level = BREAKS if gpus > 1 else NOTE
     try:
         size = shutil.disk_usage("/dev/shm").total
     except OSError:
-        yield Finding(NOTE if gpus < 2 else BREAKS, "there is no /dev/shm", "Mount one: docker run --ipc=host")
+        yield Finding(level, "there is no /dev/shm", "Mount one: docker run --ipc=host")
         return
-    small = size <= _SHARED_MEMORY
-    remedy = "NCCL needs more for several GPUs: docker run --ipc=host, or --shm-size=1g"
-    level = OK if not small else BREAKS if gpus > 1 else NOTE
-    yield Finding(level, f"/dev/shm has {size / 2**20:,.0f} MiB", remedy if small else "")
+    what = f"/dev/shm has {size / 2**20:,.0f} MiB"
+    if size > _SHARED_MEMORY:
+        yield Finding(OK, what)
+    else:
+        yield Finding(level, what, "NCCL needs more for several GPUs: docker run --ipc=host, or --shm-size=1g")
 
 
 def _nccl(gpus: int) -> Iterator[Finding]:
-    there = torch.distributed.is_available() and torch.distributed.is_nccl_available()
-    if there and gpus:
-        yield Finding(OK, f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
-    elif gpus > 1:
-        yield Finding(BREAKS, "this torch has no NCCL, over which several GPUs train", "Install torch from PyPI")
+    if torch.distributed.is_available() and torch.distributed.is_nccl_available():
+        yield Finding(OK, f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}, over which several GPUs train")
     else:
-        yield Finding(NOTE if not there else OK, f"{'NCCL' if there else 'no NCCL'}, which several GPUs need")
+        level = BREAKS if gpus > 1 else NOTE
+        yield Finding(level, "this torch has no NCCL, over which several GPUs train", "Install torch from PyPI")
 
 
 def _dali(gpus: int) -> Iterator[Finding]:

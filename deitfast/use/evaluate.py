@@ -20,6 +20,7 @@ from deitfast.data import EvalLoader, Manifest, normalise
 from deitfast.distributed import World
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
+from deitfast.model.preprocessing import Preprocessing
 
 CALIBRATION_BINS = 15
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -113,11 +114,12 @@ def evaluate_each(
 
 def evaluate_in_detail(
     model: DeiT, manifest: Manifest, world: World, *, crop_ratio: float, batch: int, workers: int, bf16: bool,
-    real: Sequence[Sequence[int]] | None = None, decode: str = "auto",
+    real: Sequence[Sequence[int]] | None = None, decode: str = "auto", preprocessing: Preprocessing | None = None,
 ) -> tuple[Scores, Details]:  # fmt: skip
     """`evaluate`, and what lies behind it.
 
-    real: the right labels of each image of `manifest`, none where there are none (see `real_labels`).
+    preprocessing: all but the crop ratio, which is given; None: ImageNet's. real: the right labels of each image of
+    `manifest`, none where there are none (see `real_labels`).
     """
     classes = model.num_classes
     totals = torch.zeros(6, dtype=torch.float64, device=world.device)
@@ -127,11 +129,11 @@ def evaluate_in_detail(
     right = None if real is None else _membership(real, classes).to(world.device)
     # A label here is the image's number: whatever the loader leaves out, answers stay with their images.
     labels_M = torch.from_numpy(manifest.label).to(world.device)
-    loader = _loader(_numbered(manifest), model, world, crop_ratio, batch, workers, decode)
+    loader = _loader(_numbered(manifest), model, world, crop_ratio, batch, workers, decode, preprocessing)
     started = time.perf_counter()
     with _evaluating(model):
         for images, numbers in loader:
-            heads, labels = _heads(model, images, world, bf16), labels_M[numbers]
+            heads, labels = _heads(model, images, world, bf16, preprocessing), labels_M[numbers]
             totals += _tally(heads, labels)
             confidence, answer = heads[0].softmax(1).max(1)
             confusion += torch.bincount(labels * classes + answer, minlength=classes * classes)
@@ -174,11 +176,14 @@ def real_labels(path: Path, manifest: Manifest) -> list[list[int]]:
 
 
 def _loader(
-    manifest: Manifest, model: DeiT, world: World, crop_ratio: float, batch: int, workers: int, decode: str
-) -> EvalLoader:
+    manifest: Manifest, model: DeiT, world: World, crop_ratio: float, batch: int, workers: int, decode: str,
+    preprocessing: Preprocessing | None = None,
+) -> EvalLoader:  # fmt: skip
+    wants = preprocessing or Preprocessing()
     return EvalLoader(
         manifest, image_size=model.image_size, crop_ratio=crop_ratio, batch=batch,
         rank=world.rank, world_size=world.size, device=world.device, workers=workers, decode=decode,
+        squash=wants.squash, interpolation=wants.interpolation,
     )  # fmt: skip
 
 
@@ -198,10 +203,13 @@ def _evaluating(model: DeiT) -> Iterator[None]:
         model.train(was_training)
 
 
-def _heads(model: DeiT, images: Tensor, world: World, bf16: bool) -> list[Tensor]:
+def _heads(
+    model: DeiT, images: Tensor, world: World, bf16: bool, preprocessing: Preprocessing | None = None
+) -> list[Tensor]:
     """For uint8 images the logits in fp32, then for a distilled model those of its two heads."""
+    wants = preprocessing or Preprocessing()
     with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-        features = model.extract_feat(normalise(images))
+        features = model.extract_feat(normalise(images, wants.mean, wants.std))
         heads = [linear(x).float() for x, (_, linear) in zip(features, model.heads(), strict=True)]
     return [(heads[0] + heads[1]) / 2, *heads] if model.distilled else heads
 

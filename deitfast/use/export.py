@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deitfast.data import IMAGENET_MEAN, IMAGENET_STD
 from deitfast.errors import DeitfastError
 from deitfast.files import write_atomically
 from deitfast.model.convert import to_huggingface, to_mmpretrain
@@ -83,13 +82,16 @@ def _write(loaded: LoadedModel, format: str, path: Path) -> None:
 
 def _facts(loaded: LoadedModel) -> dict[str, str]:
     """What a user of the file needs to know, as strings."""
+    wants = loaded.preprocessing
     return {
         "model": loaded.name,
         "classes": json.dumps(list(loaded.classes)),
         "image_size": str(loaded.model.image_size),
-        "crop_ratio": str(loaded.crop_ratio),
-        "mean": json.dumps(IMAGENET_MEAN),
-        "std": json.dumps(IMAGENET_STD),
+        "crop_ratio": str(wants.crop_ratio),
+        "mean": json.dumps(wants.mean),
+        "std": json.dumps(wants.std),
+        "interpolation": wants.interpolation,
+        "squash": json.dumps(wants.squash),
     }
 
 
@@ -99,7 +101,8 @@ def _write_huggingface(loaded: LoadedModel, state: dict[str, Tensor], path: Path
         raise DeitfastError(f"{path} exists. Give a new folder")
     kind, tensors = to_huggingface(state)
     block: Any = loaded.model.blocks[0]
-    size = loaded.model.image_size
+    size, wants = loaded.model.image_size, loaded.preprocessing
+    resized = int(size / wants.crop_ratio)
     config = {
         "architectures": [kind],
         "model_type": "vit" if kind.startswith("ViT") else "deit",
@@ -122,15 +125,15 @@ def _write_huggingface(loaded: LoadedModel, state: dict[str, Tensor], path: Path
         "image_processor_type": "CLIPImageProcessor",  # the one of them that resizes the short side and crops
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": int(size / loaded.crop_ratio)},
-        "resample": 3,
+        "size": {"height": resized, "width": resized} if wants.squash else {"shortest_edge": resized},
+        "resample": {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[wants.interpolation],
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": IMAGENET_MEAN,
-        "image_std": IMAGENET_STD,
+        "image_mean": wants.mean,
+        "image_std": wants.std,
     }
     temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{path.name}-", dir=path.parent))
     try:

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from deitfast.data import EvalLoader, Manifest
-from deitfast.data.dali import thread_count
-from deitfast.data.eval_loader import eval_geometry
-from deitfast.data.manifest import FORMATS, MAX_PIXELS, strings
+from deitfast.data.cores import thread_count
+from deitfast.data.eval_loader import eval_geometry, is_long, middle
+from deitfast.data.files import images_below, is_image
+from deitfast.data.manifest import FORMATS, MAX_PIXELS, strings, to_rgb
 from deitfast.data.scan import inspect_image
 from deitfast.errors import DeitfastError, did_you_mean
 from deitfast.model.download import TIMEOUT_S, is_url, offline
+from deitfast.model.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 DALI_FROM = 64
 """Files from which on a GPU decodes them through DALI: below, PIL is done before DALI has started."""
 
-_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp"}  # what counts as an image in a folder or glob
 _LARGEST_DOWNLOAD = 64 << 20
 
 
@@ -51,11 +52,12 @@ def find_images(patterns: Iterable[str]) -> list[str]:
         if is_url(pattern) or path.is_file():
             found.append(pattern)
             continue
-        inside = [str(p) for p in path.rglob("*")] if path.is_dir() else glob.glob(str(path), recursive=True)
-        images = sorted(p for p in inside if os.path.splitext(p)[1].lower() in _SUFFIXES and os.path.isfile(p))
+        inside = images_below(path) if path.is_dir() else glob.glob(str(path), recursive=True)
+        images = sorted(p for p in inside if path.is_dir() or (os.path.isfile(p) and is_image(p)))
         if not images:
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise DeitfastError(f"no image at {pattern}.{did_you_mean(path.name, siblings)}")
+            hint = did_you_mean(path.name, siblings) or " Give a file, a folder of images, a glob in quotes, or a URL"
+            raise DeitfastError(f"no image at {pattern}.{hint}")
         found += images
     return found
 
@@ -68,13 +70,13 @@ def name_of(source: Any, i: int = 0) -> str:
 def open_image(source: Any, name: str = "") -> PILImage:
     """The image as RGB. source: path, URL, encoded bytes, PIL image, or uint8 array (H, W, 3), RGB, or (H, W), grey.
 
-    Raises DeitfastError, with the name, for what is no readable image of at most 50 million pixels.
+    Raises DeitfastError, with the name, for what is no readable image of at most 178 million pixels.
     """
     from PIL import Image
 
     name = name or name_of(source)
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return to_rgb(source)
     if isinstance(source, (np.ndarray, Tensor)):
         array = np.asarray(source)
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
@@ -88,7 +90,7 @@ def open_image(source: Any, name: str = "") -> PILImage:
         with Image.open(data, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DeitfastError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            return image.convert("RGB")
+            return to_rgb(image)
     except DeitfastError:
         raise
     except Image.UnidentifiedImageError:
@@ -115,18 +117,22 @@ def _download(url: str) -> bytes:
     return data
 
 
-def centre_crop(image: PILImage, image_size: int, crop_ratio: float) -> np.ndarray:
+def centre_crop(image: PILImage, image_size: int, preprocessing: Preprocessing) -> np.ndarray:
     """uint8 (image_size, image_size, 3): the image resized and cut as evaluation does it."""
     from PIL import Image
 
-    size, start = eval_geometry(np.array([image.width]), np.array([image.height]), image_size, crop_ratio)
-    (height, width), (top, left) = size[0].tolist(), start[0].tolist()
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    wants = preprocessing
+    if is_long(image.width, image.height):
+        image = Image.fromarray(middle(np.asarray(image)))
+    width, height = np.array([image.width]), np.array([image.height])
+    size, start = eval_geometry(width, height, image_size, wants.crop_ratio, wants.squash)
+    (high, wide), (top, left) = size[0].tolist(), start[0].tolist()
+    resized = image.resize((wide, high), Image.Resampling[wants.interpolation.upper()])
     return np.asarray(resized.crop((left, top, left + image_size, top + image_size)))
 
 
 def batches(
-    sources: Sequence[Any], image_size: int, crop_ratio: float, batch: int, device: torch.device
+    sources: Sequence[Any], image_size: int, preprocessing: Preprocessing, batch: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, list[tuple[int, str]]]]:
     """Images in order, prepared ahead in threads: (indices of the images, uint8 (m, S, S, 3), [(index, why not)]).
 
@@ -135,12 +141,12 @@ def batches(
     """
     paths = all(isinstance(s, (str, os.PathLike)) and not is_url(s) for s in sources)
     if device.type == "cuda" and paths and len(sources) >= DALI_FROM:
-        yield from _dali_batches(sources, image_size, crop_ratio, batch, device)
+        yield from _dali_batches(sources, image_size, preprocessing, batch, device)
         return
 
     def prepare(i: int) -> np.ndarray | str:
         try:
-            return centre_crop(open_image(sources[i], name_of(sources[i], i)), image_size, crop_ratio)
+            return centre_crop(open_image(sources[i], name_of(sources[i], i)), image_size, preprocessing)
         except DeitfastError as error:
             return str(error)
 
@@ -160,7 +166,7 @@ def batches(
 
 
 def _dali_batches(
-    sources: Sequence[Any], image_size: int, crop_ratio: float, batch: int, device: torch.device
+    sources: Sequence[Any], image_size: int, preprocessing: Preprocessing, batch: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, list[tuple[int, str]]]]:
     """The same through the evaluation loader, whose labels are the images' numbers here."""
     entries, bad = [], []
@@ -188,7 +194,10 @@ def _dali_batches(
         convert=np.array([fact.convert for fact in facts], bool),
         classes=(),
     )
-    loader = EvalLoader(manifest, image_size, crop_ratio, batch, device=device, say=lambda _: None, bad_limit=1.0)
+    loader = EvalLoader(
+        manifest, image_size, preprocessing.crop_ratio, batch, squash=preprocessing.squash,
+        interpolation=preprocessing.interpolation, device=device, say=lambda _: None, bad_limit=1.0,
+    )  # fmt: skip
     for images, numbers in loader:
         yield numbers.tolist(), images, bad
         bad = []

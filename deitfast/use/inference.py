@@ -17,6 +17,8 @@ from deitfast.cuda_graph import capture
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError, first_line, say
 from deitfast.model.deit import DeiT
+from deitfast.model.factory import as_loaded
+from deitfast.model.preprocessing import Preprocessing
 from deitfast.verification.verdict import REPORT
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,11 +55,17 @@ class Predictor:
 
     device: `auto`, or what torch.device takes. precision: bf16, fp16 or fp32; auto is bf16 on a GPU, fp32 on a CPU. The
     model given is left as it is where another device or precision is wanted. graphs: CUDA graphs; without effect on a
-    CPU. `how` says in words how it runs.
+    CPU. preprocessing: whose mean and std images are normalised by; None: what the model's weights stated. `how` says
+    in words how it runs.
     """
 
     def __init__(
-        self, model: DeiT, device: str | torch.device = "auto", precision: str = "auto", graphs: bool = True
+        self,
+        model: DeiT,
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        graphs: bool = True,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self.device = pick_device(device)
         on_gpu = self.device.type == "cuda"
@@ -74,6 +82,7 @@ class Predictor:
 
             model = fuse(model, on_cpu=False)
         self.model, self.image_size = model, model.image_size
+        self.preprocessing = preprocessing or as_loaded(model).preprocessing
         self.graphs = graphs and on_gpu
         self._captured: dict[int, _Graph] = {}
         self._trusted = not on_gpu
@@ -104,14 +113,15 @@ class Predictor:
         ops = ("patch_embed", *BLOCK_OPS)
         trust(
             question_about(
-                self.model, ops, graph_size(max(count, 1)), self.dtype, backward=False, without=("keep",)
+                self.model, ops, graph_size(max(count, 1)), self.dtype, backward=False, without=("path_scale",)
             ),
             self.device,
         )  # fmt: skip
         self._trusted = True
 
     def _run(self, images: Tensor) -> Tensor:
-        return self.model(normalise(images, dtype=self.dtype)).float()
+        wants = self.preprocessing
+        return self.model(normalise(images, wants.mean, wants.std, dtype=self.dtype)).float()
 
     def _replay(self, images: Tensor) -> Tensor:
         count = len(images)

@@ -15,7 +15,8 @@ import torch
 from deitfast.errors import DeitfastError
 from deitfast.model.class_names import class_names
 from deitfast.model.deit import DeiT
-from deitfast.model.factory import LoadedModel, create_model, load_model
+from deitfast.model.download import is_url
+from deitfast.model.factory import LoadedModel, as_loaded, create_model, load_model
 from deitfast.use.images import batches
 from deitfast.use.inference import Predictor, pick_device
 
@@ -34,14 +35,14 @@ class Classifier:
     def __init__(
         self, loaded: LoadedModel, device: str | torch.device = "auto", precision: str = "auto", batch: int = 0
     ) -> None:
-        self.predictor = Predictor(loaded.model, device, precision)
-        self.classes, self.crop_ratio = loaded.classes, loaded.crop_ratio
+        self.predictor = Predictor(loaded.model, device, precision, preprocessing=loaded.preprocessing)
+        self.classes, self.preprocessing = loaded.classes, loaded.preprocessing
         self.batch = batch or (GPU_BATCH if self.predictor.device.type == "cuda" else CPU_BATCH)
 
     def stream(self, images: Sequence[Any]) -> Iterator[tuple[int, Prediction | str]]:
         """(index, prediction) of every image as soon as it is there, (index, reason) of those that cannot be read."""
         size, device = self.predictor.image_size, self.predictor.device
-        for index, tensor, bad in batches(images, size, self.crop_ratio, self.batch, device):
+        for index, tensor, bad in batches(images, size, self.preprocessing, self.batch, device):
             yield from bad
             if index:
                 scores = self.predictor(tensor).softmax(1).cpu().numpy()
@@ -74,7 +75,7 @@ class Classifier:
 
 
 def get_model(
-    name: str, pretrained: bool | str = False, device: str | torch.device | None = None, **options: Any
+    name: str, pretrained: bool | str | Path = False, device: str | torch.device | None = None, **options: Any
 ) -> DeiT:
     """`create_model` under mmpretrain's name: `name` may be one of its names, and the model is put on `device`.
 
@@ -86,7 +87,7 @@ def get_model(
 
 
 def inference_model(
-    model: str | DeiT,
+    model: str | Path | DeiT,
     image: Any,
     weights: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -96,9 +97,10 @@ def inference_model(
 ) -> Prediction | list[Prediction]:
     """What `model` sees in an image, or in each of a list of images.
 
-    model: a name that `create_model` knows, mmpretrain's included, or a model. image: a path, URL, encoded bytes, PIL
-    image or uint8 array (H, W, 3) in RGB; or a list of these, which is run in batches. weights: what `load_weights`
-    takes; None for the published ones. classes: class names in index order, where the weights bring none.
+    model: a name that `create_model` knows, mmpretrain's included, a run's folder or weight file, or a model.
+    image: a path, URL, encoded bytes, PIL image or uint8 array (H, W, 3) in RGB; or a list of these, which is run in
+    batches. weights: what `read_weights` takes; None for the published ones. classes: class names in index order, where
+    the weights bring none.
 
     Returns {"pred_label": int, "pred_class": str, "pred_score": float, "pred_scores": float32 (classes,)}, a list of
     them for a list. A named model stays loaded for the next call. Raises DeitfastError for an unreadable image.
@@ -106,10 +108,13 @@ def inference_model(
     if isinstance(model, DeiT):
         if weights is not None:
             raise DeitfastError("weights are for a model's name; this model has its own. Use load_weights(model, ...)")
-        loaded = LoadedModel(model, "", class_names(model.num_classes, classes), 0.875)
-        return Classifier(loaded, device, precision)(image)
+        return Classifier(as_loaded(model, classes), device, precision)(image)
+    if weights is None and (isinstance(model, Path) or os.path.exists(model) or is_url(model)):
+        name, weights = None, model
+    else:
+        name = str(model)
     stamp = os.stat(weights).st_mtime_ns if weights is not None and os.path.exists(weights) else 0
-    classifier = _loaded(model, None if weights is None else str(weights), str(device), precision, stamp)
+    classifier = _loaded(name, None if weights is None else str(weights), str(device), precision, stamp)
     if classes is not None:
         classifier = copy.copy(classifier)
         classifier.classes = class_names(len(classifier.classes), classes)
@@ -117,7 +122,7 @@ def inference_model(
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, weights: str | None, device: str, precision: str, stamp: int) -> Classifier:
+def _loaded(name: str | None, weights: str | None, device: str, precision: str, stamp: int) -> Classifier:
     """stamp: the weight file's time, so that a changed one is read again."""
     return Classifier(load_model(name, weights), device, precision)
 

@@ -37,15 +37,15 @@ class Case:
 
     @classmethod
     def draw(
-        cls, op: Op, shape: Shape, draw: Draw, *, backward: bool, without: frozenset[str] = frozenset(), kept: int = 0
+        cls, op: Op, shape: Shape, draw: Draw, *, backward: bool, without: frozenset[str] = frozenset(), subset: int = 0
     ) -> Case:
-        """Fresh tensors. without: optional ones that are left out. kept: samples of a branch that runs for some."""
+        """Fresh tensors. without: optional ones that are left out. subset: samples of a branch that runs for some."""
         inputs: Inputs = dict(op.inputs(draw, shape))
         options = dict(op.options(shape))
-        if kept and "keep" in inputs:
+        if subset and "path_scale" in inputs:
             order = torch.rand(shape.batch, generator=draw.generator, device=draw.device).argsort()
-            inputs["kept"], options["kept_scale"] = order[:kept].sort().values, shape.batch / kept
-        dropped = without | {"keep"} if "kept" in inputs else without
+            inputs["subset"], options["subset_scale"] = order[:subset].sort().values, shape.batch / subset
+        dropped = without | {"path_scale"} if "subset" in inputs else without
         tensors = {name: x for name, x in inputs.items() if x is not None and name not in dropped}
         differentiable = backward and any(name not in op.constants for name in tensors)
         out = op.out(shape)
@@ -85,9 +85,9 @@ class Case:
     def _part(self, start: int, stop: int) -> Case:
         stop = min(stop, self.shape.batch)
         tensors = {name: x[start:stop] if name in self.op.per_sample else x for name, x in self.tensors.items()}
-        if "kept" in tensors:
-            kept = tensors["kept"]
-            tensors["kept"] = kept[(kept >= start) & (kept < stop)] - start
+        if "subset" in tensors:
+            samples = tensors["subset"]
+            tensors["subset"] = samples[(samples >= start) & (samples < stop)] - start
         dout = None if self.dout is None else self.dout[start:stop]
         return replace(self, shape=replace(self.shape, batch=stop - start), tensors=tensors, dout=dout)
 
@@ -136,7 +136,7 @@ def check(
             raise
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    half = {**of_case, "kept": of_case.get("kept", 0) // 2}
+    half = {**of_case, "subset": of_case.get("subset", 0) // 2}
     return check(op, replace(shape, batch=shape.batch // 4 * 2), dtype, device, seed, timed, **half)
 
 

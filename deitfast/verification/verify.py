@@ -32,8 +32,8 @@ TRAINING_OPS = ("input_patches", "patch_embed", *BLOCK_OPS, "mixed_cross_entropy
 class Question:
     """What is to be verified. The sizes are those of `Shape`; dtype: torch's name of one.
 
-    backward: also gradients. timed: also which form is the fastest. without: optional tensors that are not given. kept:
-    samples for which a branch runs, where drop-path skips the others' compute.
+    backward: also gradients. timed: also which form is the fastest. without: optional tensors that are not given.
+    subset: samples for which a branch runs, where drop-path skips the others' compute.
     """
 
     ops: tuple[str, ...]
@@ -47,7 +47,7 @@ class Question:
     classes: int = 1000
     backward: bool = True
     without: tuple[str, ...] = ()
-    kept: int = 0
+    subset: int = 0
     timed: bool = True
 
     def shape(self) -> Shape:
@@ -108,7 +108,7 @@ def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"begins": name}
         found = check(
             OPS[name], question.shape(), getattr(torch, question.dtype), device, int.from_bytes(os.urandom(3)),
-            timed=question.timed, backward=question.backward, without=frozenset(question.without), kept=question.kept,
+            question.timed, backward=question.backward, without=frozenset(question.without), subset=question.subset,
         )  # fmt: skip
         yield asdict(found)
         if found.why and not _healthy(device):

@@ -55,7 +55,7 @@ def test_the_telling_tests_are_of_every_op_of_the_step_and_of_inference() -> Non
     command = [sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=-q", *chosen()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    ops = ("attention", "linear_ops", "layernorm_attention", "kept", "patch_embed", "input", "loss", "fused_block")
+    ops = ("attention", "linear_ops", "layernorm_attention", "subset", "patch_embed", "input", "loss", "fused_block")
     files = {f"tests/kernels/test_{op}.py" for op in ops} | {"tests/test_step.py", "tests/test_inference.py"}
     assert files <= found
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deitfast.data import EvalLoader, Manifest, TooManyBadFiles, TrainLoader, open_dataset
+from deitfast.data import EvalLoader, Manifest, TooManyBadFiles, TrainLoader, dali, open_dataset
 from deitfast.data.manifest import checksum
 from deitfast.data.quarantine import Quarantine
 from deitfast.errors import DeitfastError
@@ -291,6 +291,14 @@ def test_what_only_dali_cannot_decode_is_decoded_by_pil_and_no_batch_is_lost(mak
         data = read(self, i)
         return np.zeros(500, np.uint8) if int(self.checksum[i]) in victims and not for_pil else data
 
+    built: list[int] = []
+    build = dali.Runner._build
+
+    def counted(self, source, batch, **options):
+        built.append(batch)
+        return build(self, source, batch, **options)
+
+    monkeypatch.setattr(dali.Runner, "_build", counted)
     monkeypatch.setattr(Manifest, "read", rubbish)
     monkeypatch.setattr(
         Manifest, "rgb", lambda self, i: np.asarray(Image.open(io.BytesIO(rubbish(self, i, True).data)).convert("RGB"))
@@ -298,6 +306,7 @@ def test_what_only_dali_cannot_decode_is_decoded_by_pil_and_no_batch_is_lost(mak
     seen, (quarantined,) = run(manifest, settings, stop_step=4)
     assert quarantined == []
     assert_same(seen, expected)
+    assert built.count(1) <= 2 * (len(victims) + 1)  # not one for each image in flight
 
     # And what PIL cannot decode either is quarantined, under its name.
     def fail(self: Manifest, i: int) -> np.ndarray:
@@ -307,6 +316,26 @@ def test_what_only_dali_cannot_decode_is_decoded_by_pil_and_no_batch_is_lost(mak
     seen, (quarantined,) = run(manifest, settings, stop_step=4)
     assert quarantined == sorted(manifest.name(i) for i in (5, 30))
     assert seen.keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("CUDA allocation failed: Can't allocate 213909504 bytes on device 0.", "no memory left to decode images"),
+        ("std::bad_alloc", "no memory left to decode images"),
+        ("CUDA runtime API error cudaErrorIllegalAddress (700)", "the GPU failed while images were decoded"),
+    ],
+)
+def test_what_is_no_images_fault_is_told_as_what_it_is(make_folder, monkeypatch, says, told):
+    manifest = open_dataset(str(make_folder(train=16, val=1))).train
+
+    def fail(self):
+        raise RuntimeError(f"Critical error in pipeline: {says}")
+
+    monkeypatch.setattr(dali.Runner, "_run", fail)
+    monkeypatch.setattr(dali.Runner, "_mend", lambda self: pytest.fail("an image was suspected"))
+    with pytest.raises(DeitfastError, match=rf"^{told}.* DALI says: Critical error"):
+        run(manifest, recipe(repeats=1), stop_step=1)
 
 
 @pytest.mark.slow

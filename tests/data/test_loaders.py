@@ -186,6 +186,7 @@ class DaliEvalLoader(EvalLoader):
 @pytest.fixture
 def graph_on_cpu(monkeypatch):
     monkeypatch.setattr(dali, "decode_to_gpu", lambda encoded, _: dali.decode(encoded, "cpu"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
 
 
 def test_the_gpus_graph_crops_resizes_and_flips_alike(make_folder, graph_on_cpu):
@@ -318,6 +319,22 @@ def test_an_odd_batch_without_mixing(digits):
     seen = run(digits, settings, micro=11, stop_step=1)
     assert len(seen) == 33
     assert all(value["lam"] == 1 and value["partner"] == value["labels"] for value in seen.values())
+
+
+def test_a_wait_while_the_consumer_is_busy_is_none(digits, monkeypatch):
+    prepare, gate = TrainLoader._prepare, threading.Event()
+    monkeypatch.setattr(TrainLoader, "_prepare", lambda self, i: (gate.wait(), prepare(self, i))[1])
+    with TrainLoader(digits, recipe(), SIZE, 32, stop_step=2) as loader:
+        asked = iter(range(5))  # busy the first times that it is asked, until the batches come
+
+        def busy() -> bool:
+            if next(asked, None) == 4:
+                gate.set()
+            return True
+
+        loader.count_waits_unless(busy)
+        assert len(list(loader)) == 2
+        assert loader.seconds_waiting == 0
 
 
 def test_loaders_can_be_left_early_and_made_again(digits):

@@ -94,7 +94,7 @@ def test_damaged_files_are_named_and_left_out(make_folder, cache, capsys):
     (folder / "text.jpg").write_text("not an image")
     Image.new("RGB", (8, 8)).save(folder / "moving.gif")
     (folder / "empty.jpeg").touch()
-    (folder / "large.jpg").write_bytes(claiming(whole, 10_000, 8_000))
+    (folder / "large.jpg").write_bytes(claiming(whole, 17_850, 10_000))
     (folder / "huge.jpg").write_bytes(claiming(whole, 20_000, 20_000))
     (folder / "notes.txt").write_text("not meant as an image")
     expected = {"truncated.jpg", "text.jpg", "moving.gif", "empty.jpeg", "large.jpg", "huge.jpg"}
@@ -103,7 +103,7 @@ def test_damaged_files_are_named_and_left_out(make_folder, cache, capsys):
     assert len(data.train) == 9
     assert {Path(name).name for name, _ in data.train.bad} == expected
     reasons = {Path(name).name: reason for name, reason in data.train.bad}
-    assert reasons["large.jpg"] == "10000 x 8000 pixels: more than 50 million pixels"
+    assert reasons["large.jpg"] == "17850 x 10000 pixels: more than 178 million pixels. Reduce it"
     assert reasons["huge.jpg"] == "more than 50 million pixels"
     assert reasons["empty.jpeg"] == "empty file"
     assert "truncated" in reasons["truncated.jpg"]

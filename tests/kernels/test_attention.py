@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -12,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deitfast.kernels import attention
-from deitfast.kernels.attention import (
+from deitfast.kernels import attention, attention_op
+from deitfast.kernels.attention_op import (
     HEAD_DIMS,
     INTERPRETER,
     LAUNCHES,
@@ -26,8 +25,6 @@ from deitfast.kernels.attention import (
 from deitfast.kernels.common import INTERPRETED
 from tests.kernels.tolerance import assert_close_to_float64
 
-# The package attribute of this name is the op, not the module.
-module = importlib.import_module("deitfast.kernels.attention")
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, and the interpreter is slow")
 
@@ -284,9 +281,9 @@ def test_reference_is_the_definition():
 def test_triton_kernels_run_exactly_where_they_should(device, monkeypatch):
     """On CUDA and under TRITON_INTERPRET=1 the public op launches the kernels meant for the shape; else none."""
     launched: list[str] = []
-    original = module._run
+    original = attention_op._run
     monkeypatch.setattr(
-        module, "_run", lambda kernel, *args: (launched.append(kernel.__name__), original(kernel, *args))
+        attention_op, "_run", lambda kernel, *args: (launched.append(kernel.__name__), original(kernel, *args))
     )
     for tokens, backward in ((130, ["bwd_short"]), (7, ["bwd_dq", "bwd_dkdv"])):
         launched.clear()

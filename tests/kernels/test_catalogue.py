@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 import torch
 
@@ -15,6 +17,13 @@ SHAPE = Shape(width=64, heads=1, tokens=6, batch=8, prefix=2, patch_size=4, clas
 def test_every_public_op_is_in_it():
     losses = {name for name in vars(loss) if name.startswith("mixed_") and hasattr(loss, f"{name}_reference")}
     assert OPS.keys() == {*kernels.__all__, *losses}
+
+
+def test_an_op_and_its_module_have_names_of_their_own():
+    """`import deitfast.kernels.X as m` gives the module X, and `deitfast.kernels.X` an op."""
+    modules = {module.name for module in pkgutil.iter_modules(kernels.__path__)}
+    assert not modules & set(kernels.__all__)
+    assert all(callable(getattr(kernels, name)) for name in kernels.__all__)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from deitfast.kernels.attention import attention
+from deitfast.kernels.attention_op import attention
 from deitfast.kernels.common import has_data, runs_triton
 from deitfast.kernels.image_ops import CODES, image_ops
 from deitfast.kernels.input import input_patches
 from deitfast.kernels.loss import mixed_bce, mixed_cross_entropy
-from deitfast.kernels.patch_embed import patch_embed
+from deitfast.kernels.patch_embed_op import patch_embed
 from tests.kernels.linear_ops import HALVES, OPS, Draw
 
 DRAW = Draw(0, torch.float16)
@@ -42,8 +42,10 @@ class OurCalls(TorchDispatchMode):
 
 def _linear(name: str, **changes: Any) -> Tensor:
     op = (OPS | HALVES)[name]
-    inputs = op.inputs(DRAW, (3, 5), 64, 48) | {name: x for name, x in changes.items() if name in ("gamma", "keep")}
-    leaves = {name: x if x is None else x.requires_grad_(name != "keep") for name, x in inputs.items()}
+    inputs = op.inputs(DRAW, (3, 5), 64, 48) | {
+        name: x for name, x in changes.items() if name in ("gamma", "path_scale")
+    }
+    leaves = {name: x if x is None else x.requires_grad_(name != "path_scale") for name, x in inputs.items()}
     return op.function(**leaves | changes, **op.options)
 
 
@@ -71,7 +73,7 @@ def _patch_embed() -> Tensor:
     return patch_embed(DRAW.normal(3, 4, 12), *(x.requires_grad_() for x in (weight, bias, prefix, pos)))
 
 
-subset = {"kept": torch.tensor([0, 2]), "kept_scale": 1.5, "keep": None}
+subset = {"subset": torch.tensor([0, 2]), "subset_scale": 1.5, "path_scale": None}
 USES: dict[str, Callable[[], Tensor]] = {
     "attention": lambda: attention(DRAW.normal(2, 5, 3 * 64).requires_grad_(), 2),
     "image_ops": _image_ops,
@@ -81,7 +83,7 @@ USES: dict[str, Callable[[], Tensor]] = {
     "layernorm_attention, a subset": lambda: _linear("layernorm_attention", num_heads=2, **subset),
     "layernorm_mlp": lambda: _linear("layernorm_mlp"),
     "layernorm_mlp, a subset": lambda: _linear("layernorm_mlp", **subset),
-    "layernorm_mlp, no gamma": lambda: _linear("layernorm_mlp", gamma=None, keep=None),
+    "layernorm_mlp, no gamma": lambda: _linear("layernorm_mlp", gamma=None, path_scale=None),
     "layernorm_qkv": lambda: _linear("layernorm_qkv"),
     "linear_residual": lambda: _linear("linear_residual"),
     "mixed_bce": lambda: _losses(mixed_bce),

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import deitfast.data
-from deitfast.model.deit import Block, DeiT, Kept
+from deitfast.model.deit import Block, DeiT, Subset
 from deitfast.model.fused import FusedBlock, fuse
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import SMALL, assert_accelerates, images, perturb, small_timm
 
 
-def run_block(block: Block, x: torch.Tensor, drop: torch.Tensor | Kept | None) -> dict[str, torch.Tensor]:
+def run_block(block: Block, x: torch.Tensor, drop: torch.Tensor | Subset | None) -> dict[str, torch.Tensor]:
     block.zero_grad()
     x = x.clone().requires_grad_()
     out = block(x, drop)
@@ -38,8 +38,8 @@ KEEP = torch.tensor([[0.0, 1.25], [1.25, 0.0]])
         (1, 197, 64, 1, None, None),
         (2, 17, 192, 3, 0.3, KEEP),
         (3, 1, 64, 1, 0.3, None),
-        (4, 10, 64, 2, 0.3, Kept(torch.tensor([[0, 1, 3], [1, 2, 3]]), 4 / 3)),
-        (2, 198, 64, 1, None, Kept(torch.tensor([[1], [0]]), 2.0)),
+        (4, 10, 64, 2, 0.3, Subset(torch.tensor([[0, 1, 3], [1, 2, 3]]), 4 / 3)),
+        (2, 198, 64, 1, None, Subset(torch.tensor([[1], [0]]), 2.0)),
     ],
 )
 def test_block_is_as_near_to_float64_as_eager(batch, tokens, width, heads, layer_scale, drop, device, dtype):
@@ -48,7 +48,7 @@ def test_block_is_as_near_to_float64_as_eager(batch, tokens, width, heads, layer
     torch.manual_seed(0)
     block = perturb(Block(width, heads, 4.0, layer_scale)).to(device, dtype)
     x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    drop = Kept(drop.index_2K.to(device), drop.scale) if isinstance(drop, Kept) else drop
+    drop = Subset(drop.index_2K.to(device), drop.scale) if isinstance(drop, Subset) else drop
     drop = drop.to(device) if isinstance(drop, torch.Tensor) else drop
     exact = run_block(copy.deepcopy(block).double(), x.double(), drop)
     eager = run_block(block, x, drop)
@@ -93,8 +93,8 @@ def train_ten_steps(model: DeiT, x: torch.Tensor, target: torch.Tensor) -> torch
     losses = []
     for step in range(10):
         batch = slice(2 * step, 2 * step + 2)
-        keep = ((torch.rand(2, 2, 2, generator=generator) >= 0.1) / 0.9).to(x)
-        loss = F.cross_entropy(model(x[batch], keep), target[batch])
+        path_scale = ((torch.rand(2, 2, 2, generator=generator) >= 0.1) / 0.9).to(x)
+        loss = F.cross_entropy(model(x[batch], path_scale), target[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -93,22 +93,24 @@ def test_gelu_and_its_derivative(device, exact):
 
 
 @pytest.mark.parametrize("with_gamma", [False, True])
-@pytest.mark.parametrize("with_keep", [False, True])
-def test_scale_and_sum(device, monkeypatch, with_gamma, with_keep):
+@pytest.mark.parametrize("with_path_scale", [False, True])
+def test_scale_and_sum(device, monkeypatch, with_gamma, with_path_scale):
     """The tile of the GPUs, over several tiles a side and several rounds of a program."""
     monkeypatch.setattr(gemm, "INTERPRETER_SUM_LAUNCH", gemm.SUM_LAUNCH)
     monkeypatch.setattr(gemm, "SUM_PROGRAMS", 4)
     draw = Draw(0, torch.float16, device)
     dout = draw.normal(5 * 23, 130)
     gamma = draw.normal(130) if with_gamma else None
-    keep = draw.keep(5) if with_keep else None
-    kept, scaled, sums = gemm.scale_and_sum(dout, torch.float16, gamma, keep)
-    expected = dout.double() if keep is None else dout.double() * keep.double().repeat_interleave(23)[:, None]
+    path_scale = draw.path_scale(5) if with_path_scale else None
+    branch, scaled, sums = gemm.scale_and_sum(dout, torch.float16, gamma, path_scale)
+    expected = (
+        dout.double() if path_scale is None else dout.double() * path_scale.double().repeat_interleave(23)[:, None]
+    )
     torch.testing.assert_close(sums.double(), expected.sum(0), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(kept.double(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(branch.double(), expected, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(scaled.double(), expected if gamma is None else expected * gamma, rtol=2e-3, atol=1e-5)
-    assert (kept is dout) == (keep is None), "a copy of what is unchanged"
-    assert (scaled is kept) == (gamma is None)
+    assert (branch is dout) == (path_scale is None), "a copy of what is unchanged"
+    assert (scaled is branch) == (gamma is None)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from deitfast.data import philox
+from deitfast.kernels import input as input_op
 from deitfast.kernels.common import INTERPRETED
 from deitfast.kernels.input import NOISE, input_patches, input_patches_reference, noise_words
 from tests.kernels.tolerance import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernel, and the interpreter is slow")
-module = importlib.import_module("deitfast.kernels.input")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EPOCH, SEED = 3, 2**40 + 17
 
@@ -128,7 +127,7 @@ def test_tiles_of_the_gpu(case, device, monkeypatch):
     """The interpreter usually takes an image in one tile; here in those of a GPU, the last of which is not full."""
     sample = make(device, *CASES[case])
     whole = sample.run()
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(input_op, "INTERPRETED", False)
     assert torch.equal(sample.run(), whole)
 
 
@@ -185,14 +184,14 @@ def test_noise_belongs_to_the_sample_not_to_its_row(device):
 
 def test_runs_the_kernel_exactly_where_it_should(device, monkeypatch):
     launches = []
-    kernel = module.input_patches_kernel
+    kernel = input_op.input_patches_kernel
 
     class Spy:
         def __getitem__(self, grid: Any) -> Any:
             launches.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(module, "input_patches_kernel", Spy())
+    monkeypatch.setattr(input_op, "input_patches_kernel", Spy())
     make(device, (32, 32), 16, [NONE] * 2, [0.5, 0.5]).run()
     assert len(launches) == int(INTERPRETED or device.type == "cuda")
 

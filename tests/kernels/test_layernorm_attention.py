@@ -1,4 +1,4 @@
-"""The attention half of a block as one op. What it shares with the MLP half under drop-path: test_kept.py."""
+"""The attention half of a block as one op. What it shares with the MLP half under drop-path: test_subset.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_matches_float64(device, dtype, leading, width, heads):
     check(ATTENTION, ATTENTION.inputs(Draw(0, dtype, device), leading, width), num_heads=heads)
 
 
-@pytest.mark.parametrize("absent", [("gamma",), ("keep",), ("gamma", "keep", "qkv_bias", "proj_bias")])
+@pytest.mark.parametrize("absent", [("gamma",), ("path_scale",), ("gamma", "path_scale", "qkv_bias", "proj_bias")])
 def test_without_optional_inputs(device, dtype, absent):
     inputs = ATTENTION.inputs(Draw(1, dtype, device), (2, 9), 64, ratio=3.0, outliers=2)
     check(ATTENTION, inputs | dict.fromkeys(absent), num_heads=2)
@@ -40,9 +40,9 @@ def test_is_the_chain_of_its_three_ops(device, dtype):
     of qkv_bias never sums the rounded gradient of qkv.
     """
 
-    def chain(x, ln_weight, ln_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, keep, num_heads):
+    def chain(x, ln_weight, ln_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, path_scale, num_heads):
         qkv = layernorm_qkv(x, ln_weight, ln_bias, qkv_weight, qkv_bias)
-        return linear_residual(attention(qkv, num_heads), proj_weight, proj_bias, x, gamma, keep)
+        return linear_residual(attention(qkv, num_heads), proj_weight, proj_bias, x, gamma, path_scale)
 
     inputs = ATTENTION.inputs(Draw(2, dtype, device), (2, 40), 64)
     dout = Draw(3, dtype, device).normal(2, 40, 64)
@@ -85,14 +85,14 @@ def test_one_input_alone_wants_a_gradient(device, wanting):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast(device, half):
     inputs = ATTENTION.inputs(Draw(6, torch.float32, device), (2, 9), 64)
-    leaves = {name: t.clone().requires_grad_(name != "keep") for name, t in inputs.items()}
+    leaves = {name: t.clone().requires_grad_(name != "path_scale") for name, t in inputs.items()}
     with torch.autocast(device.type, half):
         out = layernorm_attention(**leaves, num_heads=2)
         expected = ATTENTION.reference(**inputs, num_heads=2)
     assert out.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
     out.sum().backward()
-    assert all(leaf.grad.dtype == torch.float32 for name, leaf in leaves.items() if name != "keep")
+    assert all(leaf.grad.dtype == torch.float32 for name, leaf in leaves.items() if name != "path_scale")
 
 
 @eager_only
@@ -107,7 +107,7 @@ def test_compiles_as_one_graph(device, dynamic):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for leading in ((2, 5), (3, 4)):
         inputs = ATTENTION.inputs(Draw(8, torch.float32, device), leading, 64)
-        leaves = [tensor.requires_grad_(name != "keep") for name, tensor in inputs.items()]
+        leaves = [tensor.requires_grad_(name != "path_scale") for name, tensor in inputs.items()]
         expected, actual = model(*leaves), compiled(*leaves)
         torch.testing.assert_close(actual, expected)
         wanting = [leaf for leaf in leaves if leaf.requires_grad]
@@ -123,7 +123,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ("change", "error", "message"),
     [
         ({"x": zeros(64)}, ValueError, r"layernorm_attention: x has shape \(64,\), expected \(\.\.\., tokens, width\)"),
-        ({"x": zeros(3, 64), "keep": zeros(3)}, ValueError, r"keep and kept need a batch dimension, but x has shape"),
+        ({"x": zeros(3, 64), "path_scale": zeros(3)}, ValueError, r"path_scale and subset need a batch dimension"),
         ({"qkv_weight": zeros(128, 64), "qkv_bias": None}, ValueError, r"qkv_weight has shape \(128, 64\), expected"),
         ({"proj_weight": zeros(32, 64), "proj_bias": None}, ValueError, r"proj_weight has shape \(32, 64\), expected"),
         (
@@ -137,7 +137,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             r"proj_weight is torch.float16 but qkv_we",
         ),
         ({"num_heads": 4}, ValueError, r"num_heads is 4; width 64 takes \[2, 1\]"),
-        ({"keep": zeros(3)}, ValueError, r"keep has shape \(3,\), expected \(2,\)"),
+        ({"path_scale": zeros(3)}, ValueError, r"path_scale has shape \(3,\), expected \(2,\)"),
         ({"gamma": zeros(63)}, ValueError, r"gamma has shape \(63,\), expected \(64,\)"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deitfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
-from deitfast.kernels.layernorm_qkv import layernorm_qkv
+from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
 from tests.kernels.linear_ops import OPS, Draw, check, layernorm_qkv_inputs
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")

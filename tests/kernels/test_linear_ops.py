@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deitfast.kernels import gemm, layernorm, layernorm_mlp_op, mlp_gelu_op
 from deitfast.kernels.common import INTERPRETED
-from tests.kernels.linear_ops import OPS, Draw, Op, check, outputs_and_gradients
+from tests.kernels.linear_ops import OPS, Draw, Inputs, Op, check, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+EPS = 1e-6
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, and the interpreter is slow")
-gemm = importlib.import_module("deitfast.kernels.gemm")
-layernorm = importlib.import_module("deitfast.kernels.layernorm")
 
 
 @pytest.fixture(params=OPS)
@@ -40,7 +39,18 @@ def op(request: pytest.FixtureRequest) -> Op:
     ],
 )
 def test_matches_float64(op, device, dtype, leading, width, second):
-    check(op, op.inputs(Draw(0, dtype, device), leading, width, second))
+    cancels = gradient_of_one_channel if op is OPS["layernorm_qkv"] and width == 1 else None
+    check(op, op.inputs(Draw(0, dtype, device), leading, width, second), cancels)
+
+
+def gradient_of_one_channel(inputs: Inputs, dout: Tensor) -> Inputs:
+    """The size of the two terms whose difference is dx of a LayerNorm over one channel: exactly zero.
+
+    Eager's fp32 gives that zero, for it subtracts from g the mean of one g. The compiler makes one rounding of g's last
+    multiplication and that subtraction, so that the rounding of the mean is left.
+    """
+    g = dout @ inputs["weight"] * inputs["ln_weight"]
+    return {"dx": g / EPS**0.5}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 3.0])
@@ -81,7 +91,7 @@ def test_random_shapes(name, leading, tokens, width, second, ratio, half, seed):
 def test_leading_shapes(op, device, leading):
     inputs = op.inputs(Draw(3, torch.float32, device), leading, 24, 40)
     if len(leading) == 1:
-        inputs.pop("keep", None)  # (0,) has rows, but no batch of samples
+        inputs.pop("path_scale", None)  # (0,) has rows, but no batch of samples
     out = op.function(**inputs, **op.options)
     assert out.shape[:-1] == leading
     torch.testing.assert_close(out, op.reference(**inputs, **op.options))
@@ -123,7 +133,7 @@ def test_any_layout_of_the_incoming_gradient(op, device):
         gradients = []
         for function in (op.function, op.reference):
             leaves = {
-                name: None if tensor is None else tensor.clone().requires_grad_(name != "keep")
+                name: None if tensor is None else tensor.clone().requires_grad_(name != "path_scale")
                 for name, tensor in inputs.items()
             }
             loss(function(**leaves, **op.options)).backward()
@@ -149,12 +159,14 @@ def test_without_gradients_nothing_more_is_written(op, device, monkeypatch):
         saves.append(save)
         return original(a, weight, bias, save)
 
-    for module in ("mlp_gelu", "layernorm_mlp"):
-        monkeypatch.setattr(importlib.import_module(f"deitfast.kernels.{module}"), "linear_gelu_fwd", recorded)
+    for module in (mlp_gelu_op, layernorm_mlp_op):
+        monkeypatch.setattr(module, "linear_gelu_fwd", recorded)
     inputs = op.inputs(Draw(7, torch.float32, device), (2, 3), 24, 40)
     before = {name: None if tensor is None else tensor.clone() for name, tensor in inputs.items()}
     assert op.function(**inputs, **op.options).grad_fn is None
-    wanting = {name: None if t is None else t.clone().requires_grad_(name != "keep") for name, t in inputs.items()}
+    wanting = {
+        name: None if t is None else t.clone().requires_grad_(name != "path_scale") for name, t in inputs.items()
+    }
     with torch.no_grad():
         assert op.function(**wanting, **op.options).grad_fn is None
     assert not any(saves)
@@ -193,7 +205,7 @@ def test_triton_kernels_run_exactly_where_they_should(op, device, monkeypatch):
             spies[name] = Spy(getattr(module, name))
             monkeypatch.setattr(module, name, spies[name])
     inputs = op.inputs(Draw(9, torch.float32, device), (2, 3), 24, 40)
-    leaves = {name: None if t is None else t.requires_grad_(name != "keep") for name, t in inputs.items()}
+    leaves = {name: None if t is None else t.requires_grad_(name != "path_scale") for name, t in inputs.items()}
     op.function(**leaves, **op.options).sum().backward()
     norms, gelus = int("ln_weight" in inputs), int("fc1_weight" in inputs)
     expected = {
@@ -211,7 +223,7 @@ def test_triton_kernels_run_exactly_where_they_should(op, device, monkeypatch):
 def test_autocast(op, device, half):
     """Weights are cast as linear casts them; residual stream and LayerNorm stay fp32, as do all gradients."""
     inputs = op.inputs(Draw(10, torch.float32, device), (2, 9), 64, 48)
-    leaves = {name: None if t is None else t.clone().requires_grad_(name != "keep") for name, t in inputs.items()}
+    leaves = {name: None if t is None else t.clone().requires_grad_(name != "path_scale") for name, t in inputs.items()}
     with torch.autocast(device.type, half):
         out = op.function(**leaves, **op.options)
         expected = op.reference(**inputs, **op.options)
@@ -220,13 +232,13 @@ def test_autocast(op, device, half):
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=5e-2)
     out.sum().backward()
     for name, leaf in leaves.items():
-        assert name == "keep" or leaf.grad.dtype == torch.float32, name
+        assert name == "path_scale" or leaf.grad.dtype == torch.float32, name
 
 
 def test_fp32_residual_stream_beside_16_bit_weights(op, device):
     """x and the LayerNorm's parameters, residual and gamma in fp32, weights in fp16."""
     inputs = op.inputs(Draw(11, torch.float32, device), (3, 20), 64, 48)
-    stream = {"ln_weight", "ln_bias", "residual", "gamma", "keep"} | ({"x"} if "ln_weight" in inputs else set())
+    stream = {"ln_weight", "ln_bias", "residual", "gamma", "path_scale"} | ({"x"} if "ln_weight" in inputs else set())
     mixed = {name: t if t is None or name in stream else t.half() for name, t in inputs.items()}
     same = {name: None if t is None else t.float() for name, t in mixed.items()}
     out = op.function(**mixed, **op.options)
@@ -245,10 +257,10 @@ def test_opcheck(op, device):
     """The forward op of each file, and through its autograd formula the backward op."""
     inputs = op.inputs(Draw(13, torch.float32, device), (2, 3), 16, 24)
     overload = getattr(torch.ops.deitfast, op.function.__name__).default
-    values = inputs | {"eps": 1e-6, "save": True, "kept": None, "kept_scale": 1.0} | dict(op.options)
+    values = inputs | {"eps": 1e-6, "save": True, "subset": None, "subset_scale": 1.0} | dict(op.options)
     arguments = tuple(values[argument.name] for argument in overload._schema.arguments)
     arguments = tuple(
-        a.requires_grad_() if isinstance(a, Tensor) and a is not inputs.get("keep") else a for a in arguments
+        a.requires_grad_() if isinstance(a, Tensor) and a is not inputs.get("path_scale") else a for a in arguments
     )
     torch.library.opcheck(overload, arguments)
 
@@ -265,7 +277,7 @@ def test_compiles_as_one_graph(op, device, dynamic):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for leading in ((2, 5), (3, 4)):
         inputs = op.inputs(Draw(15, torch.float32, device), leading, 16, 24)
-        leaves = [tensor.requires_grad_(name != "keep") for name, tensor in inputs.items()]
+        leaves = [tensor.requires_grad_(name != "path_scale") for name, tensor in inputs.items()]
         expected, actual = model(*leaves), compiled(*leaves)
         torch.testing.assert_close(actual, expected)
         wanting = [leaf for leaf in leaves if leaf.requires_grad]

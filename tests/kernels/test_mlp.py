@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deitfast.kernels.layernorm_mlp import layernorm_mlp
-from deitfast.kernels.linear_residual import linear_residual
-from deitfast.kernels.mlp_gelu import mlp_gelu
+from deitfast.kernels.layernorm_mlp_op import layernorm_mlp
+from deitfast.kernels.linear_residual_op import linear_residual
+from deitfast.kernels.mlp_gelu_op import mlp_gelu
 from tests.kernels.linear_ops import (
     OPS,
     Draw,
@@ -33,16 +33,16 @@ def test_hidden_and_output_of_any_width(device):
     check(OPS["mlp_gelu"], inputs | {"fc2_weight": draw.normal(11, 70), "fc2_bias": draw.normal(11)})
 
 
-@pytest.mark.parametrize("options", [(), ("gamma",), ("keep",), ("gamma", "keep")])
+@pytest.mark.parametrize("options", [(), ("gamma",), ("path_scale",), ("gamma", "path_scale")])
 @pytest.mark.parametrize("name", ["linear_residual", "layernorm_mlp"])
 def test_layer_scale_and_drop_path_are_optional(device, dtype, name, options):
     inputs = OPS[name].inputs(Draw(2, dtype, device), (4, 9), 48, 64)
-    check(OPS[name], inputs | {option: None for option in ("gamma", "keep") if option not in options})
+    check(OPS[name], inputs | {option: None for option in ("gamma", "path_scale") if option not in options})
 
 
 def test_layernorm_mlp_without_residual(device, dtype):
     inputs = layernorm_mlp_inputs(Draw(3, dtype, device), (4, 9), 48, 64)
-    check(OPS["layernorm_mlp"], inputs | {"gamma": None, "keep": None}, residual=False)
+    check(OPS["layernorm_mlp"], inputs | {"gamma": None, "path_scale": None}, residual=False)
 
 
 def test_layer_scale_of_zero_still_learns(device):
@@ -60,7 +60,7 @@ def test_layer_scale_of_zero_still_learns(device):
 def test_dropped_samples_pass_through(device):
     inputs = layernorm_mlp_inputs(Draw(5, torch.float16, device), (4, 9), 48, 64)
     out = layernorm_mlp(**inputs, residual=True)
-    dropped = inputs["keep"] == 0
+    dropped = inputs["path_scale"] == 0
     assert torch.equal(out[dropped], inputs["x"][dropped])
     assert not torch.equal(out[~dropped], inputs["x"][~dropped])
 
@@ -107,9 +107,9 @@ def test_mlp_names_bad_input(change, error, message):
         ({"residual": zeros(2, 3, 7)}, ValueError, r"residual has shape \(2, 3, 7\), expected \(2, 3, 6\)"),
         ({"residual": zeros(2, 3, 6).half()}, TypeError, r"residual is torch.float16 but weight is torch.float32"),
         ({"gamma": zeros(7)}, ValueError, r"gamma has shape \(7,\), expected \(6,\)"),
-        ({"keep": zeros(3)}, ValueError, r"keep has shape \(3,\), expected \(2,\)"),
-        ({"keep": zeros(2).half()}, TypeError, r"keep is torch.float16, expected torch.float32"),
-        ({"keep": zeros(2).requires_grad_()}, ValueError, r"keep requires a gradient, but it gets none"),
+        ({"path_scale": zeros(3)}, ValueError, r"path_scale has shape \(3,\), expected \(2,\)"),
+        ({"path_scale": zeros(2).half()}, TypeError, r"path_scale is torch.float16, expected torch.float32"),
+        ({"path_scale": zeros(2).requires_grad_()}, ValueError, r"path_scale requires a gradient, but it gets none"),
     ],
 )
 def test_linear_residual_names_bad_input(change, error, message):
@@ -122,8 +122,11 @@ def test_linear_residual_names_bad_input(change, error, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gamma": zeros(8)}, r"gamma, keep and kept belong to the residual; pass residual=True"),
-        ({"residual": True, "keep": zeros(2)}, r"keep needs a batch dimension, but the residual has shape \(8,\)"),
+        ({"gamma": zeros(8)}, r"gamma, path_scale and subset belong to the residual; pass residual=True"),
+        (
+            {"residual": True, "path_scale": zeros(2)},
+            r"path_scale needs a batch dimension, but .* \(8,\)",
+        ),
         (
             {"residual": True, "fc2_weight": zeros(7, 12), "fc2_bias": None},
             r"fc2_weight has shape \(7, 12\), expected 8 rows to add its output to x of shape \(8,\)",

@@ -98,6 +98,12 @@ def groups(parameters: Sequence[Tensor]) -> list[dict]:
     ]
 
 
+def assert_within_ulps(name: str, actual: Tensor, expected: Tensor, ulps: int) -> None:
+    """Fail where a value is off by more ulps than that of the largest value."""
+    error, scale = float((actual - expected).abs().max()), float(expected.abs().max())
+    assert error <= ulps * ULP * scale, f"{name} is off by {error:.2e}, its largest value is {scale:.2e}"
+
+
 def torch_adamw(parameters: Sequence[Tensor], clip: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups(parameters), lr=LR, betas=BETAS, eps=EPS)
 
@@ -162,9 +168,7 @@ def test_twenty_updates_are_the_reference_optimizers(
         expected["exp_avg_sq"] = [s["exp_avg_sq"] for s in states]
     for what, tensors in expected.items():
         for i, (actual, tensor) in enumerate(zip(flat.views(getattr(flat.buffers, what)), tensors, strict=True)):
-            error, scale = (float(t.abs().max()) for t in (actual - tensor.detach(), tensor.detach()))
-            print("ERR", optimizer, what, error / scale / ULP)
-            assert error <= 4 * ULP * scale, f"{what} {i} is off by {error:.2e}, its largest value is {scale:.2e}"
+            assert_within_ulps(f"{what} {i}", actual, tensor.detach(), 4)
 
 
 @pytest.mark.parametrize("optimizer", REFERENCES)
@@ -205,7 +209,12 @@ def test_norm_that_is_not_finite_changes_nothing(optimizer: Optimizer, value: fl
 
 @pytest.mark.parametrize("optimizer", REFERENCES)
 def test_gradients_and_copy_in_half_precision(optimizer: Optimizer, device: torch.device, dtype: torch.dtype) -> None:
-    """A 16-bit gradient gives what its values in fp32 give, and the copy is the rounded weights."""
+    """A 16-bit gradient gives what its values in fp32 give, and the copy is the rounded weights.
+
+    Not in every bit: the two gradients make two kernels. A thread of one holds eight neighbouring values, of the other
+    four, so that the squares of the norm are summed in another order; and which multiplication and addition become one
+    rounding is the compiler's choice.
+    """
     name = "matrices and vectors"
     tensors = draw(name, device)
     flat = Flat(tensors, optimizer, dtype=dtype, copies=True, clip=0.01)
@@ -214,7 +223,8 @@ def test_gradients_and_copy_in_half_precision(optimizer: Optimizer, device: torc
         grads = [g.to(dtype) for g in gradients(name, device, step)]
         flat.update(grads, step)
         exact.update([g.float() for g in grads], step)
-    assert torch.equal(flat.buffers.master, exact.buffers.master)
+    for what in ("norm", "master", "exp_avg", "ema"):
+        assert_within_ulps(what, getattr(flat.buffers, what), getattr(exact.buffers, what), 4)
     assert flat.buffers.compute is not None
     assert torch.equal(flat.buffers.compute, flat.buffers.master.half())
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from deitfast.kernels import patch_embed_op
 from deitfast.kernels.common import INTERPRETED
-from deitfast.kernels.patch_embed import patch_embed, patch_embed_reference
+from deitfast.kernels.patch_embed_op import patch_embed, patch_embed_reference
 from deitfast.model.deit import DeiT
 from tests.kernels.tolerance import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, and the interpreter is slow")
-module = importlib.import_module("deitfast.kernels.patch_embed")
 Tensors = dict[str, Tensor]
 PARAMETERS = ("weight", "bias", "prefix_tokens", "pos_embed")
 
@@ -81,7 +80,7 @@ def test_matches_float64(shape, device, dtype):
 @pytest.mark.parametrize("shape", [SHAPES["patch 4"], SHAPES["many short images"], SHAPES["nothing divides"]])
 def test_tiles_of_the_gpu(shape, device, monkeypatch):
     """The interpreter usually takes large tiles; here those of a GPU, several along every dimension."""
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(patch_embed_op, "INTERPRETED", False)
     check(make(device, torch.float32, *shape))
     check(make(device, torch.float16, *shape))
 
@@ -163,13 +162,13 @@ def test_runs_the_kernels_exactly_where_it_should(device, monkeypatch):
     for name in ("patch_embed_fwd_kernel", "patch_embed_bwd_kernel"):
 
         class Spy:
-            kernel, called = getattr(module, name), name
+            kernel, called = getattr(patch_embed_op, name), name
 
             def __getitem__(self, grid: Any) -> Any:
                 launches.append(self.called)
                 return self.kernel[grid]
 
-        monkeypatch.setattr(module, name, Spy())
+        monkeypatch.setattr(patch_embed_op, name, Spy())
     tensors = make(device, torch.float32, 2, 4, 12, 16, 1)
     results(patch_embed, tensors, torch.ones(2, 5, 16, device=device))
     ran = INTERPRETED or device.type == "cuda"

@@ -35,6 +35,13 @@ IN_A_BLOCK = {
     # of queries and values (that of keys has no gradient: it shifts all scores of a softmax alike).
     "row_sums_kernel": 4 + 3 + 2,
 }
+IN_THE_LAST_BLOCK = {  # where keys and values are of all tokens, all else of the class token alone
+    "layernorm_fwd_kernel": 3,  # before keys and values, before the queries, before the MLP
+    "linear_kernel": 5 + 1,  # keys and values, queries, projection, fc1 and fc2 forward; fc2's backward
+    "scale_and_sum_kernel": 4,  # as above, and the bias gradients of keys and values, and of queries
+    "layernorm_bwd_kernel": 3,
+    "row_sums_kernel": 6 + 5,  # weight and bias of three LayerNorms; five biases
+}
 IN_A_STEP = {
     "input_patches_kernel": 1,
     "patch_embed_fwd_kernel": 1,
@@ -50,7 +57,8 @@ ATTENTION_BACKWARD = {80: ("attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel
 
 def launches_of_a_step(arch: int) -> Counter[str]:
     a_block = Counter(IN_A_BLOCK) + Counter(ATTENTION_BACKWARD[arch])
-    return Counter({kernel: DEPTH * count for kernel, count in a_block.items()}) + Counter(IN_A_STEP)
+    blocks = Counter({kernel: (DEPTH - 1) * count for kernel, count in a_block.items()})
+    return blocks + Counter(IN_THE_LAST_BLOCK) + Counter(IN_A_STEP)
 
 
 def a_batch(step: int) -> Batch:

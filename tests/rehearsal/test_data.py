@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deitfast.data import Dataset, EvalLoader, TrainLoader, open_dataset
+from deitfast.data import Dataset, EvalLoader, TrainLoader, dali, decoder, open_dataset
 from deitfast.data.batch import Batch
 from deitfast.data.decoder import choose_decoder
+from deitfast.data.quarantine import Quarantine
 from deitfast.distributed import World
 from deitfast.errors import DeitfastError
 from deitfast.model.factory import create_model
@@ -92,6 +93,23 @@ def test_evaluation_scores_are_the_cpus(digits: Dataset) -> None:
         )
     assert found[0].images == found[1].images == 100
     assert found[1].loss == pytest.approx(found[0].loss, rel=0.05)  # another resize
+
+
+def test_a_gpu_that_cannot_decode_is_told_and_the_cpu_decodes(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(encoded: object, where: str) -> object:
+        if where == "gpu":
+            raise RuntimeError("nvJPEG is not there")
+        return dali.decode(encoded, "cpu")
+
+    assert digits.train is not None
+    said: list[str] = []
+    monkeypatch.setattr(decoder, "decode_to_gpu", decode)
+    assert choose_decoder("auto", digits.train, 16, torch.device("cuda", 0), 1, said.append) == "cpu"
+    assert said.pop() == "decoding on the CPU: the GPU's decoder failed here (nvJPEG is not there)"
+    monkeypatch.undo()
+    monkeypatch.setattr(Quarantine, "by_pil", 60)  # they were decoded, but not by DALI
+    assert choose_decoder("auto", digits.train, 16, torch.device("cuda", 0), 1, said.append) == "cpu"
+    assert said == ["decoding on the CPU: the GPU's decoder failed here (DALI could not decode 60 of 64 images)"]
 
 
 def test_the_decoder_is_measured_and_told(digits: Dataset) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from deitfast.cli.main import main
 from deitfast.kernels.replaced import EAGER, chosen
+from deitfast.use.doctor import examine
 from tests.rehearsal.test_first_contact import SHORT, forms, plant, run
 from tests.verification.planted import FAULTS
 
@@ -43,3 +44,18 @@ def test_the_table_is_printed_and_a_run_takes_its_choices(
     choices.write_text(json.dumps(found))
     _, _, facts = run(tmp_path / "run", replace(SHORT, choices=str(choices)))
     assert forms(facts) == forms(found)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_fewer_gpus_need_less(
+    gpus: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    monkeypatch.setattr("deitfast.use.doctor.missing_for_triton", lambda: "there is no Python.h. Install it")
+    with chosen():
+        found = examine("deit_digits_patch4_16", 8, "digits", tmp_path, print)
+    assert found.breaks == (gpus == 1)  # for want of Python.h
+    assert (found.kernels is None) == (gpus == 0)
+    assert "this torch has no NCCL" in next(str(f) for f in found.findings if "NCCL" in f.what and f.level == "note")

@@ -18,6 +18,7 @@ from deitfast.data import decoder
 from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
 from deitfast.kernels import replaced
+from deitfast.kernels.catalogue import OPS, Shape
 from deitfast.kernels.replaced import EAGER, OURS
 from deitfast.model.acceleration import accelerate
 from deitfast.model.deit import DeiT
@@ -48,12 +49,12 @@ def run(out: Path, recipe: Recipe = SHORT, steps: int = 2) -> tuple[list[float],
 
 
 def forms(facts: dict[str, Any]) -> dict[str, str]:
-    return {op["op"]: op["form"] for op in facts["kernels"]["ops"]}
+    return {op["op"]: op["form"] for op in facts.get("choices", facts)["kernels"]["ops"]}
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, broken: Fault) -> None:
     """A fault in what layernorm_mlp's kernels give."""
-    op = importlib.import_module("deitfast.kernels.layernorm_mlp")._layernorm_mlp
+    op = importlib.import_module("deitfast.kernels.layernorm_mlp_op")._layernorm_mlp
     right = op._backend_fns["cuda"]
 
     @functools.wraps(right)
@@ -79,7 +80,7 @@ def test_a_gpu_without_fault_runs_every_kernel_and_is_asked_once(
     found, log, facts = run(tmp_path / "first")
     assert set(forms(facts).values()) == {OURS}
     assert "kernels: 5 of 5 verified on this GPU and in use" in log
-    assert all(op["ms"].keys() >= {OURS, EAGER} for op in facts["kernels"]["ops"])
+    assert all(op["ms"].keys() >= {OURS, EAGER} for op in facts["choices"]["kernels"]["ops"])
     assert capsys.readouterr().err.count("verifying 5 kernels on this Pretended H100, once") == 1
     monkeypatch.setattr(check, "check", lambda *_, **__: pytest.fail("asked again"))
     again, _, _ = run(tmp_path / "second")
@@ -110,7 +111,7 @@ def test_who_insists_on_the_kernels_is_told_the_fault(tmp_path: Path, monkeypatc
 
 def test_without_fused_kernels_nothing_is_verified(tmp_path: Path) -> None:
     _, log, facts = run(tmp_path / "run", replace(SHORT, fused="no"))
-    assert facts["kernels"]["ops"] == []
+    assert facts["choices"]["kernels"]["ops"] == []
     assert "verified" not in log
 
 
@@ -187,7 +188,7 @@ def test_a_gpu_decoder_that_is_off_by_thirty_levels_is_left_for_the_cpu(
     monkeypatch.setattr(decoder, "gathered", lambda *args: off(*args) if of_gpu[-1] else right(*args))
     found, log, facts = run(tmp_path / "run", replace(SHORT, decode="auto"))
     assert found == run(tmp_path / "cpu", SHORT)[0]
-    assert facts["decode"] == "cpu"
+    assert facts["choices"]["decode"] == "cpu"
     assert log.count("decoding on the CPU: the GPU's decoder is not to be trusted: ") == 1
     with pytest.raises(DeitfastError, match="--decode gpu: the GPU's decoder is not to be trusted"):
         run(tmp_path / "gpu", replace(SHORT, decode="gpu"))
@@ -202,7 +203,7 @@ def test_a_gpu_decoder_that_fails_is_left_for_the_cpu(tmp_path: Path, monkeypatc
     graph = decoder.decode_to_gpu
     monkeypatch.setattr(decoder, "decode_to_gpu", missing)
     _, log, _ = run(tmp_path / "run", replace(SHORT, decode="auto"))
-    assert "decoding on the CPU: the GPU's decoder fails: " in log
+    assert "decoding on the CPU: the GPU's decoder failed here (" in log
 
 
 @pytest.mark.parametrize(("text", "told"), [(None, "cannot be read"), ("[]", "holds no choices"), ("{", "holds no ch")])
@@ -280,3 +281,16 @@ def test_an_accelerated_model_verifies_its_ops_at_its_first_use_on_a_gpu(
     told = capsys.readouterr().err
     assert told.count("verifying 2 kernels") == 1
     assert told.count("layernorm_mlp runs as eager PyTorch") == 1
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_an_op_that_memory_does_not_suffice_for_is_asked_of_fewer_images(device: str) -> None:
+    def large(x: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return OPS["layernorm_mlp"].function(x=x, **arguments)
+
+    shape = Shape(width=64, heads=1, tokens=5, batch=8)
+    op = replace(OPS["layernorm_mlp"], function=large)
+    found = check.check(op, shape, torch.float32, torch.device(device), seed=0, backward=True)
+    assert (found.form, found.why) == (OURS, "")

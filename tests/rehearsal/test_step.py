@@ -141,8 +141,10 @@ def test_the_second_step_compiles_nothing() -> None:
     assert not [launch for launch in kernels.LAUNCHES[first:] if launch.first]
 
 
-def test_the_host_is_at_most_two_steps_ahead() -> None:
-    engine = engine_of(SMALL)
+@pytest.mark.parametrize("name", ["graph", "flat", "plain"])
+def test_the_host_is_at_most_two_steps_ahead(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    engine = engine_of(replace(SMALL, engine=name))
+    assert not engine.busy()
     source = batches(SMALL, SMALL.batch, WORLD, 8)
     cuda.EVENTS.clear()
     for step in range(8):
@@ -151,6 +153,9 @@ def test_the_host_is_at_most_two_steps_ahead() -> None:
         reached = [number for what, _, number, _ in cuda.EVENTS if what == "synchronize"]
         assert len(ends) == step + 1
         assert reached == ends[: max(step - 1, 0)]
+    assert not engine.busy()
+    monkeypatch.setattr(cuda.Event, "query", lambda self: False)
+    assert engine.busy()
 
 
 def test_a_closed_engine_holds_no_graph() -> None:

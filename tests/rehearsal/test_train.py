@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from deitfast import guard
+from deitfast.data import decoder
 from deitfast.distributed import TRAINING_PATIENCE, start
 from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
@@ -86,6 +87,23 @@ def test_the_smoke_test_of_a_cpu_stays_small(capsys: pytest.CaptureFixture[str])
 def test_without_a_wish_a_gpu_is_read_every_fifty_steps(tmp_path: Path, device: str, lines: int) -> None:
     train(replace(RECIPE, out=str(tmp_path), device=device, decode="auto", log_every=0), stop_at=2, depth=2)
     assert len(losses(tmp_path)) == lines
+
+
+def test_what_was_measured_when_a_run_began_stays_when_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = {"gpu": 1.0, "cpu": 2.0}
+    monkeypatch.setattr(decoder, "_images_per_second", lambda *arguments: speed[arguments[3]])
+    recipe = replace(RECIPE, out=str(tmp_path), decode="auto")
+    run_module = "deitfast.training.run.largest_micro_batch"
+    choices = []
+    for speed["gpu"], largest, changes in ((1.0, 16, False), (3.0, 32, False), (3.0, 8, False), (3.0, 32, True)):
+        monkeypatch.setattr(run_module, lambda *_, largest=largest: largest)
+        train(replace(recipe, allow_changes=changes), stop_at=1, depth=2)
+        choices.append(json.loads((tmp_path / "env.json").read_text())["choices"])
+    assert [choice["decode"] for choice in choices] == ["cpu", "cpu", "cpu", "gpu"]
+    # What no longer fits is chosen anew.
+    assert [choice["micro_batch"] for choice in choices] == [16, 16, 8, 32]
 
 
 def test_no_tensor_leaves_dali_by_dlpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from deitfast.cli.main import main
 from deitfast.errors import DeitfastError
 from deitfast.model.acceleration import accelerate
 from deitfast.model.factory import create_model, load_model
+from deitfast.model.preprocessing import Preprocessing
 from deitfast.training.run_folder import environment
 from deitfast.use import images
 from deitfast.use.inference import Predictor, pick_device
@@ -71,7 +72,7 @@ def test_many_files_go_through_dali_and_a_bad_one_is_named(photos: list[str]) ->
     found: dict[str, dict[int, torch.Tensor]] = {}
     for device in ("cuda:0", "cpu"):
         found[device], bad = {}, []
-        for numbers, tensor, broken in images.batches(photos, 32, 0.875, 16, torch.device(device)):
+        for numbers, tensor, broken in images.batches(photos, 32, Preprocessing(), 16, torch.device(device)):
             assert tensor.device.type == device.split(":")[0] or not numbers
             bad += broken
             found[device] |= dict(zip(numbers, tensor.cpu().float(), strict=True))

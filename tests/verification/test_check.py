@@ -29,7 +29,7 @@ def verdict(name: str, function: Any = None, **of_case: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "of_case", [{}, {"without": frozenset({"gamma", "keep"})}, {"kept": 4}, {"backward": False}], ids=str
+    "of_case", [{}, {"without": frozenset({"gamma", "path_scale"})}, {"subset": 4}, {"backward": False}], ids=str
 )
 @pytest.mark.parametrize("name", USED)
 def test_nothing_is_said_of_an_op_that_is_right(name: str, of_case: dict[str, Any]) -> None:
@@ -84,12 +84,12 @@ def test_a_read_beside_an_operand_and_a_changed_input_are_found() -> None:
     assert verdict("patch_embed", changes_its_input, backward=False).why == "it changes its input bias"
 
 
-@pytest.mark.parametrize("kept", [0, 4])
+@pytest.mark.parametrize("subset", [0, 4])
 @pytest.mark.parametrize("name", ["layernorm_attention", "patch_embed", "input_patches"])
 def test_float64_in_parts_of_the_batch_is_float64_of_the_whole(
-    name: str, kept: int, monkeypatch: pytest.MonkeyPatch
+    name: str, subset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case.draw(OPS[name], SHAPE, Draw(0, torch.float32), backward=True, kept=kept)
+    case = Case.draw(OPS[name], SHAPE, Draw(0, torch.float32), backward=True, subset=subset)
     whole = case.exact()
     monkeypatch.setattr(checking, "_CHUNK", 2 * SHAPE.tokens * SHAPE.width)
     parts = case.exact()

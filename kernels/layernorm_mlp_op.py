@@ -1,17 +1,17 @@
 """The MLP half of a block in one op: LayerNorm, MLP with exact GELU, and optionally LayerScale, drop-path and residual.
 
     branch = gelu(LayerNorm(x) fc1_weight^T + fc1_bias) fc2_weight^T + fc2_bias
-    out = branch, or with residual=True x + keep * gamma * branch
+    out = branch, or with residual=True x + path_scale * gamma * branch
 
-x (..., D), fc1_weight (H, D), fc2_weight (O, H), O = D with a residual; gamma (D,), keep (B,) as in linear_residual.py.
-With kept (K,), the ascending indices of some samples, the branch runs for these alone, times kept_scale; the others
-have out = x and dx = dout (kept_rows.py).
+x (..., D), fc1_weight (H, D), fc2_weight (O, H), O = D with a residual; gamma (D,), path_scale (B,) as in
+linear_residual_op.py. With subset (K,), the ascending indices of some samples, the branch runs for these alone, times
+subset_scale; the others have out = x and dx = dout (subset_rows.py).
 
 One op rather than a chain, because its backward can then do what a chain cannot: multiply by gelu' in the epilogue that
 computes the gradient of gelu(h), and add the residual's gradient while the LayerNorm backward writes dx.
 
-Saved for the backward: x, mean and rstd (fp32), LayerNorm(x), gelu(h), gelu'(h), all but x for the samples kept alone;
-the output is not needed.
+Saved for the backward: x, mean and rstd (fp32), LayerNorm(x), gelu(h), gelu'(h), all but x for the samples of
+the subset alone; the output is not needed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from deitfast.kernels.common import autocast, needed_gradients, needs_grad, op, rows
 from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_gelu_fwd, linear_residual_fwd
-from deitfast.kernels.kept_rows import add_kept, check_kept, kept_rows
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
-from deitfast.kernels.linear_residual import check_residual, linear_residual_bwd, linear_residual_reference
-from deitfast.kernels.mlp_gelu import check_mlp, mlp_gelu_reference
+from deitfast.kernels.linear_residual_op import check_residual, linear_residual_bwd, linear_residual_reference
+from deitfast.kernels.mlp_gelu_op import check_mlp, mlp_gelu_reference
 from deitfast.kernels.replaced import replaceable
+from deitfast.kernels.subset_rows import add_subset, check_subset, subset_rows
 
 
 def layernorm_mlp_reference(
@@ -43,19 +43,19 @@ def layernorm_mlp_reference(
     *,
     residual: bool = False,
     gamma: Tensor | None = None,
-    keep: Tensor | None = None,
-    kept: Tensor | None = None,
-    kept_scale: float = 1.0,
+    path_scale: Tensor | None = None,
+    subset: Tensor | None = None,
+    subset_scale: float = 1.0,
 ) -> Tensor:
     """The op in eager PyTorch, in the steps a timm block takes. Any one floating dtype."""
-    if kept is not None:
+    if subset is not None:
         tensors = ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
-        return add_kept(x, kept, kept_scale, lambda x: layernorm_mlp_reference(x, *tensors, eps), gamma)
+        return add_subset(x, subset, subset_scale, lambda x: layernorm_mlp_reference(x, *tensors, eps), gamma)
     normed = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
     if not residual:
         return mlp_gelu_reference(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     gelu = F.gelu(F.linear(normed, fc1_weight, fc1_bias))
-    return linear_residual_reference(gelu, fc2_weight, fc2_bias, x, gamma, keep)
+    return linear_residual_reference(gelu, fc2_weight, fc2_bias, x, gamma, path_scale)
 
 
 @op("layernorm_mlp")
@@ -68,19 +68,20 @@ def _layernorm_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: Tensor | None,
+    path_scale: Tensor | None,
+    subset: Tensor | None,
     eps: float,
     residual: bool,
-    kept_scale: float,
+    subset_scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    taken = kept_rows(x, kept, kept_scale)
-    out = None if taken is None else torch.empty((x.shape[:-1].numel(), x.shape[-1]), dtype=x.dtype, device=x.device)
-    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, fc1_weight.dtype, taken, out)
+    branch_rows = subset_rows(x, subset, subset_scale)
+    whole = x.shape[:-1].numel(), x.shape[-1]
+    out = None if branch_rows is None else torch.empty(whole, dtype=x.dtype, device=x.device)
+    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, fc1_weight.dtype, branch_rows, out)
     gelu, derivative = linear_gelu_fwd(normed, fc1_weight, fc1_bias, save)
     if residual:
-        out = linear_residual_fwd(gelu, fc2_weight, fc2_bias, rows(x), gamma, keep, taken, out)
+        out = linear_residual_fwd(gelu, fc2_weight, fc2_bias, rows(x), gamma, path_scale, branch_rows, out)
     else:
         out = linear_fwd(gelu, fc2_weight, fc2_bias)
     return out.view(*x.shape[:-1], fc2_weight.shape[0]), normed, mean, rstd, gelu, derivative
@@ -95,31 +96,31 @@ def _layernorm_mlp_bwd(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: Tensor | None,
+    path_scale: Tensor | None,
+    subset: Tensor | None,
     normed: Tensor,
     mean: Tensor,
     rstd: Tensor,
     gelu: Tensor,
     derivative: Tensor,
     residual: bool,
-    kept_scale: float,
+    subset_scale: float,
     wanted1: bool,
     wanted2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dout, taken = rows(dout).contiguous(), kept_rows(x, kept, kept_scale)
-    fc2 = linear_residual_bwd(dout, gelu, fc2_weight, fc2_bias, gamma, keep, taken, wanted2)
+    dout, branch_rows = rows(dout).contiguous(), subset_rows(x, subset, subset_scale)
+    fc2 = linear_residual_bwd(dout, gelu, fc2_weight, fc2_bias, gamma, path_scale, branch_rows, wanted2)
     dh, dfc1_bias = linear_gelu_bwd(fc2.dlinear, fc2_weight, derivative, fc1_weight.dtype)
     dfc1_weight = dh.t() @ normed if wanted1 else fc1_weight.new_empty(0)
     dx, dln_weight, dln_bias = layernorm_bwd(
-        dh @ fc1_weight, rows(x), ln_weight, mean, rstd, dout if residual else None, taken
+        dh @ fc1_weight, rows(x), ln_weight, mean, rstd, dout if residual else None, branch_rows
     )
     return dx.view(x.shape), dln_weight, dln_bias, dfc1_weight, dfc1_bias, fc2.dweight, fc2.dbias, fc2.dgamma
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ln_weight, _, fc1_weight, _, fc2_weight, fc2_bias, gamma, keep, kept, _, *ctx.options, _ = inputs
-    ctx.save_for_backward(x, ln_weight, fc1_weight, fc2_weight, fc2_bias, gamma, keep, kept, *output[1:])
+    x, ln_weight, _, fc1_weight, _, fc2_weight, fc2_bias, gamma, path_scale, subset, _, *ctx.options, _ = inputs
+    ctx.save_for_backward(x, ln_weight, fc1_weight, fc2_weight, fc2_bias, gamma, path_scale, subset, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -149,19 +150,19 @@ def layernorm_mlp(
     *,
     residual: bool = False,
     gamma: Tensor | None = None,
-    keep: Tensor | None = None,
-    kept: Tensor | None = None,
-    kept_scale: float = 1.0,
+    path_scale: Tensor | None = None,
+    subset: Tensor | None = None,
+    subset_scale: float = 1.0,
 ) -> Tensor:
-    """LayerNorm and MLP; with residual=True the block's whole second half, x + keep * gamma * mlp(LayerNorm(x)).
+    """LayerNorm and MLP; with residual=True the block's whole second half, x + path_scale * gamma * mlp(LayerNorm(x)).
 
     x (..., D); ln_weight, ln_bias (D,); fc1_weight (H, D); fc1_bias (H,) or None; fc2_weight (O, H); fc2_bias (O,) or
-    None; with residual=True O = D, gamma (D,) or None and keep (B,) fp32 or None, B the first dimension. Returns
+    None; with residual=True O = D, gamma (D,) or None and path_scale (B,) fp32 or None, B the first dimension. Returns
     (..., O) in the weights' dtype, or in that of x with a residual. bf16, fp16 or fp32; beside 16-bit weights x, the
     LayerNorm's parameters and gamma may be fp32. Under torch.autocast the two layers' weights and biases are cast, all
-    else stays as it is. keep gets no gradient.
-    kept: (K,) int64, instead of keep: the samples that the branch runs for, ascending and distinct (their values are
-    not checked), times kept_scale; the others have out = x.
+    else stays as it is. path_scale gets no gradient.
+    subset: (K,) int64, instead of path_scale: the samples that the branch runs for, ascending and distinct (the values
+    are not checked), times subset_scale; the others have out = x.
     Raises ValueError for shapes, strides and devices that do not fit, TypeError for dtypes.
     """
     op = "layernorm_mlp"
@@ -174,10 +175,10 @@ def layernorm_mlp(
                 f"{op}: fc2_weight has shape {tuple(fc2_weight.shape)}, expected {x.shape[-1]} rows to add its output "
                 f"to x of shape {tuple(x.shape)}"
             )
-        check_residual(op, x, gamma, keep, "fc2_weight", fc2_weight)
-        check_kept(op, x, keep, kept, kept_scale)
-    elif gamma is not None or keep is not None or kept is not None:
-        raise ValueError(f"{op}: gamma, keep and kept belong to the residual; pass residual=True")
+        check_residual(op, x, gamma, path_scale, "fc2_weight", fc2_weight)
+        check_subset(op, x, path_scale, subset, subset_scale)
+    elif gamma is not None or path_scale is not None or subset is not None:
+        raise ValueError(f"{op}: gamma, path_scale and subset belong to the residual; pass residual=True")
     save = needs_grad(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
     parameters = ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma
-    return _layernorm_mlp(x, *parameters, keep, kept, eps, residual, kept_scale, save)[0]
+    return _layernorm_mlp(x, *parameters, path_scale, subset, eps, residual, subset_scale, save)[0]

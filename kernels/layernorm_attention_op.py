@@ -1,20 +1,20 @@
 """The attention half of a block in one op: LayerNorm, attention, projection, LayerScale, drop-path and residual.
 
     qkv = LayerNorm(x) qkv_weight^T + qkv_bias
-    out = x + keep * gamma * (attention(qkv) proj_weight^T + proj_bias)
+    out = x + path_scale * gamma * (attention(qkv) proj_weight^T + proj_bias)
 
-x (..., N, D), qkv_weight (3D, D), proj_weight (D, D); gamma (D,), keep (B,) as in linear_residual.py. With kept (K,),
-the ascending indices of some samples, the branch runs for these alone, times kept_scale; the others have out = x and
-dx = dout (kept_rows.py).
+x (..., N, D), qkv_weight (3D, D), proj_weight (D, D); gamma (D,), path_scale (B,) as in linear_residual_op.py. With
+subset (K,), the ascending indices of some samples, the branch runs for these alone, times subset_scale; the others have
+out = x and dx = dout (subset_rows.py).
 
 One op rather than a chain of three, because its backward then adds the residual's gradient while the LayerNorm backward
 writes dx, where autograd would add it in a pass of its own.
 
 Saved for the backward: x, mean and rstd (fp32), LayerNorm(x), qkv, attention(qkv), lse (fp32), all but x for the
-samples kept alone; the output is not needed. With g = dout * keep and a = attention(qkv):
+samples of the subset alone; the output is not needed. With g = dout * path_scale and a = attention(qkv):
 
     da = (g * gamma) Wproj      dqkv = attention backward of da      dn = dqkv Wqkv      dWqkv = dqkv^T LayerNorm(x)
-    dx = dout + LayerNorm backward of dn      dWproj = gamma * (g^T a)      dgamma as in linear_residual.py
+    dx = dout + LayerNorm backward of dn      dWproj = gamma * (g^T a)      dgamma as in linear_residual_op.py
 
 The gradient of qkv_bias, the sum of dqkv over all tokens, takes no pass over dqkv. Its part for v is the sum of da, as
 each query's probabilities add up to 1, and so (gamma * sum_m g) Wproj; its part for k is zero, since a bias on the keys
@@ -30,14 +30,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deitfast.kernels.attention import attention_bwd, attention_fwd, attention_reference, check_heads
+from deitfast.kernels.attention_op import attention_bwd, attention_fwd, attention_reference, check_heads
 from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, op, rows
 from deitfast.kernels.gemm import check_linear, linear_fwd, linear_residual_fwd
-from deitfast.kernels.kept_rows import add_kept, check_kept, kept_rows
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
-from deitfast.kernels.linear_residual import check_residual, linear_residual_bwd, linear_residual_reference
+from deitfast.kernels.linear_residual_op import check_residual, linear_residual_bwd, linear_residual_reference
 from deitfast.kernels.replaced import replaceable
 from deitfast.kernels.row_sums import row_sums
+from deitfast.kernels.subset_rows import add_subset, check_subset, subset_rows
 
 
 def layernorm_attention_reference(
@@ -52,9 +52,9 @@ def layernorm_attention_reference(
     eps: float = 1e-6,
     *,
     gamma: Tensor | None = None,
-    keep: Tensor | None = None,
-    kept: Tensor | None = None,
-    kept_scale: float = 1.0,
+    path_scale: Tensor | None = None,
+    subset: Tensor | None = None,
+    subset_scale: float = 1.0,
 ) -> Tensor:
     """The op in eager PyTorch, in the steps a timm block takes. Any one floating dtype."""
 
@@ -62,9 +62,9 @@ def layernorm_attention_reference(
         normed = F.layer_norm(x, x.shape[-1:], ln_weight, ln_bias, eps)
         return attention_reference(F.linear(normed, qkv_weight, qkv_bias), num_heads)
 
-    if kept is not None:
-        return add_kept(x, kept, kept_scale, lambda x: F.linear(attended(x), proj_weight, proj_bias), gamma)
-    return linear_residual_reference(attended(x), proj_weight, proj_bias, x, gamma, keep)
+    if subset is not None:
+        return add_subset(x, subset, subset_scale, lambda x: F.linear(attended(x), proj_weight, proj_bias), gamma)
+    return linear_residual_reference(attended(x), proj_weight, proj_bias, x, gamma, path_scale)
 
 
 @op("layernorm_attention")
@@ -77,20 +77,20 @@ def _layernorm_attention(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: Tensor | None,
+    path_scale: Tensor | None,
+    subset: Tensor | None,
     num_heads: int,
     eps: float,
     scale: float,
-    kept_scale: float,
+    subset_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    taken, (tokens, width) = kept_rows(x, kept, kept_scale), x.shape[-2:]
-    out = None if taken is None else torch.empty((x.shape[:-1].numel(), width), dtype=x.dtype, device=x.device)
-    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, qkv_weight.dtype, taken, out)
-    sequences = math.prod(x.shape[:-2] if kept is None else (kept.shape[0], *x.shape[1:-2]))
+    branch_rows, (tokens, width) = subset_rows(x, subset, subset_scale), x.shape[-2:]
+    out = None if branch_rows is None else torch.empty((x.shape[:-1].numel(), width), dtype=x.dtype, device=x.device)
+    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, qkv_weight.dtype, branch_rows, out)
+    sequences = math.prod(x.shape[:-2] if subset is None else (subset.shape[0], *x.shape[1:-2]))
     qkv = linear_fwd(normed, qkv_weight, qkv_bias).view(sequences, tokens, 3 * width)
     attended, lse = attention_fwd(qkv, num_heads, scale)
-    out = linear_residual_fwd(rows(attended), proj_weight, proj_bias, rows(x), gamma, keep, taken, out)
+    out = linear_residual_fwd(rows(attended), proj_weight, proj_bias, rows(x), gamma, path_scale, branch_rows, out)
     return out.view(x.shape), normed, mean, rstd, qkv, attended, lse
 
 
@@ -103,8 +103,8 @@ def _layernorm_attention_bwd(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     gamma: Tensor | None,
-    keep: Tensor | None,
-    kept: Tensor | None,
+    path_scale: Tensor | None,
+    subset: Tensor | None,
     normed: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -113,13 +113,13 @@ def _layernorm_attention_bwd(
     lse: Tensor,
     num_heads: int,
     scale: float,
-    kept_scale: float,
+    subset_scale: float,
     wanted_qkv: bool,
     wanted_proj: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dout, taken = rows(dout).contiguous(), kept_rows(x, kept, kept_scale)
+    dout, branch_rows = rows(dout).contiguous(), subset_rows(x, subset, subset_scale)
     proj = linear_residual_bwd(
-        dout, rows(attended), proj_weight, proj_bias, gamma, keep, taken, wanted_proj, wants_sums=wanted_qkv
+        dout, rows(attended), proj_weight, proj_bias, gamma, path_scale, branch_rows, wanted_proj, wants_sums=wanted_qkv
     )
     dattended = (proj.dlinear @ proj_weight).view(attended.shape)
     dqkv, dq_sums = attention_bwd(dattended, qkv, attended, lse, num_heads, scale, wants_sums=wanted_qkv)
@@ -129,14 +129,15 @@ def _layernorm_attention_bwd(
         dqkv_weight, dqkv_bias = dqkv.t() @ normed, qkv_weight.new_zeros(qkv_weight.shape[0])
         row_sums(dq_sums, qkv_weight.dtype, out=dqkv_bias.narrow(0, 0, x.shape[-1]))
         row_sums(proj_weight, qkv_weight.dtype, proj.sums, out=dqkv_bias.narrow(0, 2 * x.shape[-1], x.shape[-1]))
-    dx, dln_weight, dln_bias = layernorm_bwd(dqkv @ qkv_weight, rows(x), ln_weight, mean, rstd, dout, taken)
+    dx, dln_weight, dln_bias = layernorm_bwd(dqkv @ qkv_weight, rows(x), ln_weight, mean, rstd, dout, branch_rows)
     return dx.view(x.shape), dln_weight, dln_bias, dqkv_weight, dqkv_bias, proj.dweight, proj.dbias, proj.dgamma
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ln_weight, _, qkv_weight, _, proj_weight, proj_bias, gamma, keep, kept, num_heads, _, scale, kept_scale = inputs
-    ctx.options = num_heads, scale, kept_scale
-    ctx.save_for_backward(x, ln_weight, qkv_weight, proj_weight, proj_bias, gamma, keep, kept, *output[1:])
+    x, ln_weight, _, qkv_weight, _, proj_weight, proj_bias, gamma, path_scale, subset, *options = inputs
+    num_heads, _, scale, subset_scale = options
+    ctx.options = num_heads, scale, subset_scale
+    ctx.save_for_backward(x, ln_weight, qkv_weight, proj_weight, proj_bias, gamma, path_scale, subset, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -166,19 +167,19 @@ def layernorm_attention(
     eps: float = 1e-6,
     *,
     gamma: Tensor | None = None,
-    keep: Tensor | None = None,
-    kept: Tensor | None = None,
-    kept_scale: float = 1.0,
+    path_scale: Tensor | None = None,
+    subset: Tensor | None = None,
+    subset_scale: float = 1.0,
 ) -> Tensor:
-    """A block's first half, x + keep * gamma * (attention(LayerNorm(x) Wqkv^T + bqkv) Wproj^T + bproj).
+    """A block's first half, x + path_scale * gamma * (attention(LayerNorm(x) Wqkv^T + bqkv) Wproj^T + bproj).
 
     x (..., N, D); ln_weight, ln_bias (D,); qkv_weight (3D, D); qkv_bias (3D,) or None; proj_weight (D, D); proj_bias
-    (D,) or None; num_heads heads of a dimension in HEAD_DIMS; gamma (D,) or None; keep (B,) fp32 or None, B the first
-    dimension. Returns (..., N, D) in the dtype of x. bf16, fp16 or fp32; beside 16-bit weights x, the LayerNorm's
+    (D,) or None; num_heads heads of a dimension in HEAD_DIMS; gamma (D,) or None; path_scale (B,) fp32 or None, B the
+    first dimension. Returns (..., N, D) in the dtype of x. bf16, fp16 or fp32; beside 16-bit weights x, the LayerNorm's
     parameters and gamma may be fp32. Under torch.autocast the weights and biases of the two layers are cast, all else
-    stays as it is. keep gets no gradient.
-    kept: (K,) int64, instead of keep: the samples that the branch runs for, ascending and distinct (their values are
-    not checked), times kept_scale; the others have out = x.
+    stays as it is. path_scale gets no gradient.
+    subset: (K,) int64, instead of path_scale: the samples that the branch runs for, ascending and distinct (the values
+    are not checked), times subset_scale; the others have out = x.
     Raises ValueError for shapes, strides and devices that do not fit, TypeError for dtypes.
     """
     op = "layernorm_attention"
@@ -194,9 +195,9 @@ def layernorm_attention(
             raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}, expected {(expected, width)}")
     check_dtypes(op, qkv_weight=qkv_weight, proj_weight=proj_weight)
     scale = check_heads(op, width, num_heads, None)
-    if x.ndim == 2 and (keep is not None or kept is not None):
-        raise ValueError(f"{op}: keep and kept need a batch dimension, but x has shape {tuple(x.shape)}")
-    check_residual(op, x, gamma, keep, "proj_weight", proj_weight)
-    check_kept(op, x, keep, kept, kept_scale)
+    if x.ndim == 2 and (path_scale is not None or subset is not None):
+        raise ValueError(f"{op}: path_scale and subset need a batch dimension, but x has shape {tuple(x.shape)}")
+    check_residual(op, x, gamma, path_scale, "proj_weight", proj_weight)
+    check_subset(op, x, path_scale, subset, subset_scale)
     parameters = ln_weight, ln_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma
-    return _layernorm_attention(x, *parameters, keep, kept, num_heads, eps, scale, kept_scale)[0]
+    return _layernorm_attention(x, *parameters, path_scale, subset, num_heads, eps, scale, subset_scale)[0]

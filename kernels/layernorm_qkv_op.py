@@ -22,7 +22,7 @@ from torch import Tensor
 from deitfast.kernels.common import autocast, needed_gradients, op, rows
 from deitfast.kernels.gemm import check_linear, linear_fwd
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
-from deitfast.kernels.linear_residual import linear_residual_bwd
+from deitfast.kernels.linear_residual_op import linear_residual_bwd
 
 
 def layernorm_qkv_reference(

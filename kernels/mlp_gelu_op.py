@@ -30,7 +30,7 @@ from deitfast.kernels.common import (
     rows,
 )
 from deitfast.kernels.gemm import check_linear, linear_fwd, linear_gelu_bwd, linear_gelu_fwd
-from deitfast.kernels.linear_residual import linear_residual_bwd
+from deitfast.kernels.linear_residual_op import linear_residual_bwd
 
 
 def mlp_gelu_reference(

@@ -1,4 +1,4 @@
-"""Drop-path by subset in both halves of a block: the branch runs for the samples kept, the others pass unchanged."""
+"""Drop-path by subset in both halves of a block: the branch runs for some samples, the others pass unchanged."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def half(request: pytest.FixtureRequest) -> Op:
 
 
 def make(
-    half: Op, dtype: torch.dtype, device: Any, batch: int, tokens: int, kept: list[int], width: int = 64
+    half: Op, dtype: torch.dtype, device: Any, batch: int, tokens: int, subset: list[int], width: int = 64
 ) -> Inputs:
-    inputs = half.inputs(Draw(len(kept), dtype, device), (batch, tokens), width, 48)
-    return inputs | {"keep": None}
+    inputs = half.inputs(Draw(len(subset), dtype, device), (batch, tokens), width, 48)
+    return inputs | {"path_scale": None}
 
 
-def options(half: Op, kept: list[int], device: Any, scale: float = 1.25) -> dict[str, Any]:
+def options(half: Op, subset: list[int], device: Any, scale: float = 1.25) -> dict[str, Any]:
     heads = {"num_heads": 1} if half is HALVES["layernorm_attention"] else {"residual": True}
-    return heads | {"kept": torch.tensor(kept, dtype=torch.int64, device=device), "kept_scale": scale}
+    return heads | {"subset": torch.tensor(subset, dtype=torch.int64, device=device), "subset_scale": scale}
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "kept"),
+    ("batch", "tokens", "subset"),
     [(2, 9, [0, 1]), (5, 17, [0, 2, 3]), (3, 197, [1]), (2, 198, [1]), (4, 3, [0, 1, 2]), (3, 1, [0, 2])],
 )
-def test_matches_float64(half, device, dtype, batch, tokens, kept):
+def test_matches_float64(half, device, dtype, batch, tokens, subset):
     """Against all samples run through the branch, with factors of 0."""
-    inputs = make(half, dtype, device, batch, tokens, kept)
-    check(half, inputs, **options(half, kept, device))
+    inputs = make(half, dtype, device, batch, tokens, subset)
+    check(half, inputs, **options(half, subset, device))
 
 
 def test_without_gamma(half, device, dtype):
@@ -54,9 +54,9 @@ def test_small_tiles_and_few_programs(half, device, monkeypatch):
     monkeypatch.setattr(layernorm, "BWD_PROGRAMS", 3)
     monkeypatch.setattr(gemm, "INTERPRETER_SUM_LAUNCH", gemm.SUM_LAUNCH)
     monkeypatch.setattr(gemm, "SUM_PROGRAMS", 3)
-    kept = [0, 3, 4, 6]
-    inputs = make(half, torch.float32, device, 7, 23, kept, width=128)
-    check(half, inputs, **options(half, kept, device))
+    subset = [0, 3, 4, 6]
+    inputs = make(half, torch.float32, device, 7, 23, subset, width=128)
+    check(half, inputs, **options(half, subset, device))
 
 
 @pytest.mark.parametrize(("arch", "tile"), [(0, (2, 0)), (0, (2, 64)), (90, (2, 128)), (90, (2, 256))])
@@ -66,37 +66,37 @@ def test_tiles_of_the_last_product(monkeypatch, arch, tile):
     used = []
     choose = gemm.linear_launch
     monkeypatch.setattr(gemm, "linear_launch", lambda *arguments: (used.append(choose(*arguments)), used[-1])[1])
-    half, kept = HALVES["layernorm_mlp"], [0, 2]
-    inputs = make(half, torch.float16, "cpu", 3, 70, kept, width={0: 67, 64: 64, 128: 128, 256: 256}[tile[1]])
-    check(half, inputs, **options(half, kept, "cpu"))
+    half, subset = HALVES["layernorm_mlp"], [0, 2]
+    inputs = make(half, torch.float16, "cpu", 3, 70, subset, width={0: 67, 64: 64, 128: 128, 256: 256}[tile[1]])
+    check(half, inputs, **options(half, subset, "cpu"))
     assert gemm.LAUNCHES[arch][tile] in used or not INTERPRETED
 
 
 def test_more_samples_than_the_copy_scans_at_once(device):
-    half, kept = HALVES["layernorm_mlp"], [i for i in range(301) if i % 3]
-    inputs = make(half, torch.float32, device, 301, 2, kept, width=32)
-    check(half, inputs, **options(half, kept, device))
+    half, subset = HALVES["layernorm_mlp"], [i for i in range(301) if i % 3]
+    inputs = make(half, torch.float32, device, 301, 2, subset, width=32)
+    check(half, inputs, **options(half, subset, device))
 
 
-@pytest.mark.parametrize("kept", [[], [0], [3], [1, 2], [0, 1, 2, 3]])
-def test_samples_not_kept_pass_unchanged(half, device, kept):
-    """Bit for bit, forward and backward; also where x is a part of a wider tensor. No sample kept is allowed."""
-    others = [i for i in range(4) if i not in kept]
-    inputs = make(half, torch.float16, device, 4, 5, kept)
+@pytest.mark.parametrize("subset", [[], [0], [3], [1, 2], [0, 1, 2, 3]])
+def test_samples_not_kept_pass_unchanged(half, device, subset):
+    """Bit for bit, forward and backward; also where x is a part of a wider tensor. An empty subset is allowed."""
+    others = [i for i in range(4) if i not in subset]
+    inputs = make(half, torch.float16, device, 4, 5, subset)
     inputs["x"] = Draw(9, torch.float16, device).normal(4, 5, 72)[..., :64]
     dout = Draw(10, torch.float16, device).normal(4, 5, 64)
-    results = outputs_and_gradients(half.function, inputs, dout, **options(half, kept, device))
+    results = outputs_and_gradients(half.function, inputs, dout, **options(half, subset, device))
     assert torch.equal(results["out"][others], inputs["x"][others])
     assert torch.equal(results["dx"][others], dout[others])
     assert all(result.isfinite().all() for result in results.values())
-    assert not kept or not torch.equal(results["out"][kept], inputs["x"][kept])
+    assert not subset or not torch.equal(results["out"][subset], inputs["x"][subset])
 
 
 def test_all_samples_kept_are_the_undropped_branch(half, device):
     inputs = make(half, torch.float16, device, 3, 11, [0, 1, 2])
     dout = Draw(11, torch.float16, device).normal(3, 11, 64)
     some = options(half, [0, 1, 2], device, scale=1.0)
-    everything = {name: value for name, value in some.items() if not name.startswith("kept")}
+    everything = {name: value for name, value in some.items() if not name.startswith("subset")}
     subset, whole = (outputs_and_gradients(half.function, inputs, dout, **o) for o in (some, everything))
     for name, result in subset.items():
         assert torch.equal(result, whole[name]), name
@@ -138,17 +138,17 @@ def test_one_input_alone_wants_a_gradient(device, wanting):
 
 
 @eager_only
-@pytest.mark.parametrize("kept", [None, [0, 2]])
-def test_opcheck(half, device, kept):
+@pytest.mark.parametrize("subset", [None, [0, 2]])
+def test_opcheck(half, device, subset):
     """The forward op of each half, and through its autograd formula the backward op."""
     inputs = half.inputs(Draw(13, torch.float32, device), (3, 3), 32, 24)
     overload = getattr(torch.ops.deitfast, half.function.__name__).default
-    index = None if kept is None else torch.tensor(kept, device=device)
-    inputs["keep"] = inputs["keep"] if kept is None else None
+    index = None if subset is None else torch.tensor(subset, device=device)
+    inputs["path_scale"] = inputs["path_scale"] if subset is None else None
     values = inputs | {"eps": 1e-6, "save": True, "residual": True, "num_heads": 1, "scale": 0.2}
-    values |= {"kept": index, "kept_scale": 1.5}
+    values |= {"subset": index, "subset_scale": 1.5}
     arguments = tuple(values[argument.name] for argument in overload._schema.arguments)
-    wanting = [tensor for name, tensor in inputs.items() if tensor is not None and name != "keep"]
+    wanting = [tensor for name, tensor in inputs.items() if tensor is not None and name != "path_scale"]
     for tensor in wanting:
         tensor.requires_grad_()
     torch.library.opcheck(overload, arguments)
@@ -159,13 +159,13 @@ def test_compiles_as_one_graph_whoever_is_kept(half, device):
     torch._dynamo.reset()
     inputs = make(half, torch.float32, device, 4, 5, [])
 
-    def model(x: Tensor, kept: Tensor) -> Tensor:
-        return half.function(**inputs | {"x": x}, **options(half, [], device) | {"kept": kept}).square()
+    def model(x: Tensor, subset: Tensor) -> Tensor:
+        return half.function(**inputs | {"x": x}, **options(half, [], device) | {"subset": subset}).square()
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for kept in (torch.tensor([0, 2]), torch.tensor([1, 3])):
+    for subset in (torch.tensor([0, 2]), torch.tensor([1, 3])):
         x = inputs["x"].clone().requires_grad_()
-        expected, actual = model(x, kept.to(device)), compiled(x, kept.to(device))
+        expected, actual = model(x, subset.to(device)), compiled(x, subset.to(device))
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (actual, expected)))
 
@@ -173,17 +173,17 @@ def test_compiles_as_one_graph_whoever_is_kept(half, device):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"kept": None}, ValueError, r"kept_scale is 1.25 but kept is None"),
-        ({"keep": torch.ones(4)}, ValueError, r"keep and kept are two forms of drop-path; give one of them"),
-        ({"kept": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"kept has shape \(2, 1\), expected \(K,\)"),
+        ({"subset": None}, ValueError, r"subset_scale is 1.25 but subset is None"),
+        ({"path_scale": torch.ones(4)}, ValueError, r"path_scale and subset are two forms of drop-path"),
+        ({"subset": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"subset has shape \(2, 1\), expected \(K,\)"),
         (
-            {"kept": torch.zeros(5, dtype=torch.int64)},
+            {"subset": torch.zeros(5, dtype=torch.int64)},
             ValueError,
-            r"kept has shape \(5,\), expected \(K,\) with K <= 4",
+            r"subset has shape \(5,\), expected \(K,\) with K <= 4",
         ),
-        ({"kept": torch.zeros(2, dtype=torch.int32)}, TypeError, r"kept is torch.int32, expected torch.int64"),
-        ({"kept": torch.zeros(4, dtype=torch.int64)[::2]}, ValueError, r"kept of shape \(2,\) has strides \(2,\)"),
-        ({"kept": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, r"kept is on meta but x on cpu"),
+        ({"subset": torch.zeros(2, dtype=torch.int32)}, TypeError, r"subset is torch.int32, expected torch.int64"),
+        ({"subset": torch.zeros(4, dtype=torch.int64)[::2]}, ValueError, r"subset of shape \(2,\) has strides \(2,\)"),
+        ({"subset": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, r"subset is on meta but x on cpu"),
     ],
 )
 def test_bad_input_is_named(half, change, error, message):

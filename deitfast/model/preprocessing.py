@@ -1,0 +1,123 @@
+"""What a model's images must be, as its weights' own files state it: timm's and Hugging Face's configs, our metadata.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a photo to the network's input; image sides in pixels.
+
+    crop_ratio: share of the resized image's side that the centre crop keeps. squash: both sides are resized to the same
+    length, whatever the photo's shape, instead of the short one. interpolation: PIL's name of the filter.
+    """
+
+    crop_ratio: float = 0.875
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    squash: bool = False
+
+    def changed(self, stated: Mapping[str, Any]) -> Preprocessing:
+        """With what is stated in place of its own values."""
+        return replace(self, **{key: value for key, value in stated.items() if key in self.__dataclass_fields__})
+
+
+def stated_in_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Preprocessing`, and image_size, in the metadata of weights that deitfast wrote."""
+    found: dict[str, Any] = {}
+    values = {name: _json(metadata.get(name)) for name in ("image_size", "mean", "std", "squash")}
+    crop = _json(metadata.get("eval_crop_ratio", metadata.get("crop_ratio")))
+    if isinstance(values["image_size"], int):
+        found["image_size"] = values["image_size"]
+    if isinstance(crop, (int, float)) and 0 < crop <= 1:
+        found["crop_ratio"] = float(crop)
+    found |= {name: triple for name in ("mean", "std") if (triple := _triple(values[name]))}
+    if isinstance(metadata.get("interpolation"), str):
+        found["interpolation"] = metadata["interpolation"]
+    if isinstance(values["squash"], bool):
+        found["squash"] = values["squash"]
+    return found
+
+
+def stated_beside(folder: Path) -> dict[str, Any]:
+    """The same from timm's config.json, or Hugging Face's preprocessor_config.json, in a weight file's folder."""
+    processor = read_json(folder / "preprocessor_config.json")
+    if processor:
+        return _of_processor(processor)
+    config = read_json(folder / "config.json").get("pretrained_cfg")
+    return _of_timm(config) if isinstance(config, dict) else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    size = config.get("input_size")
+    if isinstance(size, list) and len(size) == 3 and isinstance(size[2], int):
+        found["image_size"] = size[2]
+    crop = config.get("crop_pct")
+    if isinstance(crop, (int, float)) and 0 < crop <= 1:
+        found["crop_ratio"] = float(crop)
+    found |= {name: triple for name in ("mean", "std") if (triple := _triple(config.get(name)))}
+    if config.get("interpolation") in _PIL_FILTERS.values():
+        found["interpolation"] = config["interpolation"]
+    if config.get("crop_mode") == "squash":
+        found["squash"] = True
+    return found
+
+
+def _of_processor(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Hugging Face's ViT, DeiT and CLIP image processors, also as older versions write them."""
+    found: dict[str, Any] = {}
+    resized, cropped = config.get("size"), config.get("crop_size")
+    if isinstance(resized, dict):
+        found["squash"] = "shortest_edge" not in resized
+        resized = resized.get("shortest_edge", resized.get("height"))
+    elif isinstance(resized, int):
+        found["squash"] = True
+    cropped = cropped.get("height") if isinstance(cropped, dict) else cropped
+    crops = config.get("do_center_crop", "crop_size" in config) and isinstance(cropped, int)
+    if isinstance(resized, int) and resized > 0 and config.get("do_resize", True):
+        found["image_size"] = cropped if crops else resized
+        found["crop_ratio"] = min(found["image_size"] / resized, 1.0)
+    found |= {name: triple for name in ("mean", "std") if (triple := _triple(config.get(f"image_{name}")))}
+    if config.get("do_normalize") is False:
+        found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    if config.get("resample") in _PIL_FILTERS:
+        found["interpolation"] = _PIL_FILTERS[config["resample"]]
+    return found
+
+
+def _triple(value: Any) -> tuple[float, float, float] | None:
+    if isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value):
+        return (float(value[0]), float(value[1]), float(value[2]))
+    return None
+
+
+def _json(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False}.get(text)
