@@ -29,7 +29,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def _doctor(args: argparse.Namespace, _: list[str]) -> None:
-    from deitfast.training.run_folder import environment
+    from deitfast.training.environment import environment
     from deitfast.use.doctor import examine, table
 
     found = examine(args.model, args.batch, args.data, args.out, say)

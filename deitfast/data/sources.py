@@ -92,11 +92,11 @@ def open_dataset(
     val_manifest = _open(val, known, quiet) if val is not None else None
     found = train_manifest or val_manifest
     assert found is not None
-    data = Dataset(train_manifest, val_manifest, found.classes)
+    dataset = Dataset(train_manifest, val_manifest, found.classes)
     if not quiet and split is None:
-        for line in data.shortcomings():
+        for line in dataset.shortcomings():
             say(line)
-    return data
+    return dataset
 
 
 def _root(data: str) -> Path:

@@ -18,7 +18,7 @@ from deitfast.errors import DeitfastError
 from deitfast.model.acceleration import accelerate
 from deitfast.model.factory import create_model, load_model
 from deitfast.model.preprocessing import Preprocessing
-from deitfast.training.run_folder import environment
+from deitfast.training.environment import environment
 from deitfast.use import images
 from deitfast.use.inference import Predictor, pick_device
 from deitfast.use.predict import Classifier
