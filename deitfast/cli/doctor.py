@@ -24,7 +24,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "--model", default="deit_base_patch16_224", help="whose shapes to verify the kernels at [deit_base_patch16_224]"
     )
     parser.add_argument("--batch", type=int, default=64, help="images at once to verify the kernels at [64]")
-    parser.add_argument("--json", action="store_true", help="JSON, which --choices of a recipe takes, too")
+    parser.add_argument("--json", action="store_true", help="JSON, which a recipe's --fused takes, too")
     parser.set_defaults(run=_doctor)
 
 

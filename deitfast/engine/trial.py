@@ -31,7 +31,7 @@ _SAME = 1e-5
 """Relative difference of two losses up to which they are one: the order of a sum of fp32."""
 _UNCONCERNED = {
     "data", "init", "reset_head", "out", "eval_every", "eval_crop_ratio", "workers", "decode", "bad_limit", "log_every",
-    "save_minutes", "allow_changes", "smoke", "epochs", "device", "choices",
+    "save_minutes", "allow_changes", "smoke", "epochs", "device",
 }  # fmt: skip
 
 

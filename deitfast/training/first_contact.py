@@ -39,7 +39,7 @@ def trust_kernels(
     recipe: Recipe, world: World, model: DeiT, micro_batch: int, bf16: bool, before: dict[str, Any],
     note: Callable[[str], None],
 ) -> Verdict:  # fmt: skip
-    """What each op does from now on, the same on all processes: as --choices says, else as the leading GPU shows.
+    """What each op does from now on, the same on all processes: as --fused FILE says, else as the leading GPU shows.
 
     before: the choices of the run that is resumed, which hold on the same GPU, or empty.
     """
@@ -72,10 +72,10 @@ def read_choices(path: Path) -> Verdict:
         ops = found.get("choices", found)["kernels"]["ops"]
         return Verdict([OpVerdict(op["op"], op["form"], op["why"]) for op in ops])
     except OSError as error:
-        raise DeitfastError(f"--choices {path} cannot be read: {error.strerror}") from error
+        raise DeitfastError(f"--fused {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeitfastError(
-            f"--choices {path} holds no choices. Give a run's env.json, or the output of `deitfast doctor --json`"
+            f"--fused {path} holds no choices. Give a run's env.json, or the output of `deitfast doctor --json`"
         ) from error
 
 

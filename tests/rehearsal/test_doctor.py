@@ -42,7 +42,7 @@ def test_the_table_is_printed_and_a_run_takes_its_choices(
     assert forms(found)["layernorm_mlp"] == EAGER
     choices = tmp_path / "choices.json"
     choices.write_text(json.dumps(found))
-    _, _, facts = run(tmp_path / "run", replace(SHORT, choices=str(choices)))
+    _, _, facts = run(tmp_path / "run", replace(SHORT, fused=str(choices)))
     assert forms(facts) == forms(found)
 
 

@@ -71,7 +71,7 @@ def with_eager_mlp(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("eager")
     choices = folder / "choices.json"
     choices.write_text(json.dumps({"kernels": {"ops": [{"op": "layernorm_mlp", "form": EAGER, "why": "chosen"}]}}))
-    return run(folder / "run", replace(SHORT, choices=str(choices)))[0]
+    return run(folder / "run", replace(SHORT, fused=str(choices)))[0]
 
 
 def test_a_gpu_without_fault_runs_every_kernel_and_is_asked_once(
@@ -133,7 +133,7 @@ def test_an_op_that_is_slower_than_eager_is_replaced_and_another_run_repeats_the
     found, log, facts = run(tmp_path / "run")
     assert found == with_eager_mlp
     assert log.count("layernorm_mlp runs as eager PyTorch: its kernels are slower here: 2.000 ms, eager 1.000 ms") == 1
-    again, _, same = run(tmp_path / "again", replace(SHORT, choices=str(tmp_path / "run" / "env.json")))
+    again, _, same = run(tmp_path / "again", replace(SHORT, fused=str(tmp_path / "run" / "env.json")))
     assert again == found
     assert forms(same) == forms(facts)
 
@@ -211,8 +211,8 @@ def test_choices_that_are_none_are_told(text: str | None, told: str, tmp_path: P
     path = tmp_path / "choices.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(DeitfastError, match=f"--choices .* {told}"):
-        run(tmp_path / "run", replace(SHORT, choices=str(path)))
+    with pytest.raises(DeitfastError, match=f"--fused .* {told}"):
+        run(tmp_path / "run", replace(SHORT, fused=str(path)))
 
 
 # Without a run -------------------------------------------------------------------------------------------------------
