@@ -12,7 +12,7 @@ as the host launches it ("stream"), and then the fused op is too, so that like i
 
 Attention's baselines are eager, torch.compile, every SDPA backend and flash-attn: they take the same packed tensor and
 give the same layout, so that they pay for the views and copies that a block around them pays for. LayerNorm has Liger's
-beside it, the input op the package's own eager steps.
+beside it.
 """
 
 from __future__ import annotations
