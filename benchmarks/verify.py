@@ -5,6 +5,7 @@
 
 Without --all the tests that say most: every op in bf16, forward and backward, against float64; a captured step against
 an uncaptured one; inference's graphs against eager. They run one after the other, and fill Triton's cache for the rest.
+Before them the package verifies its kernels itself, as it does before a run: a row an op, with the times of its forms.
 With --all every test that needs a GPU, in as many processes as pay, each file in one of them.
 
 A test that fails is a row, written when it fails, and so are the counts up to then. Exit status 1 where a test failed
@@ -22,9 +23,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.reporting.record import ROOT, Recorder
+from deitfast.model.factory import create_model
+from deitfast.model.fused import question_about
+from deitfast.verification.verify import TRAINING_OPS, verify
 
 TELLING = ("tests/kernels", "tests/test_step.py", "tests/test_inference.py")
 TELLING_NAMES = "bf16 and (float64 or captured or graphs)"
@@ -54,6 +59,20 @@ class Rows:
         return {"op": "tests", "scope": self.scope}
 
 
+def of_the_package(recorder: Recorder, scope: str) -> bool:
+    """The package's own verdict on the ops of DeiT-B's step, as rows; whether every op is right."""
+    question = question_about(create_model("deit_base_patch16_224"), TRAINING_OPS, 64, torch.bfloat16)
+    verdict = verify(question, torch.device("cuda", 0), print)
+    for op in verdict.ops:
+        key = {"op": "tests", "scope": scope, "test": f"verification of {op.op}"}
+        row = {"key": key, "answer": str(op), "forms": op.ms}
+        recorder.add(row if op.right else row | {"failed": op.why})
+    if verdict.unverified:
+        key = {"op": "tests", "scope": scope, "test": "verification"}
+        recorder.add({"key": key, "failed": verdict.unverified})
+    return not verdict.unverified and all(op.right for op in verdict.ops)
+
+
 def selection(options: argparse.Namespace) -> list[str]:
     """pytest's arguments: which tests, and over how many processes."""
     if options.tests:
@@ -78,11 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)
     with Recorder(options.out, "verify", options.device, options.quick) as recorder:
         rows = Rows(recorder, "all" if options.all else "telling")
+        right = options.device == "cpu" or options.all or of_the_package(recorder, "telling")
         common: list[Any] = ["--tb=short", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
         status = pytest.main([*common, *selection(options)], plugins=[rows])
         words = ", ".join(f"{count} {outcome}" for outcome, count in sorted(rows.counts.items())) or "no test ran"
         print(f"verify: {words}")
-    return int(status != pytest.ExitCode.OK)
+    return int(status != pytest.ExitCode.OK or not right)
 
 
 if __name__ == "__main__":

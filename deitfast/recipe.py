@@ -97,7 +97,11 @@ class Recipe:
     )
     recompute: bool = _machine(False, "keep only the blocks' inputs and compute the rest again in the backward")
     precision: str = _task("auto", "bf16 (autocast, fp32 master weights) or fp32; auto: bf16 on a GPU, fp32 on CPU")
-    fused: str = _machine("auto", "yes, no, or auto: Triton kernels on a GPU, eager PyTorch on CPU")
+    fused: str = _machine(
+        "auto",
+        "auto: Triton kernels on a GPU where they prove right and fast there; yes: or fail; no; or the env.json of a run "
+        "whose choices are taken",
+    )
     device: str = _machine("auto", "cuda, cpu, or auto")
     workers: int = _machine(0, "data threads a process; 0: this machine's cores shared by its processes")
     decode: str = _machine("auto", "where JPEGs are decoded: gpu, cpu, or auto (the faster in a short measurement)")
@@ -148,7 +152,7 @@ class Recipe:
                     raise DeitfastError(f"{flag(name)} is {value}, must be in [{low:g}, {high:g}]")
         choices = {
             "precision": ("auto", "bf16", "fp32"),
-            "fused": ("auto", "yes", "no"),
+            "fused": ("auto", "yes", "no", "the env.json of a run") if not self.choices else (self.fused,),
             "device": ("auto", "cuda", "cpu"),
             "decode": ("auto", "gpu", "cpu"),
             "engine": ("auto", "graph", "flat", "plain"),
@@ -195,7 +199,12 @@ class Recipe:
     @property
     def fuses(self) -> bool | None:
         """`fused` as `create_model` takes it."""
-        return {"yes": True, "no": False, "auto": None}[self.fused]
+        return {"yes": True, "no": False}.get(self.fused)
+
+    @property
+    def choices(self) -> str:
+        """The file of choices that `fused` names; empty where it names none."""
+        return self.fused if self.fused.endswith(".json") else ""
 
     def refuse_odd(self, **counts: int) -> None:
         """Raise DeitfastError for the first of these numbers of images, by setting, that cuts through a mixed pair."""

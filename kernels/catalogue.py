@@ -32,6 +32,7 @@ from deitfast.kernels.loss import (
     mixed_bce_reference,
     mixed_cross_entropy,
     mixed_cross_entropy_reference,
+    of_fp32_logits,
 )
 from deitfast.kernels.mlp_gelu_op import mlp_gelu, mlp_gelu_reference
 from deitfast.kernels.patch_embed_op import patch_embed, patch_embed_reference
@@ -226,15 +227,6 @@ def _loss_inputs(draw: Draw, s: Shape) -> Tensors:
     return {"logits": logits, "labels": labels, "partner_labels": partner_labels, "lam": draw.uniform(s.batch)}
 
 
-def _of_fp32_logits(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The eager loss as autocast computes it: in fp32, whatever the logits are, unless they are more."""
-
-    def of_fp32_logits(logits: Tensor, **arguments: Any) -> Tensor:
-        return loss(logits if logits.dtype == torch.float64 else logits.float(), **arguments)
-
-    return of_fp32_logits
-
-
 # The ops -------------------------------------------------------------------------------------------------------------
 
 
@@ -344,10 +336,10 @@ OPS = {
         Op(
             "mixed_cross_entropy",
             mixed_cross_entropy,
-            _of_fp32_logits(mixed_cross_entropy_reference),
+            of_fp32_logits(mixed_cross_entropy_reference),
             options=lambda s: {"smoothing": 0.1},
             **_LOSS,
         ),
-        Op("mixed_bce", mixed_bce, _of_fp32_logits(mixed_bce_reference), **_LOSS),
+        Op("mixed_bce", mixed_bce, of_fp32_logits(mixed_bce_reference), **_LOSS),
     )
 }

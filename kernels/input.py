@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deitfast.kernels.common import DTYPES, INTERPRETED, Launch, check_shape, has_data, launch, op, runs_triton
+from deitfast.kernels.replaced import replaceable
 
 NOISE = 4
 """Stream of the erasing noise in the fourth counter word."""
@@ -83,7 +84,12 @@ def input_patches_reference(
     """The op in eager PyTorch, on the whole batch, with noise drawn for every pixel; in float64 for that dtype."""
     H, W = images.shape[1:3]
     precision = torch.float64 if dtype == torch.float64 else torch.float32
-    scale, shift = (torch.tensor(values, dtype=precision, device=images.device) for values in _scale_shift(mean, std))
+    scale, shift = (
+        torch.stack(
+            [torch.full((), value, dtype=precision, device=images.device) for value in values]
+        )  # fit for a graph
+        for values in _scale_shift(mean, std)
+    )
     x = images.to(precision) * scale + shift
     row, column = (torch.arange(n, device=images.device) for n in (H, W))
     of_sample = (index[:, None, None], epoch, view[:, None, None])
@@ -330,6 +336,7 @@ def _input_patches(
     return out
 
 
+@replaceable(input_patches_reference)
 def input_patches(
     images: Tensor, erase: Tensor, mix_box: Tensor, lam: Tensor, index: Tensor, view: Tensor, epoch: Tensor, *,
     seed: int, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, mixes: bool,

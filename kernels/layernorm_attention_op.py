@@ -35,6 +35,7 @@ from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, op
 from deitfast.kernels.gemm import check_linear, linear_fwd, linear_residual_fwd
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
 from deitfast.kernels.linear_residual_op import check_residual, linear_residual_bwd, linear_residual_reference
+from deitfast.kernels.replaced import replaceable
 from deitfast.kernels.row_sums import row_sums
 from deitfast.kernels.subset_rows import add_subset, check_subset, subset_rows
 
@@ -153,6 +154,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _layernorm_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+@replaceable(layernorm_attention_reference)
 def layernorm_attention(
     x: Tensor,
     ln_weight: Tensor,

@@ -27,6 +27,7 @@ from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_gelu_fwd, 
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
 from deitfast.kernels.linear_residual_op import check_residual, linear_residual_bwd, linear_residual_reference
 from deitfast.kernels.mlp_gelu_op import check_mlp, mlp_gelu_reference
+from deitfast.kernels.replaced import replaceable
 from deitfast.kernels.subset_rows import add_subset, check_subset, subset_rows
 
 
@@ -136,6 +137,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _layernorm_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
+@replaceable(layernorm_mlp_reference)
 def layernorm_mlp(
     x: Tensor,
     ln_weight: Tensor,

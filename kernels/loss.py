@@ -14,6 +14,7 @@ logits, the labels and, for the cross-entropy, maximum and log of the sum of eac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ from deitfast.kernels.loss_kernels import (
     mixed_cross_entropy_bwd_kernel,
     mixed_cross_entropy_fwd_kernel,
 )
+from deitfast.kernels.replaced import replaceable
 
 
 def mixed_cross_entropy_reference(
-    logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, smoothing: float
+    logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, smoothing: float = 0.0
 ) -> Tensor:
     """The loss with its dense target matrix, in the dtype of the logits."""
     C = logits.shape[1]
@@ -45,6 +47,15 @@ def mixed_bce_reference(logits: Tensor, labels: Tensor, partner_labels: Tensor, 
     C = logits.shape[1]
     mixture = lam[:, None] * F.one_hot(labels, C) + (1 - lam[:, None]) * F.one_hot(partner_labels, C)
     return F.binary_cross_entropy_with_logits(logits, mixture.gt(0).to(logits.dtype))
+
+
+def of_fp32_logits(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The eager loss as autocast computes it: in fp32, whatever the logits are, unless they are more."""
+
+    def of_wide_logits(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return loss(logits if logits.dtype == torch.float64 else logits.float(), *args, **kwargs)
+
+    return of_wide_logits
 
 
 # Cross-entropy -------------------------------------------------------------------------------------------------------
@@ -191,6 +202,7 @@ def _check(op: str, logits: Tensor, labels: Tensor, partner_labels: Tensor, lam:
         raise ValueError(f"{op}: lam requires a gradient, but it gets none; detach it")
 
 
+@replaceable(of_fp32_logits(mixed_cross_entropy_reference))
 def mixed_cross_entropy(
     logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, smoothing: float = 0.0
 ) -> Tensor:
@@ -209,6 +221,7 @@ def mixed_cross_entropy(
     return _mixed_cross_entropy(logits, labels, partner_labels, lam, smoothing)[0]
 
 
+@replaceable(of_fp32_logits(mixed_bce_reference))
 def mixed_bce(logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor) -> Tensor:
     """Mean binary cross-entropy over rows and classes, where the mixture's classes are 1 and all others 0: fp32 scalar.
 

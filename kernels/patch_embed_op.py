@@ -42,6 +42,7 @@ from deitfast.kernels.common import (
     runs_triton,
 )
 from deitfast.kernels.gemm_kernels import column_slices
+from deitfast.kernels.replaced import replaceable
 
 # Reference -----------------------------------------------------------------------------------------------------------
 
@@ -269,6 +270,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 _patch_embed.register_autograd(_backward, setup_context=_setup_context)
 
 
+@replaceable(patch_embed_reference)
 def patch_embed(patches: Tensor, weight: Tensor, bias: Tensor, prefix_tokens: Tensor, pos_embed: Tensor) -> Tensor:
     """The tokens (B, T + P, D) that enter the first block, in the dtype of `pos_embed`.
 

@@ -13,13 +13,14 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(
     p for folder in ("deitfast", "kernels", "recipes", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")
 )
-FLOORS = ("ground", "kernels", "data", "model", "engine", "use", "training", "cli", "package")
+FLOORS = ("ground", "kernels", "verification", "data", "model", "engine", "use", "training", "cli", "package")
 """From the lowest up: a module imports from its own floor and those below. `package` is deitfast/__init__.py, whose
 public names are imported on first use; `ground` are the other files that lie in deitfast/ itself."""
 
-# The places where the package meets its kernels: the block, the optimiser, the loss, the input.
+# The places where the package meets its kernels: the block, the optimiser, the loss, the input, their verification.
 MEET_KERNELS = ("deitfast/model/fused.py", "deitfast/engine/flat.py", "deitfast/engine/losses.py",
-                "deitfast/data/batch.py", "deitfast/data/augmentation.py")  # fmt: skip
+                "deitfast/data/batch.py", "deitfast/data/augmentation.py", "deitfast/verification/check.py",
+                "deitfast/verification/verify.py", "deitfast/verification/verdict.py")  # fmt: skip
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:

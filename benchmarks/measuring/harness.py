@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.reporting.record import Device, Recorder, facts, gpu_state, load
 from deitfast.cuda_graph import capture
 from deitfast.errors import first_line
+from deitfast.verification.judgement import problem
 
 __all__ = [
     "Budget", "Device", "Ran", "Recorder", "Refused", "Roofs", "Timing", "facts", "gpu_state", "in_turns", "load",
@@ -297,9 +298,6 @@ def timed_row(
 
 # Correctness ---------------------------------------------------------------------------------------------------------
 
-SLACK = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""Allowance as a fraction of the reference's magnitude, where eager happens to be exact or lucky: the tests' values."""
-
 
 def verify(
     name: str,
@@ -309,30 +307,6 @@ def verify(
     factor: float = 2.0,
     magnitude: Tensor | None = None,
 ) -> None:
-    """Raise Refused unless `actual` is at most `factor` times as far from `reference64` as `eager`, plus a little.
-
-    The rule of the kernel tests, for the largest error and for the 2-norm of the error; runs on the tensors' device.
-    actual, eager: one shape and dtype. reference64: the same in float64. factor: 2 for outputs, 3 for gradients.
-    magnitude: scales the allowance instead of `reference64`, for a result that cancels to about zero.
-    """
-    if not actual.shape == reference64.shape == eager.shape:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (actual, reference64, eager))
-        raise Refused(f"{name}: the shapes of result, reference and eager differ: {shapes}")
-    if actual.dtype != eager.dtype or reference64.dtype != torch.float64:
-        raise Refused(f"{name}: dtypes {actual.dtype}, {reference64.dtype}, {eager.dtype}; expected eager's, float64")
-    if actual.numel() == 0:
-        return
-    if not bool(actual.isfinite().all()):
-        raise Refused(f"{name}: {int((~actual.isfinite()).sum())} values are not finite")
-    scale = reference64 if magnitude is None else magnitude.double()
-    for distance, order in (("largest", float("inf")), ("2-norm", 2.0)):
-        error, eager_error, size = (
-            float(torch.linalg.vector_norm(x.detach(), ord=order))
-            for x in (actual - reference64, eager - reference64, scale)
-        )
-        limit = factor * eager_error + SLACK[actual.dtype] * size
-        if not error <= limit:
-            raise Refused(
-                f"{name}: {distance} error {error:.3e} exceeds {limit:.3e} = {factor:g} x eager's {eager_error:.3e} "
-                f"+ {SLACK[actual.dtype]:.1e} x magnitude {size:.3e} (shape {tuple(actual.shape)}, {actual.dtype})"
-            )
+    """Raise Refused where `actual` is not right by the package's own rule, with the same arguments."""
+    if why := problem(name, actual, reference64, eager, factor, magnitude=magnitude):
+        raise Refused(why)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from deitfast.cli.data import add_data
+from deitfast.cli.doctor import add_doctor
 from deitfast.cli.model import add_use
 from deitfast.cli.train import add_train
 from deitfast.errors import DeitfastError, unknown_argument
@@ -29,6 +30,7 @@ def _dispatch(arguments: Sequence[str] | None) -> None:
     add_train(commands)
     add_use(commands)
     add_data(commands)
+    add_doctor(commands)
     known, unknown = parser.parse_known_args(arguments)
     if known.command is None:
         parser.print_help()

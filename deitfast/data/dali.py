@@ -267,6 +267,13 @@ def _raise_unless_of_an_image(error: RuntimeError) -> None:
         raise DeitfastError(f"the GPU failed while images were decoded. DALI says: {text[:200]}") from error
 
 
+def dali_version() -> str:
+    """Raises ImportError where there is no DALI."""
+    import nvidia.dali
+
+    return str(nvidia.dali.__version__)
+
+
 def check_build(device: torch.device) -> None:
     """Raise DeitfastError where DALI is built for a newer CUDA than the driver of a GPU knows; a CPU needs none."""
     if device.type != "cuda":

@@ -8,7 +8,7 @@ import torch
 
 from deitfast.distributed import World
 from deitfast.model.deit import DeiT
-from deitfast.model.fused import FusedBlock, saved_bytes_per_token
+from deitfast.model.fused import FusedBlock, runs_kernels, saved_bytes_per_token
 from deitfast.recipe import Recipe
 
 LARGEST_ON_CPU = 32
@@ -30,7 +30,7 @@ def image_bytes(model: DeiT, recipe: Recipe, bf16: bool) -> int:
     block: Any = model.blocks[0]
     itemsize, width, hidden, depth = (2 if bf16 else 4), model.width, block.mlp.fc1.out_features, len(model.blocks)
     tokens = model.pos_embed.shape[1]
-    if isinstance(block, FusedBlock):
+    if isinstance(block, FusedBlock) and runs_kernels():
         saved = saved_bytes_per_token(width, hidden, itemsize)
     else:
         saved = _EAGER_CHANNELS * width * itemsize

@@ -9,6 +9,7 @@ No such library is imported here: a model that comes from one has imported it al
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,25 @@ from deitfast.model.fused import (
     layer_problems,
     wrong_class,
 )
+from deitfast.verification.verify import BLOCK_OPS, Question, trust
+
+
+def _verified_forward(x: Tensor, tensors: BlockTensors, num_heads: int, **options: Any) -> Tensor:
+    """`fused_block_forward`, whose ops are verified at the first use of a kind of block on a GPU."""
+    if x.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+        low = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if low else tensors.qkv_weight.dtype
+        trust(_question(x.shape, num_heads, dtype, torch.is_grad_enabled()), x.device)
+    return fused_block_forward(x, tensors, num_heads, **options)
+
+
+@functools.cache
+def _question(shape: torch.Size, num_heads: int, dtype: torch.dtype, backward: bool) -> Question:
+    """What to verify before blocks of this kind run: few images show it, and processes need not agree on times."""
+    return Question(
+        BLOCK_OPS, width=shape[-1], heads=num_heads, tokens=shape[-2], batch=8, dtype=str(dtype).removeprefix("torch."),
+        backward=backward, without=("gamma", "path_scale"), timed=False,
+    )  # fmt: skip
 
 
 class AcceleratedBlock(Fusible, nn.Module):
@@ -120,7 +140,7 @@ class _TimmBlock(AcceleratedBlock):
         if attn_mask is not None or is_causal or self.steps_aside(x):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         block: Any = self
-        return fused_block_forward(
+        return _verified_forward(
             x,
             block_tensors(block),
             block.attn.num_heads,
@@ -204,7 +224,7 @@ class _TransformersLayer(AcceleratedBlock):
             ls2=None,
         )
         eps1, eps2 = block.layernorm_before.eps, block.layernorm_after.eps
-        return fused_block_forward(hidden_states, tensors, attention.num_attention_heads, eps1=eps1, eps2=eps2)
+        return _verified_forward(hidden_states, tensors, attention.num_attention_heads, eps1=eps1, eps2=eps2)
 
 
 class _TorchvisionBlock(AcceleratedBlock):
@@ -256,7 +276,7 @@ class _TorchvisionBlock(AcceleratedBlock):
             fc2_bias=mlp[3].bias,
             ls2=None,
         )
-        return fused_block_forward(input, tensors, attention.num_heads, eps1=block.ln_1.eps, eps2=block.ln_2.eps)
+        return _verified_forward(input, tensors, attention.num_heads, eps1=block.ln_1.eps, eps2=block.ln_2.eps)
 
 
 _MASKS = "calls with an attention mask{} run the library's own forward"

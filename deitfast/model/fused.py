@@ -30,8 +30,10 @@ from deitfast.kernels.layernorm_mlp_op import layernorm_mlp
 from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
 from deitfast.kernels.linear_residual_op import linear_residual
 from deitfast.kernels.patch_embed_op import patch_embed
+from deitfast.kernels.replaced import CHOSEN
 from deitfast.model.deit import Block, DeiT, Subset, attend, split_qkv
 from deitfast.model.fitness import Fusible, is_wrapper
+from deitfast.verification.verify import BLOCK_OPS, Question
 
 
 class BlockTensors(NamedTuple):
@@ -159,6 +161,22 @@ def saved_bytes_per_token(width: int, hidden: int, itemsize: int, head_dim: int 
     """
     statistics = 4 * (2 + 2 + width // head_dim)
     return (8 * width + 2 * hidden) * itemsize + statistics
+
+
+def question_about(model: DeiT, ops: tuple[str, ...], batch: int, dtype: torch.dtype, **more: Any) -> Question:
+    """What to verify before `model` runs `batch` images through these ops. more: further fields of the question."""
+    block: Any = model.blocks[0]
+    without = () if hasattr(block.ls1, "gamma") else ("gamma",)
+    return Question(
+        ops, model.width, block.attn.num_heads, model.pos_embed.shape[1], batch, str(dtype).removeprefix("torch."),
+        prefix=1 + model.distilled, patch_size=model.patch_size, classes=model.num_classes,
+        **{**more, "without": (*without, *more.get("without", ()))},
+    )  # fmt: skip
+
+
+def runs_kernels() -> bool:
+    """Whether a fused block's two ops run their kernels on a GPU, and not eager PyTorch, which keeps more."""
+    return not CHOSEN.keys() & set(BLOCK_OPS)
 
 
 def block_tensors(block: Any) -> BlockTensors:

@@ -54,7 +54,7 @@ def _write_down(run: Run) -> None:
     try:
         if run.recipe.allow_changes or read_manifest(images) is None:
             write_manifest(images, run.train_data)
-        facts = environment() | {"choices": choices(run)}
+        facts = environment() | {"choices": choices(run), "step": run.engine.description}
         run.notes += [f"since the last start {change}" for change in folder.write_settings(run.recipe, facts)]
         folder.resume_metrics(run.step)
     except OSError as error:

@@ -27,9 +27,11 @@ from deitfast.model.factory import create_model
 from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 from deitfast.training.faults import FaultLog
+from deitfast.training.first_contact import trust_capture, trust_kernels
 from deitfast.training.progress import Reached
 from deitfast.training.run_folder import RunFolder
 from deitfast.training.saving import Saver
+from deitfast.verification.verdict import Verdict, machine
 
 IMAGES = "images.npz"
 """The run's list of training images, in its folder."""
@@ -52,6 +54,7 @@ class Run:
     engine: Engine
     folder: RunFolder | None
     notes: list[str]  # what was found out while setting up, for the log
+    kernels: Verdict  # how each op runs, and why
     faults: FaultLog
     saver: Saver | None = None  # of the leading process, once the run has begun
     step: int = 0
@@ -135,8 +138,10 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
     teacher_bytes = teacher.image_bytes() if teacher else 0
     before = world.share(choices_before(recipe, world.device) if world.is_main else {})
-    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
-    micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest, before.get("micro_batch", 0)))
+    micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes, before)
+    kernels = trust_kernels(recipe, world, model, micro_batch, bf16, before, notes.append)
+    if not kernels.all_ours:  # eager PyTorch keeps more for the backward
+        micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes, before)
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
     wanted = before.get("decode", "auto") if recipe.decode == "auto" else recipe.decode
@@ -148,11 +153,13 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         )
     )
     decode = world.share(decode)  # the pixels of the two differ a little: the same everywhere
+    classes = list(data.classes)
+    how = trust_capture(recipe, world, model, classes, micro_batch, accumulation, bf16, kernels, notes.append)
     if teacher:
         teacher.check(
             data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, decode=decode, say=notes.append
         )  # fmt: skip
-    engine = make_engine(model, recipe, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
+    engine = make_engine(model, how, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
     run = Run(
         recipe=recipe,
         world=world,
@@ -167,6 +174,7 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         engine=engine,
         folder=world.agree(lambda: RunFolder(recipe.out, quiet=recipe.smoke) if world.is_main else None),
         notes=notes,
+        kernels=kernels,
         faults=FaultLog(Path(recipe.out) / "faults.jsonl"),
     )
     return run, data
@@ -199,7 +207,11 @@ def run_images(recipe: Recipe, scanned: Manifest, say: Callable[[str], None]) ->
 
 def choices(run: Run) -> dict[str, Any]:
     """What was measured while setting up, for the run folder: chosen again it might differ, and with it the bits."""
-    return {"device": run.world.device.type, "decode": run.decode, "micro_batch": run.micro_batch}
+    device = run.world.device
+    return {
+        "device": device.type, "decode": run.decode, "micro_batch": run.micro_batch, "kernels": run.kernels.record(),
+        "machine": machine(device) if device.type == "cuda" else {},
+    }  # fmt: skip
 
 
 def choices_before(recipe: Recipe, device: torch.device) -> dict[str, Any]:
@@ -236,6 +248,14 @@ def make_model(recipe: Recipe, classes: tuple[str, ...], depth: int | None = Non
         depth=depth,
         fused=recipe.fuses,
     )
+
+
+def fit(
+    recipe: Recipe, world: World, model: DeiT, bf16: bool, teacher_bytes: int, before: dict[str, Any]
+) -> tuple[int, int]:
+    """(micro-batch, accumulation) that fit into the GPU with the least memory; before: of `choices_before`."""
+    largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
+    return world.agree(lambda: split_batch(recipe, world, largest, before.get("micro_batch", 0)))
 
 
 def split_batch(recipe: Recipe, world: World, largest: int, before: int = 0) -> tuple[int, int]:

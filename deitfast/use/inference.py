@@ -15,14 +15,17 @@ from torch import Tensor
 from deitfast.compiler import check_compiler
 from deitfast.cuda_graph import capture
 from deitfast.data import normalise
-from deitfast.errors import DeitfastError
+from deitfast.errors import DeitfastError, first_line, say
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import as_loaded
 from deitfast.model.preprocessing import Preprocessing
+from deitfast.verification.verdict import REPORT
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LARGEST_GRAPH = 256
 """Images of the largest graph; a longer batch is run in pieces of so many."""
+_SAME = 2.0**-8
+"""Of the largest logit: how far those of a replay may be from those of the model."""
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -82,6 +85,7 @@ class Predictor:
         self.preprocessing = preprocessing or as_loaded(model).preprocessing
         self.graphs = graphs and on_gpu
         self._captured: dict[int, _Graph] = {}
+        self._trusted = not on_gpu
         if on_gpu:
             self.how = f"{precision}, fused blocks, {'a CUDA graph a batch size' if self.graphs else 'no CUDA graphs'}"
         else:
@@ -95,9 +99,25 @@ class Predictor:
                 f"images are {tuple(images.shape)} of {images.dtype}, "
                 f"the model takes uint8 (m, {self.image_size}, {self.image_size}, 3)"
             )
+        if not self._trusted:
+            self._trust(min(len(images), LARGEST_GRAPH))
         if not self.graphs:
             return self._run(images.to(self.device, non_blocking=True))
         return torch.cat([self._replay(part) for part in images.split(LARGEST_GRAPH)] or [self._run(images)])
+
+    def _trust(self, count: int) -> None:
+        """Have the ops verified on this GPU before the first image runs through them."""
+        from deitfast.model.fused import question_about
+        from deitfast.verification.verify import BLOCK_OPS, trust
+
+        ops = ("patch_embed", *BLOCK_OPS)
+        trust(
+            question_about(
+                self.model, ops, graph_size(max(count, 1)), self.dtype, backward=False, without=("path_scale",)
+            ),
+            self.device,
+        )  # fmt: skip
+        self._trusted = True
 
     def _run(self, images: Tensor) -> Tensor:
         wants = self.preprocessing
@@ -107,15 +127,29 @@ class Predictor:
         count = len(images)
         size = graph_size(count)
         if size not in self._captured:
-            self._captured[size] = self._capture(size)
+            try:
+                self._captured[size] = self._capture(size)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.graphs = False
+                say(f"inference goes on without CUDA graphs: one cannot be trusted here: {first_line(error)}. {REPORT}")
+        if not self.graphs:
+            return self._run(images.to(self.device, non_blocking=True))
         captured = self._captured[size]
         captured.images[:count].copy_(images, non_blocking=True)
         captured.graph.replay()
         return captured.logits[:count].clone()
 
     def _capture(self, size: int) -> _Graph:
+        """The graph of `size` images. Raises RuntimeError where there is none, or what it replays is not the model."""
         images = torch.zeros(size, self.image_size, self.image_size, 3, dtype=torch.uint8, device=self.device)
         graph, logits = capture(lambda: self._run(images), device=self.device)
+        images.random_(256)
+        graph.replay()
+        expected = self._run(images)
+        if not torch.allclose(logits, expected, rtol=0, atol=_SAME * float(expected.abs().max()), equal_nan=True):
+            raise RuntimeError(f"a replay is up to {float((logits - expected).abs().max()):.3g} off the model's logits")
         return _Graph(images, logits, graph)
 
 

@@ -149,7 +149,19 @@ def install() -> None:
     tensor.pin_memory = pin
     tensor.is_pinned = lambda self, device=None: self.data_ptr() in PINNED
     tensor.record_stream = lambda self, stream: _note("record_stream", stream.stream_id, 0)
+    torch.Generator = _generator_class()  # type: ignore[misc]
     DEVICE.device_exchange(0)
+
+
+def _generator_class() -> type:
+    """torch.Generator, which on the pretended device is the CPU's: its kernels draw."""
+    original = torch.Generator
+
+    class Generator(original):  # type: ignore[misc, valid-type]
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return original("cpu" if torch.device(device).type == "cuda" else device)
+
+    return Generator
 
 
 def _constant(value: Any) -> Callable[..., Any]:

@@ -22,7 +22,9 @@ from deitfast.distributed import TRAINING_PATIENCE, start
 from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
+from deitfast.training import first_contact
 from deitfast.training.train import smoke, train
+from deitfast.verification.verdict import Verdict
 from tests.rehearsal import capture
 from tests.test_train import losses
 
@@ -66,6 +68,8 @@ def test_the_smoke_test_captures_and_replays_before_and_after_its_resume(
     graphs: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replays: list[int] = []
+    monkeypatch.setattr(first_contact, "verify", lambda *_: Verdict())  # which capture graphs of their own
+    monkeypatch.setattr(first_contact, "capture_problem", lambda *_: "")
     monkeypatch.setattr(capture.CUDAGraph, "reset", lambda self: replays.append(self.replays))
     smoke(replace(RECIPE, log_every=0))
     assert len(graphs) == 2

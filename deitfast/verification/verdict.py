@@ -1,0 +1,127 @@
+"""What was found out about this machine's GPU, and where it is kept: a JSON file for all that it depends on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deitfast.files import cache_folder, write_atomically
+from deitfast.kernels.replaced import OURS
+
+SLOWER = "slower here"
+REPORT = "Please report this line with the output of `deitfast doctor --json`"
+
+
+@dataclass(frozen=True)
+class OpVerdict:
+    """What was found of one op. form: how it runs from now on, one of `deitfast.kernels.replaced`'s.
+
+    why: what is wrong with its kernels, or that they are slower; empty where they run. ms: medians of each form, where
+    they were timed. seed: of the random data.
+    """
+
+    op: str
+    form: str = OURS
+    why: str = ""
+    ms: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def right(self) -> bool:
+        """Whether its kernels are; they may be slower."""
+        return not self.why or self.why.startswith(SLOWER)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{form} {ms:.3f} ms" for form, ms in self.ms.items())
+        return f"{self.op}: {self.form}{f' ({self.why})' if self.why else ''}{f'; {times}' if times else ''}"
+
+
+@dataclass
+class Verdict:
+    """What was found of all that a run uses. unverified: why nothing was, where that is so."""
+
+    ops: list[OpVerdict] = field(default_factory=list)
+    unverified: str = ""
+
+    @property
+    def all_ours(self) -> bool:
+        """Whether every op runs its kernels."""
+        return all(op.form == OURS for op in self.ops)
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Op -> form, of all ops."""
+        return {op.op: op.form for op in self.ops}
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Verdict:
+        return cls([OpVerdict(**op) for op in record["ops"]], record["unverified"])
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a verdict depends on besides the question: GPU, driver, torch, triton, the kernels' sources."""
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": driver(),
+        "cuda": torch.version.cuda or "",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "sources": sources(),
+    }
+
+
+def driver() -> str:
+    """The NVIDIA driver's version, as its kernel module tells it; empty where it does not."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return ""
+    return next((word for word in words if word[0].isdigit() and "." in word), "")
+
+
+@functools.cache
+def sources() -> str:
+    """Hash of the package's sources but the commands and recipes: a verdict ends with the code that it is about."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for room in ("", "kernels", "verification", "data", "model", "engine"):
+        for path in sorted((package / room).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def remembered(key: dict[str, Any], find: Callable[[], dict[str, Any]], keeps: Callable[[dict[str, Any]], bool]) -> Any:
+    """What `find` says, from the cache where it is there; put there where `keeps` agrees.
+
+    A cache that cannot be read or written is none.
+    """
+    text = json.dumps(key, sort_keys=True)
+    path = cache_folder("verified") / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+    try:
+        kept = json.loads(path.read_text())
+        if kept["key"] == json.loads(text):
+            return kept["found"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = find()
+    if keeps(found):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({"key": key, "found": found}, indent=1)
+            write_atomically(path, lambda temporary: temporary.write_text(content + "\n"))
+        except OSError:
+            pass
+    return found
