@@ -99,8 +99,8 @@ class Recipe:
     precision: str = _task("auto", "bf16 (autocast, fp32 master weights) or fp32; auto: bf16 on a GPU, fp32 on CPU")
     fused: str = _machine(
         "auto",
-        "auto: Triton kernels on a GPU where they prove right and fast there; yes: or fail; no; or the env.json of a run "
-        "whose choices are taken",
+        "auto: Triton kernels on a GPU where they prove right and fast there; yes: or fail; no; or the env.json of a "
+        "run whose choices are taken",
     )
     device: str = _machine("auto", "cuda, cpu, or auto")
     workers: int = _machine(0, "data threads a process; 0: this machine's cores shared by its processes")
