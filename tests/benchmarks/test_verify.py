@@ -12,6 +12,7 @@ import pytest
 from benchmarks import verify
 from benchmarks.measuring.harness import load
 from benchmarks.reporting.record import ROOT, Recorder
+from deitfast.verification.verdict import SLOWER, OpVerdict, Verdict
 
 PLANTED = """
 import pytest
@@ -72,3 +73,19 @@ def test_a_row_takes_the_place_of_the_one_that_has_its_key(tmp_path: Path) -> No
     for row in ({"key": {"op": "a"}, "n": 1}, {"key": {"op": "b"}}, {"key": {"op": "a"}, "n": 2}):
         recorder.replace(row)
     assert load(tmp_path / "rows.json")["rows"] == [{"key": {"op": "a"}, "n": 2}, {"key": {"op": "b"}}]
+
+
+def test_the_packages_own_verdict_comes_first_and_a_wrong_op_is_a_failed_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Verdict([OpVerdict("a", ms={"ours": 1.0}), OpVerdict("b", "eager", "it raises: X")])
+    monkeypatch.setattr(verify, "verify", lambda *_: found)
+    recorder = Recorder(tmp_path / "rows.json", "verify", "cpu")
+    assert not verify.of_the_package(recorder, "telling")
+    right, wrong = load(tmp_path / "rows.json")["rows"]
+    assert (right["key"]["test"], right["forms"]) == ("verification of a", {"ours": 1.0})
+    assert wrong["failed"] == "it raises: X"
+    found.ops[1] = OpVerdict("b", "eager", f"{SLOWER}: 2 ms")
+    assert verify.of_the_package(recorder, "telling")
+    found.unverified = "its process ended"
+    assert not verify.of_the_package(recorder, "telling")
