@@ -189,7 +189,7 @@ def time_model(
         if ran.problem is not None:
             report(recorder, {"key": row_key, "failed": ran.problem})
             continue
-        row = timed_row(row_key, ran.timings, 0.0, nbytes, roof) | {"launch": ran.launch}
+        row = timed_row(row_key, ran.timings, 0.0, nbytes, roof) | ran.how
         if way_name in ("flat", FROM_HOST):
             flat_ms[ran.launch] = row["ms"]
         elif ran.launch in flat_ms:

@@ -12,7 +12,7 @@ as the host launches it ("stream"), and then the fused op is too, so that like i
 
 Attention's baselines are eager, torch.compile, every SDPA backend and flash-attn: they take the same packed tensor and
 give the same layout, so that they pay for the views and copies that a block around them pays for. LayerNorm has Liger's
-beside it, the input op the package's own eager steps.
+beside it.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _time_direction(
         if ran.problem is not None:
             _report(recorder, {"key": {**key, "way": name}, "failed": ran.problem})
             continue
-        row = timed_row({**key, "way": name}, ran.timings, flops, nbytes, roof) | {"launch": ran.launch}
+        row = timed_row({**key, "way": name}, ran.timings, flops, nbytes, roof) | ran.how
         row["peak_bytes"] = peak_bytes(partial(case.step(present[name], direction), sets[0]), case.device)
         if name not in OURS and (ours_ms := _ours(recorder.rows, key, ran.launch)):
             row["fused_speedup"] = row["ms"] / ours_ms

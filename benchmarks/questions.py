@@ -154,7 +154,7 @@ def wgrad(question: str, device: str, quick: bool) -> Iterator[Row]:
         if ran.problem:
             yield {"key": key(question, way), "failed": ran.problem, "answer": answer}
         else:
-            yield timed_row(key(question, way), ran.timings) | {"launch": ran.launch, "answer": answer}
+            yield timed_row(key(question, way), ran.timings) | ran.how | {"answer": answer}
 
 
 def at_site(question: str, site: Site, candidates: Sequence[Candidate], device: str) -> Iterator[Row]:

@@ -36,7 +36,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import compile_report
 from benchmarks.measuring.command import arguments, ready
-from benchmarks.measuring.harness import Budget, Recorder, Timing, measure, rotating, timed_row, verify
+from benchmarks.measuring.harness import Budget, Recorder, Timing, in_turns, measure, rotating, timed_row, verify
 from benchmarks.workshop.tune_sites import Candidate, Site, sites
 from deitfast.kernels.catalogue import MODELS, Draw, Tensors
 from deitfast.kernels.common import INTERPRETED, architecture
@@ -220,9 +220,21 @@ def tune_site(
     runs: dict[str, list[Timing]] = {}
     for candidate in (current, *finalists) * 2:
         runs.setdefault(str(candidate), []).append(trial.time(candidate, 100))
+    if site.rival:
+        rival = in_turns({site.rival: site.eager}, device=device, sets=trial.sets, budget_ms=100)[site.rival]
+        runs |= {site.rival: rival.timings} if rival.problem is None else {}
     for name, timings in runs.items():
         recorder.add(timed_row({"site": site.name, "candidate": name, "round": "final"}, timings))
     return choose(current, finalists, {name: [t.median_ms for t in timings] for name, timings in runs.items()}), times
+
+
+def beside_rival(rows: Sequence[dict[str, Any]], site: Site, winner: Candidate) -> str:
+    """How long the site's rival takes beside the winner, in words; nothing where there is none or none was timed."""
+    final = {"site": site.name, "round": "final"}
+    times = {row["key"]["candidate"]: row["ms"] for row in rows if final.items() <= row["key"].items()}
+    if site.rival not in times or str(winner) not in times:
+        return ""
+    return f"; {site.rival} takes {times[site.rival] / times[str(winner)]:.2f} x as long"
 
 
 def choose(current: Candidate, finalists: Sequence[Candidate], runs: dict[str, list[float]]) -> Candidate:
@@ -298,8 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             verdict = (
                 "rehearsed" if not times else "keeps" if winner is current or str(winner) == str(current) else "now"
             )
-            print(f"{site.name}: {verdict} {winner}", flush=True)
-            entries.append(f"{site.entry(winner)}  # {site.name}")
+            beside = beside_rival(recorder.rows, site, winner)
+            print(f"{site.name}: {verdict} {winner}{beside}", flush=True)
+            entries.append(f"{site.entry(winner)}  # {site.name}{beside}")
             if site.op == "gemm" and times and current.launch is not None:
                 gemms.append((site, current.launch.tiles["BLOCK_N"], times))
             recorder.note("tables", entries)

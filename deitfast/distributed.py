@@ -85,12 +85,14 @@ class World:
                     result = action()
                 except Exception as raised:
                     problem = raised
-            problems = self.gather(None if problem is None else str(problem) or type(problem).__name__)
-            if any(problems):
-                speaker = next(rank for rank, text in enumerate(problems) if text)
-                if problem is not None and (self.size == 1 or not isinstance(problem, DeitfastError)):
+            codes = self.gather(0 if problem is None else getattr(problem, "exit_code", 1))
+            if any(codes):
+                speaker = next(rank for rank, code in enumerate(codes) if code)
+                if problem is not None and (self.rank == speaker or not isinstance(problem, DeitfastError)):
                     raise problem
-                raise DeitfastError(str(problems[speaker]) if self.rank == speaker else "")
+                silent = DeitfastError("")
+                silent.exit_code = codes[speaker]
+                raise silent
         return result
 
     def _exchange(self, value: Any, speakers: Sequence[int]) -> list[Any]:

@@ -9,12 +9,26 @@ from collections.abc import Iterable
 EXIT_USER_ERROR = 2
 """Exit code of a command that ended in a DeitfastError."""
 
+EXIT_HOPELESS = 3
+"""Exit code of a run that would end in the same way if it were started again: a HopelessError."""
+
+EXIT_INTERRUPTED = 75
+"""Exit code of a run that was asked to stop, saved, and can be resumed: EX_TEMPFAIL of sysexits.h."""
+
 _NEAR = 0.5
 """Smallest difflib ratio at which a name is worth suggesting."""
 
 
 class DeitfastError(Exception):
     """A user's mistake or a broken input, told in one line: what, the evidence, the remedy."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class HopelessError(DeitfastError):
+    """A run that nobody should start again as it is: it would end in the same way."""
+
+    exit_code = EXIT_HOPELESS
 
 
 def first_line(error: BaseException) -> str:

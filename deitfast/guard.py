@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from deitfast.errors import EXIT_USER_ERROR, DeitfastError
+from deitfast.errors import EXIT_INTERRUPTED, DeitfastError
+
+EXIT_FILE = "DEITFAST_EXIT_FILE"
+"""Environment variable: file in which a process that ends on purpose leaves its exit code for the launcher."""
 
 _LET_IT_SPEAK_S = 2.0
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run a command: a DeitfastError becomes one line on stderr and exit code 2, told to torchrun too."""
+    """Run a command: a DeitfastError becomes one line on stderr and its exit code (2; 3 where it would come again).
+
+    Under torchrun such an end, and one with exit code 75, is final: the launcher starts nothing again.
+    """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow remarks on, we tell by name where it matters
     try:
         main()
@@ -29,11 +37,19 @@ def guarded(main: Callable[[], None]) -> None:
         elif _started() or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         _tell_torchrun(str(error))
-        _leave(EXIT_USER_ERROR)
-        sys.exit(EXIT_USER_ERROR)
+        if error.exit_code != 1:  # with 1 another process has crashed, which may not come again
+            _call_off_restarts(error.exit_code)
+        _leave(error.exit_code)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:
+            _call_off_restarts(EXIT_INTERRUPTED)
+        raise
     except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush goes nowhere
         _leave(0)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception:
         if not _started():
             raise
@@ -44,6 +60,41 @@ def guarded(main: Callable[[], None]) -> None:
             sys.modules["torch.distributed"].destroy_process_group()
 
 
+def leave_now(code: int, *, final: bool = False) -> None:
+    """End this process from any of its threads, whatever the others do. final: the launcher starts nothing again."""
+    if final:
+        _call_off_restarts(code)
+    _flush()
+    os._exit(code)
+
+
+def restarts_left() -> int:
+    """How often torchrun would start this process again."""
+    maximum, done = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return int(maximum) - int(done)
+
+
+def _call_off_restarts(code: int) -> None:
+    """Leave `code` for the launcher, and end torchrun, which takes every exit for a crash and would start again.
+
+    The first process of a machine to come here does it; it is torchrun's own child, so that torchrun hears of it
+    before it sees the process end.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    attempt = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "/nowhere/0/error.json")).parent.parent
+    try:
+        with open(os.environ.get(EXIT_FILE) or attempt / "ended", "x") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return
+    except OSError:
+        if os.environ.get("LOCAL_RANK") != "0":
+            return
+    if restarts_left() > 0:
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
 def _leave(code: int) -> None:
     """End this process at once where there are others.
 
@@ -51,9 +102,14 @@ def _leave(code: int) -> None:
     for the watchdog. torchrun ends them.
     """
     if _started():
+        _flush()
+        os._exit(code)
+
+
+def _flush() -> None:
+    with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
 
 
 def _tell_torchrun(message: str) -> None:
@@ -61,7 +117,8 @@ def _tell_torchrun(message: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and message:
         facts = {"py_callstack": f"none, a mistake in the input: {message}", "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": facts}}))
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": facts}}))
 
 
 def _started() -> bool:

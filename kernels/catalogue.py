@@ -168,8 +168,9 @@ def linear_residual_inputs(draw: Draw, leading: tuple[int, ...], D: int, K: int,
 
 
 def layernorm_mlp_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, **activations: Any) -> Inputs:
-    tensors = mlp_gelu_inputs(draw, leading, D, H, **activations) | draw.norm("ln", D)
-    return tensors | {"gamma": draw.gamma(D), "path_scale": draw.path_scale(leading[0]) if leading else None}
+    path_scale = draw.path_scale(leading[0]) if leading else None
+    branch: Inputs = {**draw.norm("ln", D), "gamma": draw.gamma(D), "path_scale": path_scale}
+    return mlp_gelu_inputs(draw, leading, D, H, **activations) | branch
 
 
 def layernorm_attention_inputs(draw: Draw, leading: tuple[int, ...], D: int, _: int = 0, **activations: Any) -> Inputs:

@@ -18,6 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """True where Triton runs kernels in its interpreter; decided, as Triton does, when the kernels are imported."""
 
+STANDS_FOR = 0
+"""Architecture of the GPU that the CPU stands for, where a Triton driver runs compiled kernels on it; else 0."""
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -77,8 +80,8 @@ def has_data(x: Tensor) -> bool:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether an op on `x` launches its Triton kernels (CUDA, or the interpreter) or takes the eager implementation."""
-    return x.is_cuda or INTERPRETED if has_data(x) else _recorder is not None
+    """Whether an op on `x` launches its Triton kernels or takes the eager implementation, which is for the CPU."""
+    return x.is_cuda or INTERPRETED or STANDS_FOR > 0 if has_data(x) else _recorder is not None
 
 
 def architecture(x: Tensor) -> int:
@@ -90,7 +93,7 @@ def architecture(x: Tensor) -> int:
     if _recorder is not None and not has_data(x):
         return _recorder.arch
     if not x.is_cuda:
-        return 0
+        return STANDS_FOR
     major, minor = torch.cuda.get_device_capability(x.device)
     return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get((major, minor), 0)
 

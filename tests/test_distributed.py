@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deitfast import distributed, guard
 from deitfast.distributed import World
 from deitfast.errors import DeitfastError
-from deitfast.training.run import check_same_step
+from deitfast.training.resume import check_same_step
 
 
 @pytest.fixture

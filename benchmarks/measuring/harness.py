@@ -162,11 +162,20 @@ def measure(
 
 @dataclass
 class Ran:
-    """How one way ran. launch: graph, or stream where the host launched every kernel; problem: why it did not run."""
+    """How one way ran. launch: graph, or stream where the host launched every kernel.
+
+    problem: why it did not run; uncaptured: why it was not captured, where that was tried.
+    """
 
     timings: list[Timing]
     launch: str = ""
     problem: str | None = None
+    uncaptured: str | None = None
+
+    @property
+    def how(self) -> dict[str, str]:
+        """What a row says of it."""
+        return {"launch": self.launch} | ({"uncaptured": self.uncaptured} if self.uncaptured else {})
 
 
 def in_turns(
@@ -188,24 +197,28 @@ def in_turns(
         if ran.problem is not None:
             continue
         try:
-            timing, ran.launch = _timed(call, device, sets, budget_ms, graph and ran.launch != "stream")
-            ran.timings.append(timing)
+            captured = graph and ran.launch != "stream" and torch.device(device).type == "cuda"
+            ran.timings.append(_timed(ran, call, captured, device=device, sets=sets, budget_ms=budget_ms))
         except RuntimeError as problem:  # out of memory
             ran.problem = first_line(problem)
     return found
 
 
-def _timed(
-    call: Callable[..., object], device: Device, sets: Sequence[Any] | None, budget_ms: float, graph: bool
-) -> tuple[Timing, str]:
-    if graph and torch.device(device).type == "cuda":
+def _timed(ran: Ran, call: Callable[..., object], captured: bool, **options: Any) -> Timing:
+    """Time `call`, and say in `ran` how it was launched."""
+    if captured:
         try:
-            return measure(call, device=device, sets=sets, budget_ms=budget_ms, graph=True), "graph"
+            timing = measure(call, graph=True, **options)
+            ran.launch = "graph"
+            return timing
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # something in it may not be captured; what the host launches can be timed all the same
+        except RuntimeError as problem:  # it may not be captured; what the host launches can be timed all the same
+            ran.uncaptured = first_line(problem)
             torch.cuda.synchronize()
-    return measure(call, device=device, sets=sets, budget_ms=budget_ms), "stream"
+    timing = measure(call, **options)
+    ran.launch = "stream"
+    return timing
 
 
 def peak_bytes(call: Callable[[], object], device: Device) -> int | None:

@@ -50,7 +50,7 @@ class Site:
 
     current: what the package uses now, for an architecture. apply: context manager that makes the package use a
     candidate. entry: the table's line. call, eager: inputs -> results, by the kernel and in PyTorch; eager also serves
-    in float64.
+    in float64. rival: what eager is, where it does no more than the kernel must, so that its time counts too.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Site:
     call: Callable[[Tensors], tuple[Tensor, ...]]
     eager: Callable[[Tensors], tuple[Tensor, ...]]
     factor: float = 2.0
+    rival: str = ""
 
     def cases(self, arch: int) -> list[Case]:
         """The kernels that must compile: those which `call` launches while a candidate is applied."""
@@ -226,6 +227,7 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
         call=call,
         eager=eager,
         factor=3.0 if stage == "gelu_grad" else 2.0,
+        rival="cuBLAS with its bias epilogue" if stage == "linear" else "",
     )
 
 

@@ -221,6 +221,9 @@ def _add_test(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images at once a process [64]")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 on a GPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"], help="[auto]")
+    parser.add_argument(
+        "--decode", default="auto", choices=["auto", "gpu", "cpu"], help="where JPEGs are decoded; auto: where it runs"
+    )
     parser.add_argument("--workers", type=int, default=0, help="data threads a process; 0: this machine's cores shared")
     parser.add_argument("--real", default="", metavar="FILE", help="ReaL's real.json: also score by reassessed labels")
     parser.add_argument(
@@ -262,7 +265,7 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
     bf16 = world.wants_bf16(args.precision)
     scores, details = evaluate_in_detail(
         loaded.model.to(world.device), val, world,
-        crop_ratio=crop_ratio, batch=args.batch, workers=args.workers, bf16=bf16, real=real,
+        crop_ratio=crop_ratio, batch=args.batch, workers=args.workers, bf16=bf16, real=real, decode=args.decode,
         preprocessing=loaded.preprocessing,
     )  # fmt: skip
     if not world.is_main:

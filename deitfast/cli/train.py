@@ -1,13 +1,25 @@
-"""`deitfast train`: a recipe under torchrun, one process a GPU."""
+"""`deitfast train`: a recipe under torchrun, one process a GPU, started again when a process dies.
+
+Exit codes, torchrun's own being 1 for everything: 0 done; 2 a mistake, told in one line; 3 it would end the same way
+again; 75 stopped by a signal and saved, the same command resumes; 1 everything else.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
+import tempfile
+from pathlib import Path
 
 from deitfast.cli.recipes import find_recipe, is_recipe, shipped_recipes
-from deitfast.errors import EXIT_USER_ERROR, DeitfastError
+from deitfast.errors import EXIT_HOPELESS, EXIT_INTERRUPTED, EXIT_USER_ERROR, DeitfastError, say
+from deitfast.guard import EXIT_FILE
+
+_PORT = 29400
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -24,6 +36,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "recipe", nargs="?", help="a shipped recipe's name or a file of your own; the flags after it are the recipe's"
     )
     parser.add_argument("--processes", type=int, default=0, help="processes on this machine; 0: one a GPU, or one")
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="how often the run starts again when a process dies or hangs [3]"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="machines; the same command on each, with --master")
+    parser.add_argument("--master", default="", help="HOST or HOST:PORT of one of several machines")
     parser.set_defaults(run=_train, help_text=parser.format_help())
 
 
@@ -33,7 +50,14 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
         return
     file = find_recipe(_recipe_first(args.recipe, flags))
     processes = args.processes or _gpu_count() or 1
-    _launch(["--standalone", f"--nproc-per-node={processes}", str(file), *flags])
+    if (args.nodes > 1) != bool(args.master):
+        raise DeitfastError("--nodes N and --master HOST belong together: give both, the same on every machine")
+    where = ["--standalone"]
+    if args.master:
+        host, _, port = args.master.partition(":")
+        endpoint = f"{host}:{port or _PORT}"
+        where = [f"--nnodes={args.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=deitfast"]
+    _launch([*where, f"--nproc-per-node={processes}", f"--max-restarts={args.restarts}", str(file), *flags])
 
 
 def _recipe_first(given: str | None, flags: list[str]) -> str:
@@ -45,17 +69,42 @@ def _recipe_first(given: str | None, flags: list[str]) -> str:
 
 
 def _launch(arguments: list[str]) -> None:
-    """torchrun in this process; a mistake that a worker has already told in one line ends it without a report."""
+    """torchrun in this process, with an exit code that says why a run ended."""
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    # Workers that share the launcher's store meet what is left of the last attempt there: of 8 restarts 2 hung and 4
+    # needed another one; with stores of their own all 8 recovered at once.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # A signal to the launcher reaches the workers. What nohup has it ignore stays ignored.
+    heard = [s.name for s in _PASSED_ON if signal.getsignal(s) is not signal.SIG_IGN]
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(heard))  # torchrun's flag of that name
     logging.disable(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="deitfast-") as folder:
+        end = Path(folder) / "exit"
+        os.environ[EXIT_FILE] = str(end)
+        try:
+            torchrun(arguments)
+        except SignalException:  # from outside, or from a worker that ended on purpose
+            sys.exit(_left_behind(end) or EXIT_INTERRUPTED)
+        except ChildFailedError as error:
+            _, first = error.get_first_failure()
+            if code := _left_behind(end):
+                sys.exit(code)
+            if first.exitcode in (EXIT_USER_ERROR, EXIT_HOPELESS, EXIT_INTERRUPTED):
+                sys.exit(first.exitcode)
+            how = f"killed by signal {-first.exitcode}" if first.exitcode < 0 else f"exit code {first.exitcode}"
+            say(f"process {first.local_rank} ended ({how}), no restart is left. The same command resumes")
+            sys.exit(1)
+
+
+def _left_behind(end: Path) -> int:
+    """The exit code that a worker left for its launcher; 0 where none did."""
     try:
-        torchrun(arguments)
-    except ChildFailedError as error:
-        if all(failure.exitcode != EXIT_USER_ERROR for failure in error.failures.values()):
-            raise
-        sys.exit(EXIT_USER_ERROR)
+        return int(end.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _gpu_count() -> int:

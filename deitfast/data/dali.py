@@ -304,7 +304,7 @@ def gathered(outputs: Sequence[Any], row: np.ndarray, output: np.ndarray, device
 
     # The outputs are in order on the current stream, and so are these copies. No DLPack: when a tensor dies that came
     # out of DALI by it, a thread of DALI's calls cudaDeviceSynchronize, which a capture under way does not survive.
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.current_stream(device)
     wholes = [o.as_tensor() for o in outputs]
     dense = torch.empty(len(wholes), *wholes[0].shape(), dtype=torch.uint8, device=device)
     for to, whole in zip(dense, wholes, strict=True):

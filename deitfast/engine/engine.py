@@ -307,6 +307,8 @@ class FlatEngine:
         if self.flat.ema is not None:
             self.flat.load_ema(dict(tensors["ema"]))
         self.flat.refresh()
+        for counter in (self.skipped_in_row, self.skipped_most):
+            counter.zero_()
 
     def broadcast(self) -> None:
         for buffer in self.flat.state():

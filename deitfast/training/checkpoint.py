@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,6 @@ from deitfast.errors import DeitfastError
 from deitfast.files import fsync, write_atomically
 from deitfast.integrity import damage, step_of, steps_newest_first, write_hashes
 
-KEEP = 2
-"""Checkpoints kept: the newest, and the one before for the day the newest turns out damaged."""
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -36,28 +33,60 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` as `folder/step-NNNNNNN`, point `folder/latest` to it, drop all but the newest `KEEP`."""
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the `last` newest, and those of every multiple of `every` steps; 0: none for that."""
+
+    last: int = 2  # the newest, and the one before for the day the newest turns out damaged
+    every: int = 0
+
+    def surplus(self, newest_first: Sequence[Path]) -> list[Path]:
+        """Those that need not stay."""
+        return [p for p in newest_first[max(self.last, 1) :] if not (self.every and step_of(p) % self.every == 0)]
+
+
+def save(folder: Path, checkpoint: Checkpoint, retention: Retention | None = None) -> Path:
+    """Write `checkpoint` as `folder/step-NNNNNNN`, point `folder/latest` to it, drop what `retention` does not keep.
+
+    None is dropped before the new one has been read back whole. A failure (OSError, SafetensorError) leaves nothing of
+    the new one behind, and all others as they were.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".tmp-*"):  # of a process that was killed: a checkpoint's folder, or the file of `latest`
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        _remove(stale)
     target = folder / f"step-{checkpoint.step:07d}"
     temporary = folder / f".tmp-{target.name}"
-    temporary.mkdir()
-    for stem, tensors in checkpoint.tensors.items():
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / f"{stem}.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
-    write_hashes(temporary)
-    for path in temporary.iterdir():
-        fsync(path)
-    fsync(temporary)
-    if target.exists():  # a damaged one of the same step, which resume passed over
-        shutil.rmtree(target)
-    os.rename(temporary, target)
-    write_atomically(folder / "latest", lambda path: path.write_text(target.name))
-    for old in steps_newest_first(folder)[KEEP:]:
-        shutil.rmtree(old)
+    try:
+        _write(temporary, checkpoint)
+        if target.exists():  # a damaged one of the same step, which resume passed over
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+        write_atomically(folder / "latest", lambda path: path.write_text(target.name))
+    finally:
+        _remove(temporary)
+    surplus = (retention or Retention()).surplus(steps_newest_first(folder))
+    if surplus and damage(target) is None:
+        for old in surplus:
+            shutil.rmtree(old)
     return target
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    folder.mkdir()
+    for stem, tensors in checkpoint.tensors.items():
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / f"{stem}.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1))
+    write_hashes(folder)
+    for path in folder.iterdir():
+        fsync(path)
+    fsync(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def load_newest(

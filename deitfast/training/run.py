@@ -1,11 +1,11 @@
-"""One training run: everything it consists of on this process, how it is set up, introduced, saved and resumed."""
+"""One training run: everything it consists of on this process, how it is set up and introduced."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from deitfast.data import Dataset, Manifest, Order, imagenet_classes, open_dataset
 from deitfast.data.cores import thread_count
 from deitfast.data.decoder import choose_decoder
-from deitfast.data.manifest import read_manifest, write_manifest
+from deitfast.data.manifest import read_manifest
 from deitfast.distributed import World, start
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import Engine, make_engine
@@ -26,9 +26,10 @@ from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
 from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
-from deitfast.training import checkpoint
-from deitfast.training.checkpoint import Checkpoint
-from deitfast.training.run_folder import RunFolder, environment
+from deitfast.training.faults import FaultLog
+from deitfast.training.progress import Reached
+from deitfast.training.run_folder import RunFolder
+from deitfast.training.saving import Saver
 
 IMAGES = "images.npz"
 """The run's list of training images, in its folder."""
@@ -51,7 +52,11 @@ class Run:
     engine: Engine
     folder: RunFolder | None
     notes: list[str]  # what was found out while setting up, for the log
+    faults: FaultLog
+    saver: Saver | None = None  # of the leading process, once the run has begun
     step: int = 0
+    died: bool = False  # by an exception that nobody expects
+    evaluated: int = 0  # step of the last evaluation
     best: dict[str, Any] | None = None
 
     @property
@@ -62,6 +67,36 @@ class Run:
     @property
     def total_steps(self) -> int:
         return self.recipe.epochs * self.order.steps_per_epoch
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation belongs after the present step, whatever was done already."""
+        epoch, in_epoch = divmod(self.step, self.order.steps_per_epoch)
+        return self.step > 0 and (
+            self.step == self.total_steps or (in_epoch == 0 and epoch % self.recipe.eval_every == 0)
+        )
+
+    def reached(self) -> None:
+        """Note on disk how far the run is."""
+        if self.folder and self.saver:
+            self.saver.poll()
+            self.folder.reached.write(Reached(self.step, self.saver.saved, running=True))
+
+    def close(self) -> None:
+        """Let go of the run folder, with what is being written in full, and of what the engine holds."""
+        try:
+            if self.saver:
+                self.saver.join()
+        finally:
+            self.engine.close()
+            if self.folder and self.saver:  # it had begun
+                self.folder.reached.write(replace(self.folder.reached.now, running=self.died))
+            if self.folder:
+                self.folder.close()
+
+    def fault(self, kind: str, step: int, what: str) -> None:
+        """Note a fault that this process has met."""
+        self.faults.add(kind, step, process=self.world.rank, what=what)
 
     def say(self, text: str) -> None:
         """One line from the leading process."""
@@ -132,21 +167,9 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         engine=engine,
         folder=world.agree(lambda: RunFolder(recipe.out, quiet=recipe.smoke) if world.is_main else None),
         notes=notes,
+        faults=FaultLog(Path(recipe.out) / "faults.jsonl"),
     )
     return run, data
-
-
-def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
-    """Resume from the run folder and write down what is about to run."""
-    run.world.agree(lambda: resume(run))
-    check_same_step(run)
-    run.engine.broadcast()  # equal already, but for a machine with other generators or files
-    if run.folder:
-        if run.recipe.allow_changes or not (run.folder.path / IMAGES).exists():
-            write_manifest(run.folder.path / IMAGES, run.train_data)
-        run.folder.write_settings(run.recipe, environment() | {"choices": choices(run)})
-        run.folder.resume_metrics(run.step)
-        introduce(run, data, stated)
 
 
 def run_images(recipe: Recipe, scanned: Manifest, say: Callable[[str], None]) -> Manifest:
@@ -156,6 +179,9 @@ def run_images(recipe: Recipe, scanned: Manifest, say: Callable[[str], None]) ->
     turn comes, and the others keep their turns; a new one waits for the next run.
     """
     path = Path(recipe.out) / IMAGES
+    if path.with_name("recipe.json").exists() and read_manifest(path) is None:
+        what = "cannot be read" if path.exists() else "is missing"
+        say(f"{path} {what}: nobody can tell whether {recipe.data} changed since the run began. It is written anew")
     recorded = None if recipe.allow_changes else read_manifest(path, Path(scanned.root))
     if recorded is None or np.array_equal(recorded.checksum, scanned.checksum):
         return scanned
@@ -179,10 +205,12 @@ def choices(run: Run) -> dict[str, Any]:
 def choices_before(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """The `choices` of the run that the recipe's folder holds; empty without one, or for another kind of device."""
     try:
-        recorded = json.loads((Path(recipe.out) / "env.json").read_text())["choices"]
-    except (OSError, ValueError, KeyError):
+        recorded = json.loads((Path(recipe.out) / "env.json").read_bytes())["choices"]
+        sound = type(recorded["micro_batch"]) is int and recorded["decode"] in ("cpu", "gpu")
+        fits = sound and recorded["device"] == device.type
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return recorded if recorded["device"] == device.type and not recipe.allow_changes else {}
+    return recorded if fits and not recipe.allow_changes else {}
 
 
 def open_data(recipe: Recipe, world: World) -> Dataset:
@@ -238,49 +266,6 @@ def split_batch(recipe: Recipe, world: World, largest: int, before: int = 0) -> 
             f"has of --batch {recipe.batch}. Valid: {', '.join(map(str, divisors))}"
         )
     return micro_batch, share // micro_batch
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint of `run` (the leading process; the state is the same everywhere)."""
-    if not run.folder:
-        return
-    classes = list(run.train_data.classes)
-    state = {
-        "recipe": asdict(run.recipe),
-        "classes": classes,
-        "best": run.best,
-        "steps_per_epoch": run.order.steps_per_epoch,
-    }
-    checkpoint.save(run.folder.checkpoints, Checkpoint(run.step, run.engine.tensors(), state))
-
-
-def resume(run: Run) -> None:
-    """Bring `run` to the newest whole checkpoint of its folder, if there is one."""
-    if run.folder:
-        run.folder.check_recipe(run.recipe)
-    found = checkpoint.load_newest(Path(run.recipe.out) / "ckpt", run.say, stems=run.engine.tensors())
-    if found is None:
-        return
-    if found.state["steps_per_epoch"] != run.order.steps_per_epoch and not run.recipe.allow_changes:
-        raise DeitfastError(
-            f"{run.recipe.out} was trained with {found.state['steps_per_epoch']} steps an epoch, the data now gives "
-            f"{run.order.steps_per_epoch}: the data changed. Change --out, or give --allow-changes"
-        )
-    run.engine.load(found.tensors)
-    run.step, run.best = found.step, found.state["best"]
-    run.say(f"resuming {run.recipe.out} at step {run.step}")
-
-
-def check_same_step(run: Run) -> None:
-    """Raise DeitfastError where the processes would go on from different checkpoints."""
-    steps = run.world.gather(run.step)
-    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
-    if other is not None:
-        message = (
-            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[other]}. Give an --out that "
-            "all machines share"
-        )
-        raise DeitfastError(message if run.world.is_main else "")
 
 
 def introduce(run: Run, data: Dataset, stated: Recipe | None) -> None:

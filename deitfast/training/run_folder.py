@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
-import platform
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -18,6 +17,8 @@ from typing import IO, Any
 from deitfast.errors import DeitfastError
 from deitfast.files import write_atomically
 from deitfast.recipe import Recipe
+from deitfast.training.environment import write_environment
+from deitfast.training.progress import Progress
 
 _LOCK_PATIENCE_S = 10.0
 _PLAIN_INTERVAL_S = 10.0
@@ -29,7 +30,11 @@ class RunFolder:
     recipe.json, env.json   settings and machine
     log.txt                 what was said, with the time
     metrics.jsonl           one object per logged step or evaluation
+    faults.jsonl            one object per fault
+    progress.json           how far the run got
     ckpt/ best/             checkpoints; the best weights so far
+
+    On a disk that is full, what is said and measured is lost until there is space again; nothing stops for it.
     """
 
     def __init__(self, path: str | Path, *, quiet: bool = False) -> None:
@@ -44,7 +49,11 @@ class RunFolder:
         except OSError as error:
             raise DeitfastError(f"cannot write the run folder {self.path}: {error.strerror}. Change --out") from error
         self._take_lock()
-        self._log = open(self.path / "log.txt", "a")  # noqa: SIM115 (held until close)
+        try:
+            self._log = open(self.path / "log.txt", "a")  # noqa: SIM115 (held until close)
+        except OSError as error:
+            raise DeitfastError(f"cannot write {self.path}/log.txt: {error.strerror}. Change --out") from error
+        self.reached = Progress(self.path / "progress.json")
         self._metrics: IO[str] | None = None
         self._last_progress = 0.0
 
@@ -53,54 +62,73 @@ class RunFolder:
         return self.path / "ckpt"
 
     def close(self) -> None:
+        self.reached.close()
         for file in (self._metrics, self._log, self._lock):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # a full disk does not take what is left to write
+                    file.close()
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse to go on with a recipe that differs from the folder's in what determines the result."""
         recorded = self.path / "recipe.json"
         if recipe.allow_changes or not recorded.exists():
             return
-        changes = recipe.changes(json.loads(recorded.read_text()))
+        try:
+            changes = recipe.changes(json.loads(recorded.read_bytes()))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise DeitfastError(
+                f"{recorded} cannot be read ({type(error).__name__}), so nobody knows what this folder was trained "
+                'with. Restore it (ckpt/*/state.json has it under "recipe"), or give --allow-changes'
+            ) from error
         if changes:
             raise DeitfastError(
                 f"{self.path} holds a run of another recipe: {'; '.join(changes)}. "
                 "Change --out, or give --allow-changes"
             )
 
-    def write_settings(self, recipe: Recipe, environment: dict[str, Any]) -> None:
-        for name, content in (("recipe.json", asdict(recipe)), ("env.json", environment)):
-            write_atomically(self.path / name, partial(_write_json, content))
+    def write_settings(self, recipe: Recipe, environment: dict[str, Any]) -> list[str]:
+        """Write recipe.json and env.json; how the environment differs from the last start's, in words."""
+        write_atomically(self.path / "recipe.json", partial(_write_json, asdict(recipe)))
+        return write_environment(self.path / "env.json", environment)
 
     def resume_metrics(self, step: int) -> None:
         """Open metrics.jsonl for appending, without lines of steps after `step`: those will be computed again."""
         path = self.path / "metrics.jsonl"
+        if self._metrics:
+            self._metrics.close()
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
+            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
+            write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(line + b"\n" for line in kept)))
         self._metrics = open(path, "a")  # noqa: SIM115 (held until close)
+
+    def steps_measured(self) -> int:
+        """The last step of metrics.jsonl; 0 where there is none."""
+        try:
+            steps = [_step_of(line) for line in (self.path / "metrics.jsonl").read_bytes().splitlines()]
+        except OSError:
+            return 0
+        return int(max((step for step in steps if step != float("inf")), default=0))
 
     def say(self, text: str) -> None:
         """One line to stdout and, with the time, to log.txt."""
         if not self.quiet:
-            if sys.stdout.isatty() and self._last_progress:
-                print()
-            print(text, flush=True)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+            _print(("\n" if sys.stdout.isatty() and self._last_progress else "") + text + "\n")
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """One line to log.txt alone."""
+        _append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, **values: Any) -> None:
         """One line of metrics.jsonl."""
         assert self._metrics is not None, "resume_metrics opens the file"
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, json.dumps(values) + "\n")
 
     def progress(self, text: str, *, last: bool = False) -> None:
         """The progress line: in place on a terminal; elsewhere a plain line at most every ten seconds."""
         now = time.monotonic()
         if sys.stdout.isatty() and not self.quiet:
-            print(f"\r\x1b[2K{text}", end="", flush=True)
+            _print(f"\r\x1b[2K{text}")
             self._last_progress = now
         elif last or now - self._last_progress >= _PLAIN_INTERVAL_S:
             self._last_progress = now
@@ -126,31 +154,6 @@ class RunFolder:
         self._lock.flush()
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to interpret the numbers: versions, hardware, command, commit."""
-    import torch
-    import triton
-
-    facts: dict[str, Any] = {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "gpu": None,
-        "commit": _commit(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-    }
-    if torch.cuda.is_available():
-        facts["gpu"] = {
-            "name": torch.cuda.get_device_name(),
-            "count": torch.cuda.device_count(),
-            "cuda": torch.version.cuda,
-        }
-    return facts
-
-
 def duration(seconds: float) -> str:
     """`23h02m`, `4m05s` or `12s`."""
     whole = int(seconds)
@@ -159,23 +162,27 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
+def _append(file: IO[str], text: str) -> None:
+    with contextlib.suppress(OSError):  # no space: the next line that fits brings what the file object still holds
+        file.write(text)
+        file.flush()
+
+
+def _print(text: str) -> None:
+    """To stdout; where nobody reads it any more (`| head -1`, a closed terminal), nowhere from now on."""
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for good)
+
+
 def _write_json(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _commit() -> str | None:
-    package = Path(__file__).resolve().parent
+def _step_of(line: bytes) -> float:
     try:
-        result = subprocess.run(
-            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")  # a line cut off by a crash
+    return step if isinstance(step, (int, float)) else float("inf")

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
+from deitfast.board import board
 from deitfast.data import TooManyBadFiles, TrainLoader
 from deitfast.distributed import start
 from deitfast.engine.engine import UNCAPTURED_STEPS
 from deitfast.engine.optim import learning_rate
-from deitfast.errors import DeitfastError
-from deitfast.model.weights import save_weights
+from deitfast.errors import EXIT_INTERRUPTED, DeitfastError, HopelessError
+from deitfast.guard import restarts_left
 from deitfast.recipe import Recipe
-from deitfast.training.interrupt import EXIT_INTERRUPTED, StopRequest
+from deitfast.training.evaluation import Result, evaluate_both, record
+from deitfast.training.interrupt import Agreement, StopRequest
 from deitfast.training.meter import Meter
-from deitfast.training.run import Run, begin, save, set_up
+from deitfast.training.resume import Diverged, begin, is_saved, record_error, roll_back, save, save_or_tell
+from deitfast.training.run import Run, set_up
 from deitfast.training.run_folder import duration
-from deitfast.use.evaluate import Scores, evaluate_each
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run ended with.
-
-    raw, ema: scores of the weights and of their average, which is None where none is kept. images_per_second: of the
-    training steps. engine: how the steps ran, in words. folder: where everything lies.
-    """
-
-    step: int
-    raw: Scores
-    ema: Scores | None
-    images_per_second: float
-    engine: str
-    folder: Path
+from deitfast.training.watch import SAVE, Watch
+from deitfast.use.evaluate import Interrupted
 
 
 def train(
@@ -54,88 +41,148 @@ def train(
     Raises DeitfastError for anything the user can mend; what can be checked is checked before a file is written.
     """
     recipe.check()
-    run, data = set_up(recipe, depth)
-    try:
-        begin(run, data, stated)
-        with TrainLoader(
-            run.train_data,
-            recipe,
-            image_size=run.model.image_size,
-            micro_batch=run.micro_batch,
-            rank=run.world.rank,
-            world_size=run.world.size,
-            device=run.world.device,
-            start_step=run.step,
-            stop_step=run.total_steps,
-            say=run.warn,
-            bad_list=Path(recipe.out) / "bad.txt",
-            decoder=run.decode,
-        ) as loader:
-            loader.count_waits_unless(run.engine.busy)
-            try:
-                with StopRequest() as stop:
-                    result = loop(run, loader, stop, stop_at, eval_images)
-            except TooManyBadFiles:
-                save(run)
-                raise
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(run) from error
-        if result is None and run.step == run.total_steps:  # resumed after the last step
-            result = evaluate_both(run, 0.0, eval_images)
-        if result and run.step == run.total_steps:
-            conclude(run, result)
-    finally:
-        run.engine.close()
-        if run.folder:
-            run.folder.close()
-    run.world.barrier()
+    with StopRequest() as stop:
+        run, data = set_up(recipe, depth)
+        try:
+            begin(run, data, stated)
+            result = _until_done(run, stop, stop_at, eval_images)
+            if result is None and run.step == run.total_steps:  # resumed after the last step
+                result = evaluate_both(run, 0.0, eval_images)
+            if result and run.step == run.total_steps:
+                conclude(run, result)
+        except Exception as error:
+            if not isinstance(error, DeitfastError):  # a crash, of which the next start is told
+                record_error(run, error)
+                run.died = True
+            raise
+        finally:
+            run.close()
+        run.world.barrier()
     return result
+
+
+def _until_done(run: Run, stop: StopRequest, stop_at: int | None, eval_images: int | None) -> Result | None:
+    """The loop, and once more from an earlier checkpoint where the run diverges."""
+    diverged: Diverged | None = None
+    while True:
+        try:
+            return _with_loader(run, stop, stop_at, eval_images)
+        except Diverged as error:
+            if diverged and error.step <= diverged.step + run.order.steps_per_epoch:
+                told = f"{error} This is the second time: not again" if run.folder else ""
+                raise HopelessError(told) from error
+            roll_back(run, error)
+            diverged = error
+
+
+def _with_loader(run: Run, stop: StopRequest, stop_at: int | None, eval_images: int | None) -> Result | None:
+    with TrainLoader(
+        run.train_data,
+        run.recipe,
+        image_size=run.model.image_size,
+        micro_batch=run.micro_batch,
+        rank=run.world.rank,
+        world_size=run.world.size,
+        device=run.world.device,
+        start_step=run.step,
+        stop_step=run.total_steps,
+        say=run.warn,
+        bad_list=Path(run.recipe.out) / "bad.txt",
+        decoder=run.decode,
+    ) as loader:
+        loader.count_waits_unless(run.engine.busy)
+        watch = Watch(
+            board(), run.world.rank, run.world.size, run.step, patience=run.recipe.patience,
+            restarts=restarts_left() > 0, say=run.say, fault=run.fault,
+        )  # fmt: skip
+        try:
+            return loop(run, loader, stop, watch, stop_at, eval_images)
+        except TooManyBadFiles:
+            save(run, wait=True)
+            raise
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(run) from error
+        finally:
+            watch.close()
 
 
 def loop(
-    run: Run, loader: TrainLoader, stop: StopRequest, stop_at: int | None, eval_images: int | None
+    run: Run, loader: TrainLoader, stop: StopRequest, watch: Watch, stop_at: int | None, eval_images: int | None
 ) -> Result | None:
     """Every step from `run.step` on; the last evaluation's result. See `train`.
 
-    Raises SystemExit(75) after saving, once the processes have agreed that one of them got a SIGTERM: at once where
-    there is one process, else at the next log step.
+    Raises SystemExit(75) after saving, once the processes have agreed that one of them got a signal.
     """
-    recipe, world, order = run.recipe, run.world, run.order
-    batches = iter(loader)
-    meter = Meter(recipe, world, loader, run.engine, stop, run.step, run.total_steps, order.steps_per_epoch)
+    recipe, world = run.recipe, run.world
+    batches = watch.fed(iter(loader))
+    meter = Meter(run, loader)
+    agreement = Agreement(stop, board(), world.rank, run.step)
     log_every = recipe.log_every or (50 if world.device.type == "cuda" else 1)
     last_step = run.total_steps if stop_at is None else min(stop_at, run.total_steps)
-    saved_at, result = time.monotonic(), None
+    result = None
+    stop.begin()
     run.model.train()
+    if run.evaluation_due and run.evaluated != run.step:  # interrupted in it
+        result = pause_to_evaluate(run, meter, watch, agreement, eval_images)
+        pause_to_save(run, watch)
+        meter.resume()
 
     while run.step < last_step:
-        lr = learning_rate(recipe, run.step, order.steps_per_epoch)
+        lr = learning_rate(recipe, run.step, run.order.steps_per_epoch)
         run.engine(batches, run.step, lr)
         run.step += 1
+        run.reached()
+        watch.stepped(run.step)
 
         # Everything that waits for the device happens at log steps, and every pause is one.
-        epoch, in_epoch = divmod(run.step, order.steps_per_epoch)
-        epoch_ended, stopping = in_epoch == 0, run.step == last_step
-        leaving = stop.received and world.size == 1
-        if not (run.step % log_every == 0 or epoch_ended or stopping or leaving):
+        signal = agreement.decided(run.step)
+        epoch_ended, stopping = run.step % run.order.steps_per_epoch == 0, run.step == last_step
+        if not (run.step % log_every == 0 or epoch_ended or stopping or signal):
             continue
-        meter.log(run.step, lr, run.folder, run.best)
-        if meter.asked_to_stop:
-            save(run)
-            run.say(f"SIGTERM: saved at step {run.step}. The same command resumes")
-            raise SystemExit(EXIT_INTERRUPTED)
-        if (
-            run.step == run.total_steps
-            or (epoch_ended and epoch % recipe.eval_every == 0)
-            or (stopping and eval_images)
-        ):
-            result = evaluate_both(run, meter.images_per_second, eval_images)
-            record(run, result)
-        if epoch_ended or stopping or time.monotonic() - saved_at > 60 * recipe.save_minutes:
-            save(run)
-            saved_at = time.monotonic()
+        meter.log(lr)
+        if signal:
+            leave(run, signal, watch)
+        if run.evaluation_due or (stopping and eval_images):
+            result = pause_to_evaluate(run, meter, watch, agreement, eval_images)
+        if epoch_ended or stopping or meter.save_due:
+            pause_to_save(run, watch, wait=stopping)
         meter.resume()
     return result
+
+
+def pause_to_evaluate(run: Run, meter: Meter, watch: Watch, agreement: Agreement, limit: int | None) -> Result:
+    """Evaluate and write it down; a signal in between is followed at the next batch."""
+
+    def asked_to_stop() -> bool:
+        watch.alive()
+        return agreement.wanted() is not None
+
+    try:
+        with watch.during("an evaluation"):
+            result = evaluate_both(run, meter.images_per_second, limit, asked_to_stop)
+    except Interrupted:
+        leave(run, agreement.wanted() or "a signal to another process", watch)
+    run.evaluated = run.step
+    record(run, result)
+    return result
+
+
+def pause_to_save(run: Run, watch: Watch, *, wait: bool = False) -> None:
+    with watch.during(SAVE):
+        save_or_tell(run) if wait else save(run)
+    run.reached()
+
+
+def leave(run: Run, signal: str, watch: Watch) -> NoReturn:
+    """Save and end, as a signal asked for."""
+    with watch.during(SAVE):
+        save(run, wait=True)
+    run.reached()
+    if run.folder:
+        done = f"saved at step {run.step}" if is_saved(run) else f"NOT saved at step {run.step}"
+        run.say(f"{signal}: {done}. The same command resumes")
+    run.world.barrier()
+    raise SystemExit(EXIT_INTERRUPTED)
 
 
 def out_of_memory(run: Run) -> DeitfastError:
@@ -149,48 +196,6 @@ def out_of_memory(run: Run) -> DeitfastError:
     return DeitfastError(
         f"out of memory at micro-batch {run.micro_batch} ({total - free:.1f} of {total:.1f} GB in use). {remedy}"
     )
-
-
-def evaluate_both(run: Run, images_per_second: float, limit: int | None) -> Result:
-    """Scores of the raw and of the averaged weights."""
-    weights = [contextlib.nullcontext, *([run.engine.averaged] if run.recipe.ema_decay else [])]
-    raw, *averaged = evaluate_each(
-        run.model, weights, run.val_data, run.world, crop_ratio=run.recipe.eval_crop_ratio, batch=run.eval_batch,
-        workers=run.recipe.workers, bf16=run.bf16, limit=limit, decode=run.decode,
-    )  # fmt: skip
-    ema = averaged[0] if averaged else None
-    return Result(run.step, raw, ema, images_per_second, engine=run.engine.description, folder=Path(run.recipe.out))
-
-
-def record(run: Run, result: Result) -> None:
-    """Write the scores down, and the better of raw and averaged weights if they are the run's best so far."""
-    if not run.folder:
-        return
-    epoch = run.step // run.order.steps_per_epoch
-    use_ema = result.ema is not None and result.ema.top1 > result.raw.top1
-    top1 = result.ema.top1 if use_ema and result.ema else result.raw.top1
-    values = {
-        "top1": result.raw.top1,
-        "top5": result.raw.top5,
-        "val_loss": result.raw.loss,
-        "images": result.raw.images,
-    }
-    if result.ema:
-        values |= {"ema_top1": result.ema.top1, "ema_top5": result.ema.top5, "ema_val_loss": result.ema.loss}
-    run.folder.metrics(step=run.step, epoch=epoch, **values)
-    ema_text = f", ema {result.ema.top1:.2f} %" if result.ema else ""
-    run.say(f"epoch {epoch}: top-1 {result.raw.top1:.2f} %{ema_text} on {result.raw.images:,} images")
-    if run.best is None or top1 > run.best["top1"]:
-        run.best = {"top1": top1, "epoch": epoch, "weights": "ema" if use_ema else "raw"}
-        tensors = run.engine.tensors()["ema" if use_ema else "model"]
-        metadata = {
-            "model": run.recipe.model,
-            "image_size": str(run.model.image_size),
-            "eval_crop_ratio": str(run.recipe.eval_crop_ratio),
-            "classes": json.dumps(run.val_data.classes),
-            **{key: str(value) for key, value in run.best.items()},
-        }
-        save_weights(run.folder.path / "best" / "model.safetensors", tensors, metadata)
 
 
 def conclude(run: Run, result: Result) -> None:

@@ -76,6 +76,10 @@ class Details:
         return None if self.real is None else 100 * self.real[0] / max(self.real[1], 1)
 
 
+class Interrupted(Exception):
+    """An evaluation that was given up on all processes."""
+
+
 def evaluate(
     model: DeiT, manifest: Manifest, world: World, *, crop_ratio: float, batch: int, workers: int, bf16: bool,
     limit: int | None = None, decode: str = "auto",
@@ -95,20 +99,28 @@ def evaluate(
 def evaluate_each(
     model: DeiT, weights: Sequence[Callable[[], AbstractContextManager[None]]], manifest: Manifest, world: World, *,
     crop_ratio: float, batch: int, workers: int, bf16: bool, limit: int | None = None, decode: str = "auto",
+    asked_to_stop: Callable[[], bool] | None = None,
 ) -> list[Scores]:  # fmt: skip
     """`evaluate` with several weights of the model, each image being decoded once.
 
-    weights: what to enter so that the model has them, for one batch after another.
+    weights: what to enter so that the model has them, for one batch after another. asked_to_stop: asked before every
+    batch; where it is true on one process, all raise Interrupted.
     """
     totals = [torch.zeros(6, dtype=torch.float64, device=world.device) for _ in weights]
+    stopped = torch.zeros((), device=world.device)
     loader = _loader(
         manifest if limit is None else manifest.head(limit), model, world, crop_ratio, batch, workers, decode
     )
     with _evaluating(model):
         for images, labels in loader:
+            if asked_to_stop and asked_to_stop():
+                stopped += 1
+                break
             for total, entered in zip(totals, weights, strict=True):
                 with entered():
                     total += _tally(_heads(model, images, world, bf16), labels)
+    if world.sum(stopped).item():
+        raise Interrupted
     return [_scores(world.sum(total), model.distilled) for total in totals]
 
 

@@ -197,6 +197,11 @@ def test_what_cannot_be_captured_is_timed_from_the_host_and_says_so(monkeypatch)
         "too large": ("", "CUDA out of memory"),
     }
     assert [timing.median_ms for timing in found["reads"].timings] == [8.0, 8.0]
+    assert found["reads"].how == {
+        "launch": "stream",
+        "uncaptured": "operation not permitted when stream is capturing",
+    }
+    assert found["fine"].how == {"launch": "graph"}
     assert cuda.captures == 3, "twice for the one that can be captured, once for the one that cannot"
 
 

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import compile_report, micro, sanitize, tune
 from benchmarks.measuring import ops
-from benchmarks.measuring.harness import Ran, Refused, Timing, load
+from benchmarks.measuring.harness import Budget, Ran, Recorder, Refused, Timing, load
 from benchmarks.measuring.ops import OPS, WORK
 from benchmarks.measuring.processes import Finished
 from benchmarks.workshop import tune_sites
@@ -277,6 +277,36 @@ def test_a_winner_must_beat_the_noise():
     current, other = (Candidate(Launch({"BLOCK_M": m}, 4, 2)) for m in (1, 2))
     for runs, winner in (((0.80, 0.82), other), ((0.97, 0.99), current), ((0.5, 1.2), current)):
         assert tune.choose(current, [other], {str(current): [1.0, 1.05], str(other): list(runs)}) is winner
+
+
+def test_a_rival_that_does_no_more_is_timed_beside_the_winner(monkeypatch):
+    """qkv's product is a bias only, which cuBLAS adds itself."""
+    site = next(site for site in tune_sites.sites(1) if site.name.startswith("gemm linear B"))
+    assert site.rival
+    assert not [s.name for s in tune_sites.sites(1) if s.rival and "linear" not in s.name]
+
+    class Trial:
+        sets = ("tensors",)
+
+        def __init__(self, *_):
+            pass
+
+        def check(self, candidate):
+            pass
+
+        def time(self, candidate, budget_ms):
+            return Timing(2.0, 2.0, 2.0, 9)
+
+    def in_turns(calls, **_):
+        assert calls == {site.rival: site.eager}
+        return {site.rival: Ran([Timing(3.0, 3.0, 3.0, 9)] * 2, "graph")}
+
+    monkeypatch.setattr(tune, "Trial", Trial)
+    monkeypatch.setattr(tune, "in_turns", in_turns)
+    recorder, none = Recorder(None, "tune", "cpu"), {}
+    current, _ = tune.tune_site(site, 90, "cuda", True, none, recorder, Budget(1))
+    assert tune.beside_rival(recorder.rows, site, current) == f"; {site.rival} takes 1.50 x as long"
+    assert tune.beside_rival([], site, current) == ""
 
 
 def test_triton_still_launches_as_the_tuner_expects():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +11,11 @@ import torch
 
 from deitfast.data.augmentation import Augmentation, plan
 from deitfast.data.augmentation_draws import OP, OPS, AugmentationDraws
-from deitfast.kernels.common import INTERPRETED
 from deitfast.recipe import Recipe
 from tests import augment_reference
 from tests.data.conftest import picture
-from tests.kernels.conftest import CUDA
+from tests.kernels.conftest import CUDA, on_device
+from tests.ptx.kernels import needs_engine
 
 RECIPES = {
     "randaugment": Recipe(data="x"),
@@ -27,9 +28,10 @@ RECIPES = {
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["cpu", CUDA])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+@pytest.fixture(params=["cpu", pytest.param("sm_90", marks=needs_engine), CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    with on_device(request.param) as device:
+        yield device
 
 
 def views(count: int, size: int = 24) -> np.ndarray:
@@ -39,7 +41,7 @@ def views(count: int, size: int = 24) -> np.ndarray:
 @pytest.mark.parametrize("name", RECIPES)
 def test_images_are_pils(name, device):
     policy = Augmentation(RECIPES[name], 24, device)
-    m = 8 if INTERPRETED else 64
+    m = 64
     index, view = np.arange(m) // 2, np.arange(m) % 2
     draws = policy.draw(index, 4, view)
     images = views(m)

@@ -1,4 +1,4 @@
-"""What the tests of the linear ops share: inputs like a trained ViT's, definitions in float64, and the comparison."""
+"""What the tests of the linear ops share: definitions in float64 and the comparison; inputs are the catalogue's."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deitfast.kernels.catalogue import (
+    Inputs,
+    layernorm_attention_inputs,
+    layernorm_mlp_inputs,
+    layernorm_qkv_inputs,
+    linear_residual_inputs,
+    mlp_gelu_inputs,
+)
 from deitfast.kernels.layernorm_attention_op import layernorm_attention, layernorm_attention_reference
 from deitfast.kernels.layernorm_mlp_op import layernorm_mlp, layernorm_mlp_reference
 from deitfast.kernels.layernorm_qkv_op import layernorm_qkv, layernorm_qkv_reference
 from deitfast.kernels.linear_residual_op import linear_residual, linear_residual_reference
 from deitfast.kernels.mlp_gelu_op import mlp_gelu, mlp_gelu_reference
 from tests.kernels.tolerance import assert_close_to_float64
-
-Inputs = dict[str, Tensor | None]
-
 
 # Definitions, written out --------------------------------------------------------------------------------------------
 
@@ -101,84 +106,7 @@ def _add(residual: Tensor, branch: Tensor, gamma: Tensor | None, path_scale: Ten
     return residual + branch
 
 
-# Inputs --------------------------------------------------------------------------------------------------------------
-
-
-class Draw:
-    """Seeded tensors of one dtype on one device."""
-
-    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.dtype, self.device = dtype, device
-
-    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self.generator) * std + mean).to(self.device, self.dtype)
-
-    def activations(self, *shape: int, ratio: float = 0.3, outliers: int = 0) -> Tensor:
-        """Rows with |mean| / std = `ratio` and `outliers` channels that lie 50 standard deviations off."""
-        x = torch.randn(shape, generator=self.generator)
-        x[..., torch.randperm(shape[-1], generator=self.generator)[:outliers]] += 50
-        x -= x.mean(-1, keepdim=True)
-        return (x + ratio * x.square().mean(-1, keepdim=True).sqrt()).to(self.device, self.dtype)
-
-    def path_scale(self, batch: int) -> Tensor:
-        """Drop-path factors: every third sample dropped."""
-        return torch.tensor([0.0 if i % 3 == 1 else 1.25 for i in range(batch)], device=self.device)
-
-
-def layernorm_qkv_inputs(draw: Draw, leading: tuple[int, ...], D: int, N: int, **activations: Any) -> Inputs:
-    return {
-        "x": draw.activations(*leading, D, **activations),
-        "ln_weight": draw.normal(D, mean=1.0, std=0.3),
-        "ln_bias": draw.normal(D, std=0.2),
-        "weight": draw.normal(N, D, std=D**-0.5),
-        "bias": draw.normal(N, std=0.1),
-    }
-
-
-def mlp_gelu_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, **activations: Any) -> Inputs:
-    return {
-        "x": draw.activations(*leading, D, **activations),
-        "fc1_weight": draw.normal(H, D, std=D**-0.5),
-        "fc1_bias": draw.normal(H, std=0.3),
-        "fc2_weight": draw.normal(D, H, std=H**-0.5),
-        "fc2_bias": draw.normal(D, std=0.1),
-    }
-
-
-def linear_residual_inputs(draw: Draw, leading: tuple[int, ...], D: int, K: int, **activations: Any) -> Inputs:
-    return {
-        "x": draw.activations(*leading, K, **activations),
-        "weight": draw.normal(D, K, std=K**-0.5),
-        "bias": draw.normal(D, std=0.1),
-        "residual": draw.activations(*leading, D, **activations),
-        "gamma": draw.normal(D, mean=0.1, std=0.3),
-        "path_scale": draw.path_scale(leading[0]) if leading else None,
-    }
-
-
-def layernorm_mlp_inputs(draw: Draw, leading: tuple[int, ...], D: int, H: int, **activations: Any) -> Inputs:
-    norm = {"ln_weight": draw.normal(D, mean=1.0, std=0.3), "ln_bias": draw.normal(D, std=0.2)}
-    branch = {
-        "gamma": draw.normal(D, mean=0.1, std=0.3),
-        "path_scale": draw.path_scale(leading[0]) if leading else None,
-    }
-    return mlp_gelu_inputs(draw, leading, D, H, **activations) | norm | branch
-
-
-def layernorm_attention_inputs(draw: Draw, leading: tuple[int, ...], D: int, _: int = 0, **activations: Any) -> Inputs:
-    qkv = layernorm_qkv_inputs(draw, leading, D, 3 * D, **activations)
-    return {
-        "x": qkv["x"],
-        "ln_weight": qkv["ln_weight"],
-        "ln_bias": qkv["ln_bias"],
-        "qkv_weight": qkv["weight"],
-        "qkv_bias": qkv["bias"],
-        "proj_weight": draw.normal(D, D, std=D**-0.5),
-        "proj_bias": draw.normal(D, std=0.1),
-        "gamma": draw.normal(D, mean=0.1, std=0.3),
-        "path_scale": draw.path_scale(leading[0]) if len(leading) > 1 else None,
-    }
+# The ops ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deitfast.kernels.attention_op import attention
+from deitfast.kernels.catalogue import Draw
 from deitfast.kernels.common import has_data, runs_triton
 from deitfast.kernels.image_ops import CODES, image_ops
 from deitfast.kernels.input import input_patches
 from deitfast.kernels.loss import mixed_bce, mixed_cross_entropy
 from deitfast.kernels.patch_embed_op import patch_embed
-from tests.kernels.linear_ops import HALVES, OPS, Draw
+from tests.kernels.linear_ops import HALVES, OPS
 
 DRAW = Draw(0, torch.float16)
 Call = tuple[Any, tuple[Any, ...], Any]

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 
 from deitfast.kernels import gemm, layernorm, row_sums
+from deitfast.kernels.catalogue import Draw
 from deitfast.kernels.common import INTERPRETED, Launch
 from deitfast.kernels.gemm_kernels import gelu_with_derivative
-from tests.kernels.linear_ops import OPS, Draw, check
+from tests.kernels.linear_ops import OPS, check
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

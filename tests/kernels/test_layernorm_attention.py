@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from deitfast.kernels import attention, layernorm_attention, layernorm_qkv, linear_residual
+from deitfast.kernels.catalogue import Draw
 from deitfast.kernels.common import INTERPRETED
-from tests.kernels.linear_ops import ATTENTION, Draw, check, outputs_and_gradients
+from tests.kernels.linear_ops import ATTENTION, check, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, and the interpreter is slow")

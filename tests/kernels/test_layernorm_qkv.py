@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deitfast.kernels.catalogue import Draw, layernorm_qkv_inputs
 from deitfast.kernels.layernorm import layernorm_bwd, layernorm_fwd
 from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
-from tests.kernels.linear_ops import OPS, Draw, check, layernorm_qkv_inputs
+from tests.kernels.linear_ops import OPS, check
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 

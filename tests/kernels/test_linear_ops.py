@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deitfast.kernels import gemm, layernorm, layernorm_mlp_op, mlp_gelu_op
+from deitfast.kernels.catalogue import Draw, Inputs
 from deitfast.kernels.common import INTERPRETED
-from tests.kernels.linear_ops import OPS, Draw, Inputs, Op, check, outputs_and_gradients
+from tests.kernels.linear_ops import OPS, Op, check, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 EPS = 1e-6

@@ -5,18 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deitfast.kernels.catalogue import Draw, layernorm_mlp_inputs, linear_residual_inputs, mlp_gelu_inputs
 from deitfast.kernels.layernorm_mlp_op import layernorm_mlp
 from deitfast.kernels.linear_residual_op import linear_residual
 from deitfast.kernels.mlp_gelu_op import mlp_gelu
-from tests.kernels.linear_ops import (
-    OPS,
-    Draw,
-    check,
-    layernorm_mlp_inputs,
-    linear_residual_inputs,
-    mlp_gelu_inputs,
-    outputs_and_gradients,
-)
+from tests.kernels.linear_ops import OPS, check, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 

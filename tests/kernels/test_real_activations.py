@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.kernels.linear_ops import OPS, Inputs, check
+from deitfast.kernels.catalogue import Inputs
+from tests.kernels.linear_ops import OPS, check
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nan_filled_empty")]
 HEADS, EPS = 3, 1e-6

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from deitfast.kernels import gemm, layernorm
+from deitfast.kernels.catalogue import Draw, Inputs
 from deitfast.kernels.common import INTERPRETED
-from tests.kernels.linear_ops import HALVES, Draw, Inputs, Op, check, outputs_and_gradients
+from tests.kernels.linear_ops import HALVES, Op, check, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 eager_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, and the interpreter is slow")

@@ -121,7 +121,7 @@ class Launcher:
         grid = grid_x, grid_y, grid_z
         if self.num_ctas != 1 or self.scratch:
             raise PtxError(f"{self.name}: not modelled: clusters of CTAs, or scratch in global memory")
-        if not (0 <= grid_x < 1 << 31 and 0 <= grid_y < 1 << 16 and 0 <= grid_z < 1 << 16):
+        if not (grid_y < 1 << 16 and grid_z < 1 << 16 and grid_x * grid_y * grid_z < 1 << 31):  # an int's product
             raise PtxError(f"{self.name}: grid {grid}")
         if 0 in grid:
             return

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-import deitfast.kernels
-from deitfast.kernels.common import INTERPRETED, has_data
+from deitfast.kernels import common
 from tests.ptx import driver
 from tests.ptx.binding import compiler
 
 needs_engine = pytest.mark.skipif(
-    INTERPRETED or compiler() is None, reason="compiled code needs a C compiler, and Triton's compiler switched on"
+    common.INTERPRETED or compiler() is None,
+    reason="compiled code needs a C compiler, and Triton's compiler switched on",
 )
 
 
@@ -24,14 +22,8 @@ needs_engine = pytest.mark.skipif(
 def compiled_kernels(arch: int, **options: Any) -> Iterator[driver.EmulatedGpu]:
     """Within, ops on CPU tensors launch their kernels, with the launch tables and as compiled code of `arch`.
 
-    options: see `driver.emulated`. The modules of `deitfast.kernels` have the functions that decide by name.
+    options: see `driver.emulated`.
     """
-    modules = [
-        importlib.import_module(m.name) for m in pkgutil.iter_modules(deitfast.kernels.__path__, "deitfast.kernels.")
-    ]
     with driver.emulated(arch, **options) as gpu, pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            for name, function in (("runs_triton", has_data), ("architecture", lambda x: arch)):
-                if hasattr(module, name):
-                    patch.setattr(module, name, function)
+        patch.setattr(common, "STANDS_FOR", arch)
         yield gpu

@@ -44,6 +44,17 @@ def test_race_of_two_programs(arch):
             launch(WRONG=True)
 
 
+def test_missing_wait(arch):
+    """What is read before its copy is waited for is NaN."""
+    x, out = torch.randn(1024), torch.empty(1024)
+    launch = partial(at_run_time.missing_wait_kernel[(1,)], x, out, N=len(x), num_warps=4)
+    with driver.emulated(arch):
+        launch(WRONG=False)
+        assert torch.equal(out, x)
+        launch(WRONG=True)
+        assert out.isnan().all()
+
+
 REAL = [
     (80, "linear_residual", "linear_kernel", without(mutate.WAIT_CP_ASYNC), r"cp\.async not waited for"),
     (80, "linear_residual", "linear_kernel", without(mutate.BARRIER), "data races"),

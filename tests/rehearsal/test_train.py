@@ -108,18 +108,33 @@ def test_no_tensor_leaves_dali_by_dlpack(tmp_path: Path, monkeypatch: pytest.Mon
     train(replace(RECIPE, out=str(tmp_path)), stop_at=UNCAPTURED_STEPS + 1, depth=2)
 
 
-def test_threads_that_use_the_gpu_meanwhile_do_not_break_a_capture(tmp_path: Path) -> None:
-    ended = threading.Event()
+def test_threads_that_use_the_gpu_meanwhile_do_not_break_a_capture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, rounds = threading.Event(), threading.Semaphore(0)
     problems: list[BaseException] = []
 
     def use() -> None:
         try:
             while not ended.is_set():
                 torch.ones(2, device="cuda").sum().item()
+                torch.cuda.current_stream().synchronize()
+                rounds.release()
                 time.sleep(0.001)
         except BaseException as error:
             problems.append(error)
+            rounds.release(3)
 
+    run, met = FlatEngine.run, []
+
+    def meeting(self: FlatEngine, *arguments: Any) -> None:
+        if capture.ACTIVE:  # a whole round of the thread lies inside the capture
+            while rounds.acquire(blocking=False):
+                pass
+            met.append(rounds.acquire() and rounds.acquire())
+        run(self, *arguments)
+
+    monkeypatch.setattr(FlatEngine, "run", meeting)
     thread = threading.Thread(target=use)
     thread.start()
     try:
@@ -127,6 +142,7 @@ def test_threads_that_use_the_gpu_meanwhile_do_not_break_a_capture(tmp_path: Pat
     finally:
         ended.set()
         thread.join()
+    assert met == [True]
     assert not problems
 
 

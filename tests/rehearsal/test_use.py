@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 
 from deitfast.cli import train as training
 from deitfast.cli.main import main
+from deitfast.data import dali
 from deitfast.errors import DeitfastError
 from deitfast.model.acceleration import accelerate
 from deitfast.model.factory import create_model, load_model
 from deitfast.model.preprocessing import Preprocessing
-from deitfast.training.run_folder import environment
+from deitfast.training.environment import environment
 from deitfast.use import images
 from deitfast.use.inference import Predictor, pick_device
 from deitfast.use.predict import Classifier
@@ -101,11 +102,23 @@ def test_a_picture_is_classified_as_on_a_cpu(photos: list[str], weights: str) ->
 
 def test_weights_are_tested_as_on_a_cpu(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
+    command = ["test", "--model", NAME, "--weights", weights, "--data", "digits", "--json"]
     for device in ("auto", "cpu"):
-        main(["test", "--model", NAME, "--weights", weights, "--data", "digits", "--device", device, "--json"])
+        main([*command, "--device", device])
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["images"] == found[1]["images"] == 360
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=0.1)  # bf16, and another resize
+
+
+def test_weights_are_tested_with_the_decoder_that_is_asked_for(
+    weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+    monkeypatch.setattr(dali, "decode_to_gpu", lambda x, where: (used.append(where), dali.decode(x, "cpu"))[1])
+    for decode in ("auto", "gpu", "cpu"):
+        main(["test", "--model", NAME, "--weights", weights, "--data", "digits", "--json", "--decode", decode])
+    assert used == ["gpu", "gpu", "cpu"]
+    capsys.readouterr()
 
 
 def test_an_accelerated_model_gives_what_its_own_blocks_give(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,188 @@
+"""Where a run goes on: its folder looked through, its newest whole checkpoint taken up, its state saved again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deitfast.data import Dataset
+from deitfast.data.manifest import read_manifest, write_manifest
+from deitfast.errors import DeitfastError, HopelessError, first_line
+from deitfast.recipe import Recipe
+from deitfast.training import checkpoint
+from deitfast.training.checkpoint import Checkpoint, Retention
+from deitfast.training.environment import environment
+from deitfast.training.progress import Reached
+from deitfast.training.run import IMAGES, Run, choices, introduce
+from deitfast.training.saving import Saver
+
+
+class Diverged(DeitfastError):
+    """The loss or ten gradients in a row are no longer finite. step: the last one; since: the last that was sound."""
+
+    def __init__(self, message: str, step: int, since: int) -> None:
+        super().__init__(message)
+        self.step, self.since = step, since
+
+
+def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
+    """Resume from the run folder and write down what is about to run."""
+    run.world.agree(lambda: _look_back(run))
+    run.world.agree(lambda: resume(run))
+    check_same_step(run)
+    run.engine.broadcast()  # equal already, but for a machine with other generators or files
+    run.world.agree(lambda: _write_down(run))
+    if run.folder:
+        introduce(run, data, stated)
+
+
+def _look_back(run: Run) -> None:
+    """Take note of a start that died without a word; refuse if it would die again."""
+    before = run.folder.reached.read() if run.folder else None
+    if run.folder and before and before.running:
+        run.folder.reached.write(replace(before, running=False))  # one crash is noted once
+        run.faults.note_crash(before.step)
+
+
+def _write_down(run: Run) -> None:
+    if not run.folder:
+        return
+    folder = run.folder
+    images = folder.path / IMAGES
+    try:
+        if run.recipe.allow_changes or read_manifest(images) is None:
+            write_manifest(images, run.train_data)
+        facts = environment() | {"choices": choices(run)}
+        run.notes += [f"since the last start {change}" for change in folder.write_settings(run.recipe, facts)]
+        folder.resume_metrics(run.step)
+    except OSError as error:
+        raise DeitfastError(
+            f"cannot write the run folder {folder.path}: {error.strerror or error}. Free space, or change --out"
+        ) from error
+    saved = run.step or None
+    folder.reached.write(Reached(run.step, saved, running=True))
+    retention = Retention(run.recipe.keep, run.recipe.keep_every * run.order.steps_per_epoch)
+    run.saver = Saver(folder.checkpoints, retention, run.say, folder.note, partial(run.fault, "failed save"))
+    run.saver.saved = saved
+
+
+def resume(run: Run) -> None:
+    """Bring `run` to the newest whole checkpoint of its folder, if there is one.
+
+    Raises DeitfastError where there is none though the folder speaks of one: a run does not start from nothing over
+    what is left of another.
+    """
+    if run.folder:
+        run.folder.check_recipe(run.recipe)
+    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.tensors())
+    if found is None:
+        _refuse_to_lose(run)
+        return
+    if found.state["steps_per_epoch"] != run.order.steps_per_epoch and not run.recipe.allow_changes:
+        raise DeitfastError(
+            f"{run.recipe.out} was trained with {found.state['steps_per_epoch']} steps an epoch, the data now gives "
+            f"{run.order.steps_per_epoch}: the data changed. Change --out, or give --allow-changes"
+        )
+    _take_up(run, found)
+    run.say(f"resuming {run.recipe.out} at step {run.step}")
+
+
+def check_same_step(run: Run) -> None:
+    """Raise DeitfastError where the processes would go on from different checkpoints."""
+    steps = run.world.gather(run.step)
+    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
+    if other is not None:
+        message = (
+            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[other]}. Give an --out that "
+            "all machines share"
+        )
+        raise DeitfastError(message if run.world.is_main else "")
+
+
+def roll_back(run: Run, error: Diverged) -> None:
+    """Bring a run that diverged to its newest checkpoint of before. Raises HopelessError where there is none."""
+    if run.saver:
+        run.saver.join()
+    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.tensors(), before=error.since + 1)
+    told = str(error) if run.folder else ""
+    if found is None:
+        raise HopelessError(told and f"{told}. There is no checkpoint of before to go back to")
+    _take_up(run, found)
+    if run.folder:
+        run.faults.add("roll-back", error.step, to=run.step)
+        run.say(f"{error}. Going back to the checkpoint of step {run.step}; if it comes again, the run ends")
+        run.folder.resume_metrics(run.step)
+        run.folder.reached.write(Reached(run.step, run.folder.reached.now.saved, running=True))
+
+
+def save(run: Run, *, wait: bool = False) -> None:
+    """Have a checkpoint of `run` written; to be called on every process, the leading one writes.
+
+    wait: until it is on the disk.
+    """
+    tensors = run.engine.tensors()
+    if not run.folder or not run.saver:
+        return
+    state: dict[str, Any] = {
+        "recipe": asdict(run.recipe),
+        "classes": list(run.train_data.classes),
+        "best": run.best,
+        "steps_per_epoch": run.order.steps_per_epoch,
+        "evaluated": run.evaluated,
+    }
+    run.saver.save(run.step, tensors, state)
+    if wait:
+        run.saver.join()
+
+
+def is_saved(run: Run) -> bool:
+    """Whether the run's present state is on the disk, as far as this process knows."""
+    return run.saver is None or run.saver.saved == run.step
+
+
+def save_or_tell(run: Run) -> None:
+    """The last save of a run that is finished. Raises DeitfastError where it failed."""
+    save(run, wait=True)
+    if not is_saved(run):
+        assert run.saver
+        raise DeitfastError(
+            f"the last checkpoint could not be written. The same command goes on from step {run.saver.saved or 0}"
+        )
+
+
+def record_error(run: Run, error: Exception) -> None:
+    """Note an exception that ends this process, for whoever starts the run again."""
+    run.faults.add("error", run.step, rank=run.world.rank, what=f"{type(error).__name__}: {first_line(error)}"[:500])
+
+
+def _folder(run: Run) -> Path:
+    return Path(run.recipe.out) / "ckpt"
+
+
+def _take_up(run: Run, found: Checkpoint) -> None:
+    run.engine.load(found.tensors)
+    run.step, run.best = found.step, found.state["best"]
+    run.evaluated = found.state.get("evaluated", found.step)
+
+
+def _tell_damage(run: Run) -> Any:
+    def tell(text: str) -> None:
+        run.say(text)
+        if run.folder:
+            run.faults.add("damaged checkpoint", run.step, what=text)
+
+    return tell
+
+
+def _refuse_to_lose(run: Run) -> None:
+    if not run.folder:
+        return
+    before = run.folder.reached.read()
+    reached = (before.saved or 0) if before else run.folder.steps_measured()
+    if reached or (before is None and (run.folder.path / "best").is_dir()):
+        raise DeitfastError(
+            f"{run.folder.path} holds a run that had saved step {reached}, but no checkpoint is in "
+            f"{run.folder.checkpoints}. Put its step-* folders back, or start anew with another --out"
+        )
