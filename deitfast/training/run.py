@@ -136,7 +136,8 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     teacher_bytes = teacher.image_bytes() if teacher else 0
     before = world.share(choices_before(recipe, world.device) if world.is_main else {})
     largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
-    micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest, before.get("micro_batch", 0)))
+    kept = before["micro_batch"] if before.get("processes") == world.size else 0
+    micro_batch, accumulation = world.agree(lambda: split_batch(recipe, world, largest, kept))
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
     wanted = before.get("decode", "auto") if recipe.decode == "auto" else recipe.decode
@@ -199,7 +200,10 @@ def run_images(recipe: Recipe, scanned: Manifest, say: Callable[[str], None]) ->
 
 def choices(run: Run) -> dict[str, Any]:
     """What was measured while setting up, for the run folder: chosen again it might differ, and with it the bits."""
-    return {"device": run.world.device.type, "decode": run.decode, "micro_batch": run.micro_batch}
+    world = run.world
+    return {
+        "device": world.device.type, "processes": world.size, "decode": run.decode, "micro_batch": run.micro_batch
+    }  # fmt: skip
 
 
 def choices_before(recipe: Recipe, device: torch.device) -> dict[str, Any]:
