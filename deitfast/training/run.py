@@ -209,8 +209,8 @@ def choices(run: Run) -> dict[str, Any]:
     """What was measured while setting up, for the run folder: chosen again it might differ, and with it the bits."""
     device = run.world.device
     return {
-        "device": device.type, "decode": run.decode, "micro_batch": run.micro_batch, "kernels": run.kernels.record(),
-        "machine": machine(device) if device.type == "cuda" else {},
+        "device": device.type, "processes": run.world.size, "decode": run.decode, "micro_batch": run.micro_batch,
+        "kernels": run.kernels.record(), "machine": machine(device) if device.type == "cuda" else {},
     }  # fmt: skip
 
 
@@ -255,7 +255,8 @@ def fit(
 ) -> tuple[int, int]:
     """(micro-batch, accumulation) that fit into the GPU with the least memory; before: of `choices_before`."""
     largest = min(world.gather(largest_micro_batch(model, recipe, world, bf16, teacher_bytes)))
-    return world.agree(lambda: split_batch(recipe, world, largest, before.get("micro_batch", 0)))
+    kept = before["micro_batch"] if before.get("processes") == world.size else 0
+    return world.agree(lambda: split_batch(recipe, world, largest, kept))
 
 
 def split_batch(recipe: Recipe, world: World, largest: int, before: int = 0) -> tuple[int, int]:

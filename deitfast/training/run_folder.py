@@ -27,7 +27,7 @@ _PLAIN_INTERVAL_S = 10.0
 class RunFolder:
     """The folder of one run, owned by one process until closed.
 
-    recipe.json, env.json   settings and machine
+    recipe.json, env.json   settings; machine, and what was measured on it
     log.txt                 what was said, with the time
     metrics.jsonl           one object per logged step or evaluation
     faults.jsonl            one object per fault

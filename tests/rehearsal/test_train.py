@@ -104,6 +104,12 @@ def test_what_was_measured_when_a_run_began_stays_when_it_is_resumed(
     assert [choice["decode"] for choice in choices] == ["cpu", "cpu", "cpu", "gpu"]
     # What no longer fits is chosen anew.
     assert [choice["micro_batch"] for choice in choices] == [16, 16, 8, 32]
+    facts = json.loads((tmp_path / "env.json").read_text())
+    facts["choices"] |= {"processes": 8, "micro_batch": 4, "decode": "cpu"}
+    (tmp_path / "env.json").write_text(json.dumps(facts))
+    train(recipe, stop_at=1, depth=2)
+    facts = json.loads((tmp_path / "env.json").read_text())["choices"]
+    assert facts | {"device": "cuda", "processes": 1, "micro_batch": 32, "decode": "cpu"} == facts
 
 
 def test_no_tensor_leaves_dali_by_dlpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,9 @@ def verdict(name: str, function: Any = None, **of_case: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "of_case", [{}, {"without": frozenset({"gamma", "path_scale"})}, {"subset": 4}, {"backward": False}], ids=str
+    "of_case",
+    [{}, {"without": frozenset({"gamma", "path_scale"})}, {"subset": 4}, {"backward": False}],
+    ids=["whole", "without", "subset", "forward"],
 )
 @pytest.mark.parametrize("name", USED)
 def test_nothing_is_said_of_an_op_that_is_right(name: str, of_case: dict[str, Any]) -> None:
