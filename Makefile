@@ -6,7 +6,7 @@ ARGS ?=
 # A test process a core, one thread each; a file's tests stay together, because they share what they set up.
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-faults lint clean
 
 # One thread: the demo's products are so small that a second one costs more than it brings (481 against 362 images/s).
 demo: $(VENV)/.runtime
@@ -18,6 +18,10 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(PARALLEL) $(ARGS)
+
+# Faults done to real runs, minutes each; `ARGS=--full` for the full counts, `ARGS="--rows 1 15"` for some.
+test-faults: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -110,8 +110,7 @@ class Recipe:
         0, "steps between lines of metrics.jsonl (no other step waits for the GPU); 0: 50, on CPU 1"
     )
     save_minutes: float = _machine(10.0, "minutes between checkpoints inside an epoch; each epoch ends with one anyway")
-    keep: int = _machine(2, "newest checkpoints that stay")
-    keep_every: int = _machine(0, "epochs of whose every multiple the checkpoint stays for good; 0: none")
+    keep_every: int = _machine(0, "epochs of whose every multiple the checkpoint stays for good; 0: newest two")
     patience: float = _machine(
         300.0, "seconds without a step after which a process ends, so that the launcher starts the run again"
     )
@@ -129,7 +128,7 @@ class Recipe:
             )
         below_one = 1 - 1e-9
         ranges: dict[tuple[float, float], str] = {
-            (1, math.inf): "epochs batch eval_every keep patience",
+            (1, math.inf): "epochs batch eval_every patience",
             (2, math.inf): "mix_group",
             (0, math.inf): "lr min_lr warmup_lr warmup_epochs weight_decay clip_norm layer_scale mixup cutmix "
             "micro_batch log_every save_minutes color_jitter keep_every",

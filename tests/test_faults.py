@@ -21,7 +21,6 @@ from PIL import Image
 from deitfast.board import Board
 from deitfast.engine.engine import FlatEngine
 from deitfast.errors import DeitfastError, HopelessError
-from deitfast.recipe import Recipe
 from deitfast.training import checkpoint, saving
 from deitfast.training.checkpoint import Checkpoint, Retention
 from deitfast.training.environment import changes
@@ -134,7 +133,8 @@ def test_ten_steps_of_nan_go_back_to_the_checkpoint_before_and_end_as_if_nothing
 
     monkeypatch.setattr(FlatEngine, "loss", poisoned)
     monkeypatch.setattr(FlatEngine, "__call__", noting)
-    train(replace(RECIPE, out=str(tmp_path), keep=20))
+    monkeypatch.setattr("deitfast.training.resume.Retention", lambda every: Retention(20, every))
+    train(replace(RECIPE, out=str(tmp_path)))
     said = capsys.readouterr().out
     assert "Going back to the checkpoint of step 7" in said
     assert kinds(tmp_path).count("roll-back") == 1
@@ -452,7 +452,7 @@ def test_progress_survives_in_place(tmp_path: Path) -> None:
     progress.close()
 
 
-def test_recipe_says_how_many_checkpoints_stay(tmp_path: Path) -> None:
-    train(replace(RECIPE, out=str(tmp_path), keep=1, keep_every=1), stop_at=5)
-    assert [p.name for p in (tmp_path / "ckpt").glob("step-*")] == ["step-0000005"]
-    assert Recipe().keep == 2
+def test_the_two_newest_checkpoints_stay_and_those_of_whole_epochs_where_the_recipe_says_so(tmp_path: Path) -> None:
+    train(replace(RECIPE, out=str(tmp_path), keep_every=1), stop_at=14)
+    steps = sorted(p.name for p in (tmp_path / "ckpt").glob("step-*"))
+    assert steps == ["step-0000010", "step-0000013", "step-0000014"]

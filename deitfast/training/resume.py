@@ -63,7 +63,7 @@ def _write_down(run: Run) -> None:
         ) from error
     saved = run.step or None
     folder.reached.write(Reached(run.step, saved, running=True))
-    retention = Retention(run.recipe.keep, run.recipe.keep_every * run.order.steps_per_epoch)
+    retention = Retention(every=run.recipe.keep_every * run.order.steps_per_epoch)
     run.saver = Saver(folder.checkpoints, retention, run.say, folder.note, partial(run.fault, "failed save"))
     run.saver.saved = saved
 

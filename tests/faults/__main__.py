@@ -1,0 +1,59 @@
+"""`make test-faults`: faults done to real runs, a row each, with what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults import disk, processes
+
+Row = Callable[[Path, int], str]
+
+# (number, fault, row, reduced count, full count)
+ROWS: list[tuple[str, str, Row, int, int]] = [
+    ("1", "SIGKILL a rank", processes.killed_rank, 2, 20),
+    ("2", "SIGKILL in a save", disk.killed_saves, 12, 200),
+    ("3", "SIGKILL the launcher", processes.killed_launcher, 1, 5),
+    ("4", "signals in training, to launcher and rank", processes.asked_to_stop, 2, 10),
+    ("4", "signals in start-up, a second one", processes.asked_in_start_up, 1, 5),
+    ("10", "flipped bits", disk.flipped_bits, 20, 100),
+    ("11", "lost, cut, stray files and folders", disk.lost_folders, 1, 1),
+    ("12", "full disk", disk.full_disk, 1, 3),
+    ("15", "a hung rank", processes.hung_rank, 1, 5),
+    ("16", "the same crash three times", processes.same_crash, 1, 1),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="the full counts: hours")
+    parser.add_argument("--rows", nargs="*", help="these rows alone, by number")
+    args = parser.parse_args()
+    failed, began = 0, time.monotonic()
+    print("| row | fault | verdict | measured | seconds |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory(prefix="deitfast-faults-") as folder:
+        for number, fault, row, few, many in ROWS:
+            if args.rows and number not in args.rows:
+                continue
+            place, then = Path(tempfile.mkdtemp(dir=folder)), time.monotonic()
+            try:
+                measured = row(place, many if args.full else few)
+                verdict = "pass"
+            except Exception as error:
+                failed += 1
+                verdict, measured = "FAIL", f"{type(error).__name__}: {str(error)[:300]}".replace("\n", " ")
+                traceback.print_exc()
+            print(
+                f"| {number} | {fault} | {verdict} | {measured.replace('|', '/')} | {time.monotonic() - then:.0f} |",
+                flush=True,
+            )
+    print(f"{failed} failed, {(time.monotonic() - began) / 60:.0f} minutes")
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
