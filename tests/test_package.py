@@ -170,7 +170,7 @@ def test_five_lines_of_a_strangers_python_train_and_are_type_checked(installed: 
         shutil.copytree(ROOT / ".mypy_cache", cache)
     mypy = [installed / "python", "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", cache]
     checked = subprocess.run([*mypy, script], cwd=tmp_path, capture_output=True, text=True, timeout=280).stdout
-    assert 'Revealed type is "deitfast.training.train.Result"' in checked
+    assert 'Revealed type is "deitfast.training.evaluation.Result"' in checked
     assert "deitfast.model.deit.DeiT" in checked
     assert 'Unexpected keyword argument "lrr" for "train"' in checked
     assert "Found 1 error in 1 file" in checked

@@ -207,6 +207,7 @@ def test_the_gpus_graph_crops_resizes_and_flips_alike(make_folder, graph_on_cpu)
 def test_where_images_are_decoded(digits, monkeypatch):
     def choose(decode: str, device: str, speed: dict[str, float]) -> tuple[str, list[str]]:
         said: list[str] = []
+        monkeypatch.setattr(decoder, "gpu_problem", lambda *_: "")
         monkeypatch.setattr(decoder, "_images_per_second", lambda m, s, device, where, threads: speed[where])
         return decoder.choose_decoder(decode, digits, SIZE, torch.device(device), 8, said.append), said
 

@@ -11,6 +11,7 @@ import torch
 
 from deitfast.cli.main import main
 from deitfast.kernels.replaced import EAGER, chosen
+from deitfast.use import doctor
 from deitfast.use.doctor import examine
 from tests.rehearsal.test_first_contact import SHORT, forms, plant, run
 from tests.verification.planted import FAULTS
@@ -44,6 +45,13 @@ def test_the_table_is_printed_and_a_run_takes_its_choices(
     choices.write_text(json.dumps(found))
     _, _, facts = run(tmp_path / "run", replace(SHORT, fused=str(choices)))
     assert forms(facts) == forms(found)
+
+
+@pytest.mark.parametrize(("gpus", "level"), [(1, "note"), (2, "breaks")])
+def test_several_gpus_need_nccl(gpus: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    (finding,) = doctor._nccl(gpus)
+    assert finding.level == level
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
