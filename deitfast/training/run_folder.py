@@ -46,14 +46,13 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until close)
-        except OSError as error:
-            raise DeitfastError(f"cannot write the run folder {self.path}: {error.strerror}. Change --out") from error
-        self._take_lock()
-        try:
+            self._take_lock()
             self._log = open(self.path / "log.txt", "a")  # noqa: SIM115 (held until close)
+            self.reached = Progress(self.path / "progress.json")
         except OSError as error:
-            raise DeitfastError(f"cannot write {self.path}/log.txt: {error.strerror}. Change --out") from error
-        self.reached = Progress(self.path / "progress.json")
+            raise DeitfastError(
+                f"cannot write the run folder {self.path}: {error.strerror}. Mend that, or change --out"
+            ) from error
         self._metrics: IO[str] | None = None
         self._last_progress = 0.0
 

@@ -161,12 +161,11 @@ def full_disk(folder: Path, count: int) -> str:
             with contextlib.suppress(OSError), open(filler, "wb") as file:
                 while True:
                     file.write(bytes(1 << 20))
-            until(lambda: faults_said(run) >= 2, "two failed saves told", run)
+            until(lambda: faults_said(run) >= 1, "a failed save told", run)
             assert not list((out / "ckpt").glob(".tmp-*/*")), "a half-written checkpoint holds space"
             filler.unlink()
-            failed_at = reached(out)["step"]
-            until(lambda: (reached(out)["saved"] or 0) > failed_at, "saved again", run)
-            assert run.wait() == 0, run.text()[-3000:]
+            assert run.wait() == 0, run.text()[-3000:]  # so short a run tries again at its end
+        assert reached(out)["saved"] == reached(out)["step"]
         said = faults_said(run)
         assert_same(whole, out, losses_too=False)  # lines that found no space are lost
         with running(disk / "none", processes=1, said=folder / "none.said") as run:
