@@ -16,7 +16,6 @@ unless TRITON_INTERPRET=1 runs the kernels in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,32 +64,37 @@ def fused_block_forward(
     path_scale1_B: Tensor | None = None,
     path_scale2_B: Tensor | None = None,
     subset: Subset | None = None,
+    prefix: int | None = None,
 ) -> Tensor:
     """A pre-norm block with exact GELU: x (B, N, D) -> (B, N, D) in the same dtype.
 
     path_scale1_B, path_scale2_B: fp32 factors of the two residual branches of each image, 0 where drop-path drops one.
     subset: instead of them the images that run through the branches; the others pass unchanged.
+    prefix: the first so many tokens of the result alone, (B, prefix, D), where no other is read. Then LayerNorm, keys
+    and values are of all tokens, and all else of the block, most of its work, of `prefix` rows an image.
     Under autocast the products run in its dtype and x keeps its own, as in eager PyTorch.
     Raises TypeError or ValueError, from the op concerned, for tensors that do not fit.
     """
     t = tensors
     index1_K, index2_K, scale = (None, None, 1.0) if subset is None else (*subset.index_2K, subset.scale)
-    x_BND = x_BND.contiguous()  # patches straight from a convolution, with no class token, arrive transposed
-    x_BND = layernorm_attention(
-        x_BND,
-        t.norm1_weight,
-        t.norm1_bias,
-        t.qkv_weight,
-        t.qkv_bias,
-        t.proj_weight,
-        t.proj_bias,
-        num_heads,
-        eps1,
-        gamma=t.ls1,
-        path_scale=path_scale1_B,
-        subset=index1_K,
-        subset_scale=scale,
-    )
+    if prefix is None:
+        x_BND = layernorm_attention(
+            x_BND.contiguous(),  # patches straight from a convolution, with no class token, arrive transposed
+            t.norm1_weight,
+            t.norm1_bias,
+            t.qkv_weight,
+            t.qkv_bias,
+            t.proj_weight,
+            t.proj_bias,
+            num_heads,
+            eps1,
+            gamma=t.ls1,
+            path_scale=path_scale1_B,
+            subset=index1_K,
+            subset_scale=scale,
+        )
+    else:
+        x_BND = _attention_of_prefix(x_BND, t, num_heads, prefix, eps1, path_scale1_B, index1_K, scale)
     return layernorm_mlp(
         x_BND,
         t.norm2_weight,
@@ -108,49 +112,22 @@ def fused_block_forward(
     )
 
 
-def fused_prefix_forward(
-    x_BND: Tensor,
-    tensors: BlockTensors,
-    num_heads: int,
-    prefix: int,
-    *,
-    eps1: float = 1e-6,
-    eps2: float = 1e-6,
-    path_scale1_B: Tensor | None = None,
-    path_scale2_B: Tensor | None = None,
-    subset: Subset | None = None,
-) -> Tensor:
-    """The first `prefix` tokens of `fused_block_forward`, (B, prefix, D), where no other is read.
-
-    LayerNorm, keys and values are of all tokens; queries, projection and MLP of `prefix` rows an image, so that what is
-    left of the block is a sixth of its work. Attention of so few queries is PyTorch's.
-    """
-    t = tensors
-    index1_K, index2_K, scale = (None, None, 1.0) if subset is None else (*subset.index_2K, subset.scale)
+def _attention_of_prefix(
+    x_BND: Tensor, t: BlockTensors, num_heads: int, prefix: int, eps: float, path_scale_B: Tensor | None,
+    index_K: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """The first `prefix` rows of `layernorm_attention`, (B, prefix, D). Attention of so few queries is PyTorch's."""
     x_BPD = x_BND[:, :prefix].contiguous()
-    x_BND = x_BND if index1_K is None else x_BND[index1_K]
+    x_BND = x_BND if index_K is None else x_BND[index_K]
     (q_weight, kv_weight), norm = split_qkv(t.qkv_weight), (t.norm1_weight, t.norm1_bias)
     q_bias, kv_bias = (None, None) if t.qkv_bias is None else split_qkv(t.qkv_bias)
-    kv_BNE = layernorm_qkv(x_BND, *norm, kv_weight, kv_bias, eps1)
-    q_BPD = layernorm_qkv(x_BND[:, :prefix].contiguous(), *norm, q_weight, q_bias, eps1)
+    kv_BNE = layernorm_qkv(x_BND, *norm, kv_weight, kv_bias, eps)
+    q_BPD = layernorm_qkv(x_BND[:, :prefix].contiguous(), *norm, q_weight, q_bias, eps)
     out_BPD = attend(q_BPD, kv_BNE, num_heads)
-    if index1_K is None:
-        x_BPD = linear_residual(out_BPD, t.proj_weight, t.proj_bias, x_BPD, t.ls1, path_scale1_B)
-    else:
-        branch_KPD = F.linear(out_BPD, t.proj_weight, t.proj_bias) * (1.0 if t.ls1 is None else t.ls1)
-        x_BPD = x_BPD.index_add(0, index1_K, branch_KPD.to(x_BPD.dtype), alpha=scale)
-    norm, mlp = (t.norm2_weight, t.norm2_bias), (t.fc1_weight, t.fc1_bias, t.fc2_weight, t.fc2_bias)
-    return layernorm_mlp(
-        x_BPD,
-        *norm,
-        *mlp,
-        eps2,
-        residual=True,
-        gamma=t.ls2,
-        path_scale=path_scale2_B,
-        subset=index2_K,
-        subset_scale=scale,
-    )
+    if index_K is None:
+        return linear_residual(out_BPD, t.proj_weight, t.proj_bias, x_BPD, t.ls1, path_scale_B)
+    branch_KPD = F.linear(out_BPD, t.proj_weight, t.proj_bias) * (1.0 if t.ls1 is None else t.ls1)
+    return x_BPD.index_add(0, index_K, branch_KPD.to(x_BPD.dtype), alpha=scale)
 
 
 def saved_bytes_per_token(width: int, hidden: int, itemsize: int, head_dim: int = 64) -> int:
@@ -266,8 +243,7 @@ class FusedBlock(Fusible, Block):
             return super().forward(x_BND, drop, prefix)
         subset = drop if isinstance(drop, Subset) else None
         path_scale1_B, path_scale2_B = drop if isinstance(drop, Tensor) else (None, None)
-        run = fused_block_forward if prefix is None else partial(fused_prefix_forward, prefix=prefix)
-        return run(
+        return fused_block_forward(
             x_BND,
             block_tensors(self),
             self.attn.num_heads,
@@ -276,6 +252,7 @@ class FusedBlock(Fusible, Block):
             path_scale1_B=path_scale1_B,
             path_scale2_B=path_scale2_B,
             subset=subset,
+            prefix=prefix,
         )
 
 
