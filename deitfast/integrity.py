@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -20,6 +21,14 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of_all(paths: Iterable[Path]) -> str:
+    """sha256 of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def write_hashes(folder: Path) -> None:

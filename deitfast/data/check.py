@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deitfast.data.cores import cores
 from deitfast.data.files import SUFFIXES
 from deitfast.data.manifest import FORMATS, Manifest
 from deitfast.data.sources import Dataset
@@ -130,7 +131,7 @@ def _read_all(m: Manifest) -> tuple[list[tuple[str, str]], list[int]]:
         except DeitfastError as error:
             return str(error)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         found = list(enumerate(pool.map(look, range(len(m)))))
     return [(m.name(i), what) for i, what in found if isinstance(what, str)], [i for i, what in found if what is True]
 

@@ -19,7 +19,7 @@ from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import UNCAPTURED_STEPS, make_engine
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import first_line
-from deitfast.model.factory import create_model
+from deitfast.model.factory import model_of
 from deitfast.recipe import Recipe
 from deitfast.verification import process
 from deitfast.verification.process import READY, ProcessEnded
@@ -85,11 +85,7 @@ def losses(job: dict[str, Any], engine_name: str, device: torch.device) -> list[
     """Of the two steps that follow those which are never captured."""
     recipe = replace(Recipe(**job["recipe"]), engine=engine_name)
     torch.manual_seed(recipe.seed)
-    model = create_model(
-        recipe.model, num_classes=len(job["classes"]), image_size=job["image_size"], drop_path=recipe.drop_path,
-        constant_drop_path=recipe.drop_path_schedule == "constant", layer_scale=recipe.layer_scale or None,
-        depth=_BLOCKS, fused=recipe.fuses,
-    ).to(device)  # fmt: skip
+    model = model_of(recipe, job["classes"], _BLOCKS).to(device)
     teacher = None
     if recipe.distillation != "none":
         teacher = load_teacher(recipe, job["classes"], device, job["image_size"])

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from deitfast.errors import DeitfastError
+from deitfast.model.fitness import HOOKS
 
 LAYER_NORM_EPS = 1e-6
 
@@ -154,12 +155,11 @@ def prefix_alone(block: nn.Module) -> bool:
         inside = vars(module)
         if module is not block and type(module) not in _OWN:
             return False
-        if "forward" in inside or any(inside[kind] for kind in _HOOKS):
+        if "forward" in inside or any(inside[kind] for kind in HOOKS):
             return False
     return not _has_any_global_hook()
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What torch.compiler.assume_constant_result does, which would import all of Dynamo with this module.
 prefix_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -17,6 +17,7 @@ from deitfast.model.fused import fuse
 from deitfast.model.preprocessing import Preprocessing
 from deitfast.model.weights import WeightFile, fill, layer_scale_of, published_weights, read_weights, shapes_of
 from deitfast.model.zoo import Variant, find_variant, recognise
+from deitfast.recipe import Recipe
 
 
 def create_model(
@@ -55,7 +56,7 @@ def create_model(
     source = weights if weights is not None else published_weights(name) if pretrained is True else pretrained
     file = read_weights(source) if source else None
     state = to_ours(file.tensors) if file else {}
-    shapes = {key: shape for key, shape in shapes_of(state).items() if shape}  # a scalar tells nothing
+    shapes = shapes_of(state)
     if num_classes is None:
         trained = None if reset_head else shapes.get("head.weight")
         num_classes = len(classes) if classes is not None else trained[0] if trained else 1000
@@ -77,6 +78,22 @@ def create_model(
     if fused or (fused is None and torch.cuda.is_available()):
         fuse(model, on_cpu=bool(fused))
     return model
+
+
+def model_of(recipe: Recipe, classes: Sequence[str], depth: int | None = None) -> DeiT:
+    """The recipe's model, with weights from `init` where given."""
+    return create_model(
+        recipe.model,
+        pretrained=recipe.init or False,
+        classes=classes,
+        image_size=recipe.image_size or find_variant(recipe.model).image_size,
+        drop_path=recipe.drop_path,
+        constant_drop_path=recipe.drop_path_schedule == "constant",
+        layer_scale=recipe.layer_scale or None,
+        reset_head=recipe.reset_head,
+        depth=depth,
+        fused=recipe.fuses,
+    )
 
 
 def _size_stated(file: WeightFile | None, variant: Variant) -> int | None:
@@ -130,7 +147,7 @@ def load_model(
         weights = published_weights(name)
     file = read_weights(weights, ema=ema)
     state = to_ours(file.tensors)
-    shapes = {key: shape for key, shape in shapes_of(state).items() if shape}  # a scalar tells nothing
+    shapes = shapes_of(state)
     known = name or file.model or recognise(shapes)
     if known is None:
         raise DeitfastError(f"{file.path} holds weights of no model of the list. Give the model's name")

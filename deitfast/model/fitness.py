@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what others want called around it."""
 _PROBABILITIES = ("p", "dropout", "attention_dropout")
 _SETTINGS = (
     *_PROBABILITIES, "approximate", "_fast_norm", "num_heads", "num_attention_heads", "head_dim", "scale", "scaling",
@@ -141,8 +143,7 @@ def _children(block: Any, attributes: list[dict[str, Any]]) -> list[nn.Module | 
 
 def _hooks(inside: dict[str, Any]) -> tuple[int, ...]:
     """Numbers of all hooks of a module: none is ever given twice."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return tuple(number for kind in kinds for number in inside[kind])
+    return tuple(number for kind in HOOKS for number in inside[kind])
 
 
 def _differs(block: Any, found: _Examination) -> bool:
@@ -216,8 +217,8 @@ def find_problem(kind: type[Fusible], block: nn.Module, active: bool = False) ->
     for name, module in block.named_modules():
         if module is block:
             continue
-        kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-        if any(getattr(hook, "__module__", "") != _RECORDERS for hooks in kinds for hook in hooks.values()):
+        hooks = (hook for kind in HOOKS for hook in vars(module)[kind].values())
+        if any(getattr(hook, "__module__", "") != _RECORDERS for hook in hooks):
             return f"{name} has a hook, which the kernels would never call"
         if "forward" in vars(module):
             return f"{name}'s forward is patched"

@@ -1,7 +1,4 @@
-"""What a model's images must be, as its weights' own files state it: timm's and Hugging Face's configs, our metadata.
-
-No torch here.
-"""
+"""What a model's images must be, as its weights' own files state it: timm's, Hugging Face's and our own."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from deitfast.data.batch import IMAGENET_MEAN, IMAGENET_STD
+
 _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 

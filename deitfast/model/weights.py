@@ -293,7 +293,8 @@ def _check_grid(path: Path, positions: int, prefix: int) -> None:
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    """Shapes by name, but of scalars, which tell nothing."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.ndim}
 
 
 def layer_scale_of(shapes: Mapping[str, tuple[int, ...]]) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deitfast.files import write_atomically
+from deitfast.integrity import hash_of_all
 
 _TOLD = ("commit", "code", "torch", "triton", "python", "gpu")
 _MOST_KEPT = 100
@@ -78,10 +78,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
 def _code() -> str:
     """Hash of the package's sources, uncommitted changes included."""
     package = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted([*package.rglob("*.py"), *(package / "kernels").glob("*.py")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    return hash_of_all(sorted([*package.rglob("*.py"), *(package / "kernels").glob("*.py")]))[:12]
 
 
 def _commit() -> str | None:

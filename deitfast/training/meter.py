@@ -115,13 +115,11 @@ class Meter:
         if not math.isfinite(loss):
             told = f"loss is {loss} at step {step}. Lower --lr, or give --clip-norm 1"
         elif self.engine.should_stop():
-            told, before = (
-                (
-                    f"ten steps in a row had gradients that are not finite and were skipped, up to step {step}. Lower "
-                    "--lr, or give --clip-norm 1; the weights are still finite"
-                ),
-                before - 9,
+            told = (
+                f"ten steps in a row had gradients that are not finite and were skipped, up to step {step}. Lower "
+                "--lr, or give --clip-norm 1; the weights are still finite"
             )
+            before -= 9
         if told:
             raise Diverged(told if self.world.is_main else "", step, max(before, 0))
         if self.world.size > 1 and self.bad_files > limit:

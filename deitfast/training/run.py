@@ -23,8 +23,7 @@ from deitfast.engine.memory import LARGEST_EVALUATED, largest_micro_batch
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
-from deitfast.model.factory import create_model
-from deitfast.model.zoo import find_variant
+from deitfast.model.factory import model_of
 from deitfast.recipe import Recipe
 from deitfast.training.faults import FaultLog
 from deitfast.training.first_contact import trust_capture, trust_kernels
@@ -127,7 +126,7 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     order = world.agree(lambda: Order.of(images, recipe))
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
-    model = world.agree(lambda: make_model(recipe, data.classes, depth)).to(world.device)
+    model = world.agree(lambda: model_of(recipe, data.classes, depth)).to(world.device)
     if recipe.init and not recipe.reset_head and model.classes is None and data.classes != imagenet_classes():
         notes.append(
             f"{recipe.init} does not name its classes: its head is kept for the data's, in the order "
@@ -232,22 +231,6 @@ def open_data(recipe: Recipe, world: World) -> Dataset:
         if manifest is None:
             raise DeitfastError(f"{recipe.data} has no {split} images. Add {split}/<class>/*.jpg, or {split} shards")
     return data
-
-
-def make_model(recipe: Recipe, classes: tuple[str, ...], depth: int | None = None) -> DeiT:
-    """The recipe's model, with weights from `init` where given."""
-    return create_model(
-        recipe.model,
-        pretrained=recipe.init or False,
-        classes=classes,
-        image_size=recipe.image_size or find_variant(recipe.model).image_size,
-        drop_path=recipe.drop_path,
-        constant_drop_path=recipe.drop_path_schedule == "constant",
-        layer_scale=recipe.layer_scale or None,
-        reset_head=recipe.reset_head,
-        depth=depth,
-        fused=recipe.fuses,
-    )
 
 
 def fit(

@@ -189,8 +189,7 @@ def out_of_memory(run: Run) -> DeitfastError:
     """What to say when the GPU's memory did not suffice."""
     device = run.world.device
     free, total = (x / 2**30 for x in torch.cuda.mem_get_info(device))
-    unit = 2 if run.recipe.mixes else 1
-    share = run.micro_batch * run.accumulation
+    unit, share = run.recipe.unit, run.micro_batch * run.accumulation
     smaller = max((m for m in range(unit, run.micro_batch, unit) if share % m == 0), default=0)
     remedy = f"Try --micro-batch {smaller}, or --recompute" if smaller else "Give --recompute, or use a larger GPU"
     return DeitfastError(

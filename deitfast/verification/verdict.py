@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from deitfast.files import cache_folder, write_atomically
+from deitfast.integrity import hash_of_all
 from deitfast.kernels.replaced import OURS
 
 SLOWER = "slower here"
@@ -96,11 +97,8 @@ def driver() -> str:
 def sources() -> str:
     """Hash of the package's sources but the commands and recipes: a verdict ends with the code that it is about."""
     package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for room in ("", "kernels", "verification", "data", "model", "engine"):
-        for path in sorted((package / room).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    rooms = ("", "kernels", "verification", "data", "model", "engine")
+    return hash_of_all(path for room in rooms for path in sorted((package / room).glob("*.py")))[:16]
 
 
 def remembered(key: dict[str, Any], find: Callable[[], dict[str, Any]], keeps: Callable[[dict[str, Any]], bool]) -> Any:
