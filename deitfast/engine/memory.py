@@ -18,11 +18,13 @@ _USABLE = 0.9  # share of the free memory to plan with: fragmentation, workspace
 _EAGER_CHANNELS = 24  # what autograd keeps of an eager block, in widths a token: an upper bound
 
 
-def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool) -> int:
-    """Bytes of weights, gradients, moments, average and low-precision copy in the flat buffers."""
-    fp32 = 1 + (2 if recipe.optimizer != "sgd" else 1) + bool(recipe.ema_decay)
+def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool, processes: int = 1) -> int:
+    """Bytes of weights, gradients, moments, average and low-precision copy in the flat buffers of one process."""
     gradients = 2 + 2 + 4 * accumulates if bf16 else 4  # bf16 gradients and weights; fp32 sums over micro-batches
-    return parameters * (4 * fp32 + gradients)
+    shard = 4 * ((2 if recipe.optimizer != "sgd" else 1) + bool(recipe.ema_decay))
+    if processes > 1:
+        shard += 4 + 4 + 2 * bf16  # its own gradients, master weights and compute copy
+    return parameters * (4 + gradients) + parameters * shard // processes
 
 
 def image_bytes(model: DeiT, recipe: Recipe, bf16: bool) -> int:
@@ -62,11 +64,14 @@ def largest_micro_batch(model: DeiT, recipe: Recipe, world: World, bf16: bool, t
     if world.device.type != "cuda":
         return LARGEST_ON_CPU
     parameters = sum(p.numel() for p in model.parameters())
-    left = _USABLE * free_bytes(world.device) - state_bytes(parameters, recipe, bf16, accumulates=True)
+    state = state_bytes(parameters, recipe, bf16, accumulates=True, processes=world.size)
+    left = _USABLE * free_bytes(world.device) - state
     trained = max(image_bytes(model, recipe, bf16), teacher_image_bytes)
     # Evaluation comes beside the step's memory, which a graph keeps.
     evaluated = evaluated_image_bytes(model, bf16)
     left -= 2 * parameters * bf16  # the weights as autocast casts them
+    if world.size > 1 and recipe.ema_decay:
+        left -= 4 * parameters  # their average, whole
     most = left / (trained + evaluated)
     if most > LARGEST_EVALUATED:
         most = (left - LARGEST_EVALUATED * evaluated) / trained

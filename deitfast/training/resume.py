@@ -76,7 +76,7 @@ def resume(run: Run) -> None:
     """
     if run.folder:
         run.folder.check_recipe(run.recipe)
-    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.tensors())
+    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.stems)
     if found is None:
         _refuse_to_lose(run)
         return
@@ -91,12 +91,14 @@ def resume(run: Run) -> None:
 
 def check_same_step(run: Run) -> None:
     """Raise DeitfastError where the processes would go on from different checkpoints."""
-    steps = run.world.gather(run.step)
-    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
+    found = run.world.gather((run.step, run.resumed_from))
+    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
     if other is not None:
+        steps = found[0][0], found[other][0]
+        same = ", of another run" if steps[0] == steps[1] else ""
         message = (
-            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[other]}. Give an --out that "
-            "all machines share"
+            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[1]}{same}. "
+            "Give an --out that all machines share"
         )
         raise DeitfastError(message if run.world.is_main else "")
 
@@ -105,7 +107,7 @@ def roll_back(run: Run, error: Diverged) -> None:
     """Bring a run that diverged to its newest checkpoint of before. Raises HopelessError where there is none."""
     if run.saver:
         run.saver.join()
-    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.tensors(), before=error.since + 1)
+    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.stems, before=error.since + 1)
     told = str(error) if run.folder else ""
     if found is None:
         raise HopelessError(told and f"{told}. There is no checkpoint of before to go back to")
@@ -163,7 +165,7 @@ def _folder(run: Run) -> Path:
 
 def _take_up(run: Run, found: Checkpoint) -> None:
     run.engine.load(found.tensors)
-    run.step, run.best = found.step, found.state["best"]
+    run.step, run.best, run.resumed_from = found.step, found.state["best"], found.identity
     run.evaluated = found.state.get("evaluated", found.step)
 
 
