@@ -1,7 +1,8 @@
 """Uses of the public ops that between them launch every kernel at every launch-table entry, for the compile report.
 
 Forward and backward, at sizes that DeiTs have; the tensors are made where tensors have no data, and never filled. A
-batch of 16 makes every size a multiple of 16, as in training; one of 3 does not, as at the end of an evaluation.
+batch of 16 makes every size a multiple of 16, as in training; one of 3 does not, as at the end of an evaluation. One of
+512 has rows enough for LayerNorm and a linear layer in one kernel.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _block(width: int, heads: int, form: str, gamma: bool, **options: Any) -> No
 
 
 def _layernorm_qkv(width: int) -> None:
-    x = _leaf(16, 197, width, dtype=BF16)
+    x = _leaf(512, 197, width, dtype=BF16)
     _backward(layernorm_qkv(x, **_norm(width, BF16), **_linear("", 3 * width, width, BF16)))
 
 
@@ -145,10 +146,13 @@ def _linear_ops() -> None:
             _block(width, heads, form, gamma=True, stream=FP32)
             _mlp_half(width, 4 * width, form, gamma=True, dtype=FP32, stream=FP32)
         _block(width, heads, "whole", gamma=False)
+        _block(width, heads, "scaled", gamma=False, batch=512)
         _block(width, heads, "scaled", gamma=True, batch=3)
         with torch.no_grad():
             _block(width, heads, "whole", gamma=False, batch=3)
         _layernorm_qkv(width)
+    for stream in (BF16, FP32):
+        _block(768, 12, "subset", gamma=True, batch=512, stream=stream)
     _block(1280, 16, "subset", gamma=True, tokens=257)  # DeiT III's largest
     for form in ("whole", "scaled", "subset"):
         _mlp_half(197, 391, form, gamma=form != "whole")  # rows that are not aligned
