@@ -37,7 +37,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks import compile_report
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, Timing, in_turns, measure, rotating, timed_row, verify
-from benchmarks.workshop.tune_sites import Candidate, Site, sites
+from benchmarks.workshop import Candidate, Site, sites
 from deitfast.kernels.catalogue import MODELS, Draw, Tensors
 from deitfast.kernels.common import INTERPRETED, architecture
 

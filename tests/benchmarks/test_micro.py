@@ -12,13 +12,12 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from benchmarks import compile_report, micro, sanitize, tune
+from benchmarks import compile_report, micro, sanitize, tune, workshop
 from benchmarks.measuring import ops
+from benchmarks.measuring.command import Finished
 from benchmarks.measuring.harness import Budget, Ran, Recorder, Refused, Timing, load
 from benchmarks.measuring.ops import OPS, WORK
-from benchmarks.measuring.processes import Finished
-from benchmarks.workshop import tune_sites
-from benchmarks.workshop.tune_sites import Candidate
+from benchmarks.workshop import Candidate
 from deitfast.kernels.catalogue import Draw, Shape
 from deitfast.kernels.common import INTERPRETED, Launch
 
@@ -203,7 +202,7 @@ def test_the_tuner_rehearses_without_a_number(tmp_path, capsys):
 @pytest.mark.skipif(INTERPRETED, reason="nothing compiles in the interpreter")
 def test_a_candidate_that_compiles_badly_is_dropped_and_survivors_are_kept(tmp_path, monkeypatch):
     bad = Launch({"BLOCK_M": 32, "BLOCK_D": 256}, num_warps=1, num_stages=2)
-    real = tune_sites.sites
+    real = workshop.sites
 
     def with_bad(batch=256):
         return [
@@ -233,7 +232,7 @@ def test_a_candidate_that_compiles_badly_is_dropped_and_survivors_are_kept(tmp_p
 
 def test_a_wrong_candidate_is_not_timed():
     """A kernel that a launch makes wrong: the site's call is changed while the candidate is applied."""
-    site = next(site for site in tune_sites.sites(1) if site.name.startswith("layernorm_fwd Ti"))
+    site = next(site for site in workshop.sites(1) if site.name.startswith("layernorm_fwd Ti"))
     wrong = site.candidates[0]
     applied = []
 
@@ -254,7 +253,7 @@ def test_a_wrong_candidate_is_not_timed():
         trial.check(wrong)
 
 
-@pytest.mark.parametrize("site", tune_sites.sites(1), ids=lambda site: site.name)
+@pytest.mark.parametrize("site", workshop.sites(1), ids=lambda site: site.name)
 def test_every_site_is_right_on_cpu_and_its_candidates_reach_the_kernel(site):
     if INTERPRETED:
         pytest.skip("the interpreter has launches of its own")
@@ -281,9 +280,9 @@ def test_a_winner_must_beat_the_noise():
 
 def test_a_rival_that_does_no_more_is_timed_beside_the_winner(monkeypatch):
     """qkv's product is a bias only, which cuBLAS adds itself."""
-    site = next(site for site in tune_sites.sites(1) if site.name.startswith("gemm linear B"))
+    site = next(site for site in workshop.sites(1) if site.name.startswith("gemm linear B"))
     assert site.rival
-    assert not [s.name for s in tune_sites.sites(1) if s.rival and "linear" not in s.name]
+    assert not [s.name for s in workshop.sites(1) if s.rival and "linear" not in s.name]
 
     class Trial:
         sets = ("tensors",)
