@@ -25,20 +25,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.compile_report import Case, cases_of
 from deitfast.kernels import attention_op, gemm, layernorm
-from deitfast.kernels.attention_op import attention
-from deitfast.kernels.catalogue import MODELS, Draw, Shape, Tensors
+from deitfast.kernels.catalogue import MODELS, OPS, Draw, Shape, Tensors
 from deitfast.kernels.common import Launch, record
 from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Segments
 from deitfast.kernels.image_ops import image_ops
-from deitfast.kernels.input import input_patches
-from deitfast.kernels.layernorm_attention_op import layernorm_attention
-from deitfast.kernels.layernorm_mlp_op import layernorm_mlp
-from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
-from deitfast.kernels.loss import mixed_bce, mixed_cross_entropy
 from deitfast.kernels.optimizer import update
-from deitfast.kernels.patch_embed_op import patch_embed
 
 BF16, FP32 = torch.bfloat16, torch.float32
+HALVES = ("layernorm_attention", "layernorm_mlp")
+"""Of a block."""
 SHARED_MEMORY = 227 << 10
 """Bytes a block may have on sm_90 and sm_100; only spares the compiler what cannot fit, the compile check decides."""
 MULTIPROCESSORS = 132
@@ -369,93 +364,53 @@ def sites(batch: int = 256) -> list[Site]:
 
 # Uses ----------------------------------------------------------------------------------------------------------------
 
+STREAM = ("x", "ln_weight", "ln_bias", "gamma", "prefix_tokens", "pos_embed")
+"""What has the residual stream's dtype; all else that is learnt has that of the products."""
 
-def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, requires_grad=True)
 
-
-def _backward(out: Tensor) -> None:
+def _use(
+    op: str,
+    shape: Shape,
+    dtype: torch.dtype = BF16,
+    stream: torch.dtype = BF16,
+    without: tuple[str, ...] = (),
+    **options: Any,
+) -> None:
+    """An op of the catalogue on its inputs but those `without`, forward and, where gradients are on, backward."""
+    chosen = OPS[op]
+    tensors = chosen.inputs(Draw(0, dtype), shape)
+    given = {name: x.to(stream) if name in STREAM else x for name, x in tensors.items() if name not in without}
+    for name, tensor in given.items():
+        tensor.requires_grad_(name not in chosen.constants)
+    out = chosen.function(**given, **{**chosen.options(shape), **options})
     if out.requires_grad:
         out.backward(torch.empty_like(out))
 
 
-def _norm(width: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {"ln_weight": _leaf(width, dtype=dtype), "ln_bias": _leaf(width, dtype=dtype)}
-
-
-def _linear(name: str, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {f"{name}weight": _leaf(outputs, inputs, dtype=dtype), f"{name}bias": _leaf(outputs, dtype=dtype)}
-
-
-def _branch_end(form: str, gamma: bool, width: int, batch: int, stream: torch.dtype) -> dict[str, Any]:
-    """LayerScale and drop-path. form: "whole" (none), "scaled" (a factor a sample) or "subset" (some samples run)."""
-    found: dict[str, Any] = {"gamma": _leaf(width, dtype=stream) if gamma else None}
-    if form == "scaled":
-        found["path_scale"] = torch.empty(batch)
+def _block(shape: Shape, form: str, gamma: bool, halves: tuple[str, ...] = HALVES, **dtypes: torch.dtype) -> None:
+    """form: drop-path as "whole" (none), "scaled" (a factor a sample) or "subset" (some samples run)."""
+    without = ("gamma",) * (not gamma) + ("path_scale",) * (form != "scaled")
+    options: dict[str, Any] = {}
     if form == "subset":
-        found |= {"subset": torch.empty(batch - 1, dtype=torch.int64), "subset_scale": 1.25}
-    return found
-
-
-def _attention_half(
-    width: int, heads: int, form: str, gamma: bool, batch: int = 16, tokens: int = 197,
-    dtype: torch.dtype = BF16, stream: torch.dtype = BF16,
-) -> None:  # fmt: skip
-    layers = _linear("qkv_", 3 * width, width, dtype) | _linear("proj_", width, width, dtype)
-    rest = _norm(width, stream) | _branch_end(form, gamma, width, batch, stream)
-    x = _leaf(batch, tokens, width, dtype=stream)
-    _backward(layernorm_attention(x, **layers, **rest, num_heads=heads))
-
-
-def _mlp_half(
-    width: int, hidden: int, form: str, gamma: bool, batch: int = 16, tokens: int = 197,
-    dtype: torch.dtype = BF16, stream: torch.dtype = BF16,
-) -> None:  # fmt: skip
-    layers = _linear("fc1_", hidden, width, dtype) | _linear("fc2_", width, hidden, dtype)
-    rest = _norm(width, stream) | _branch_end(form, gamma, width, batch, stream)
-    x = _leaf(batch, tokens, width, dtype=stream)
-    _backward(layernorm_mlp(x, **layers, **rest, residual=True))
-
-
-def _block(width: int, heads: int, form: str, gamma: bool, **options: Any) -> None:
-    _attention_half(width, heads, form, gamma, **options)
-    _mlp_half(width, 4 * width, form, gamma, **options)
-
-
-def _layernorm_qkv(width: int) -> None:
-    x = _leaf(16, 197, width, dtype=BF16)
-    _backward(layernorm_qkv(x, **_norm(width, BF16), **_linear("", 3 * width, width, BF16)))
+        options = {"subset": torch.empty(shape.batch - 1, dtype=torch.int64), "subset_scale": 1.25}
+    for half in halves:
+        _use(half, shape, without=without, **dtypes, **options)
 
 
 def _attention(head_dim: int, tokens: int, dtype: torch.dtype) -> None:
     """By itself, with two heads; and before a projection whose bias wants the sums of dq."""
-    _backward(attention(_leaf(16, tokens, 6 * head_dim, dtype=dtype), 2))
-    _attention_half(2 * head_dim, 2, "whole", gamma=False, tokens=tokens, dtype=dtype, stream=dtype)
+    shape = Shape(2 * head_dim, 2, tokens, 16)
+    _use("attention", shape, dtype)
+    _block(shape, "whole", gamma=False, halves=("layernorm_attention",), dtype=dtype, stream=dtype)
 
 
-def _patch_embed(width: int, patch: int, prefix: int, dtype: torch.dtype, stream: torch.dtype) -> None:
-    patches = torch.empty(16, 196, 3 * patch * patch, dtype=dtype)
-    weight, bias = _leaf(width, patches.shape[-1], dtype=dtype), _leaf(width, dtype=dtype)
-    prefix_tokens, pos_embed = _leaf(prefix, width, dtype=stream), _leaf(prefix + 196, width, dtype=stream)
-    _backward(patch_embed(patches, weight, bias, prefix_tokens, pos_embed))
-
-
-def _input(patch: int, mixes: bool, dtype: torch.dtype) -> None:
-    images, boxes = torch.empty(16, 224, 224, 3, dtype=torch.uint8), torch.empty(16, 4, dtype=torch.int64)
-    index, epoch = torch.empty(16, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-    options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "dtype": dtype, "mixes": mixes}
-    input_patches(images, boxes, boxes, torch.empty(16), index, index, epoch, seed=1, patch_size=patch, **options)
+def _input(patch_size: int, mixes: bool, dtype: torch.dtype) -> None:
+    _use("input_patches", Shape(0, 0, 1 + (224 // patch_size) ** 2, 16, patch_size=patch_size), dtype, mixes=mixes)
 
 
 def _image_ops() -> None:
     plan = torch.empty(2, 16, 8, dtype=torch.float64)
     image_ops(torch.empty(16, 224, 224, 3, dtype=torch.uint8), plan, (124, 116, 104), blurs=True)
-
-
-def _losses(classes: int, dtype: torch.dtype) -> None:
-    logits, labels, lam = _leaf(16, classes, dtype=dtype), torch.empty(16, dtype=torch.int64), torch.empty(16)
-    _backward(mixed_cross_entropy(logits, labels, labels, lam, 0.1))
-    _backward(mixed_bce(logits, labels, labels, lam))
 
 
 def _update(optimizer: Optimizer, copies: bool) -> None:
@@ -481,22 +436,22 @@ def _update(optimizer: Optimizer, copies: bool) -> None:
 
 
 def _linear_ops() -> None:
+    mlp = ("layernorm_mlp",)
     for width in (192, 384, 768):
-        heads = width // 64
-        for gamma in (False, True):
-            _block(width, heads, "scaled", gamma)
-            _block(width, heads, "subset", gamma)
+        shape, odd = (Shape(width, width // 64, 197, batch) for batch in (16, 3))
+        for form, gamma in itertools.product(("scaled", "subset"), (False, True)):
+            _block(shape, form, gamma)
         for form in ("scaled", "subset"):
-            _block(width, heads, form, gamma=True, stream=FP32)
-            _mlp_half(width, 4 * width, form, gamma=True, dtype=FP32, stream=FP32)
-        _block(width, heads, "whole", gamma=False)
-        _block(width, heads, "scaled", gamma=True, batch=3)
+            _block(shape, form, gamma=True, stream=FP32)
+            _block(shape, form, gamma=True, halves=mlp, dtype=FP32, stream=FP32)
+        _block(shape, "whole", gamma=False)
+        _block(odd, "scaled", gamma=True)
         with torch.no_grad():
-            _block(width, heads, "whole", gamma=False, batch=3)
-        _layernorm_qkv(width)
-    _block(1280, 16, "subset", gamma=True, tokens=257)  # DeiT III's largest
+            _block(odd, "whole", gamma=False)
+        _use("layernorm_qkv", shape)
+    _block(Shape(1280, 16, 257, 16), "subset", gamma=True)  # DeiT III's largest
     for form in ("whole", "scaled", "subset"):
-        _mlp_half(197, 391, form, gamma=form != "whole")  # rows that are not aligned
+        _block(Shape(197, 1, 197, 16), form, gamma=form != "whole", halves=mlp)  # rows that are not aligned
 
 
 def uses() -> None:
@@ -507,14 +462,15 @@ def uses() -> None:
     for head_dim, tokens in ((32, 197), (64, 197), (80, 257)):  # tokens choose no kernel in fp32
         _attention(head_dim, tokens, FP32)
     for width, prefix, stream in ((192, 1, BF16), (192, 2, BF16), (768, 1, BF16), (768, 2, FP32)):
-        _patch_embed(width, 16, prefix, BF16, stream)
-    _patch_embed(1280, 14, 1, BF16, BF16)  # rows that are not aligned
-    _patch_embed(384, 16, 2, FP32, FP32)
-    for patch, mixes, dtype in ((16, True, BF16), (16, False, BF16), (4, True, BF16), (16, True, FP32)):
-        _input(patch, mixes, dtype)
+        _use("patch_embed", Shape(width, 0, prefix + 196, 16, prefix), stream=stream)
+    _use("patch_embed", Shape(1280, 0, 197, 16, patch_size=14))  # rows that are not aligned
+    _use("patch_embed", Shape(384, 0, 198, 16, prefix=2), FP32, FP32)
+    for patch_size, mixes, dtype in ((16, True, BF16), (16, False, BF16), (4, True, BF16), (16, True, FP32)):
+        _input(patch_size, mixes, dtype)
     _image_ops()
     for classes, dtype in ((1000, BF16), (21841, BF16), (1000, FP32)):
-        _losses(classes, dtype)
+        for loss in ("mixed_cross_entropy", "mixed_bce"):
+            _use(loss, Shape(0, 0, 0, 16, classes=classes), dtype)
     for optimizer in get_args(Optimizer):
         _update(optimizer, copies=True)
     _update("adamw", copies=False)
