@@ -192,6 +192,11 @@ class Launch:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.fp_fusion else {**options, "enable_fp_fusion": False}
 
+    def __str__(self) -> str:
+        tiles = " ".join(f"{name}={value}" for name, value in self.tiles.items())
+        programs = f" programs={self.programs}" if self.programs else ""
+        return f"{tiles} warps={self.num_warps} stages={self.num_stages}{programs}"
+
 
 @dataclass(frozen=True)
 class Recorded:

@@ -19,6 +19,7 @@ block, or so wide that the blocks at work do not stay in the L2 between two tile
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,10 +30,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deitfast.kernels.common import INTERPRETED, Launch, aligned, architecture, launch, runs_triton
-from deitfast.kernels.gemm import INTERPRETER_LAUNCH, _tile, linear_fwd, linear_gelu_fwd, linear_launch
+from deitfast.kernels.gemm import INTERPRETER_LAUNCH, LAUNCHES, _tile, linear_fwd, linear_gelu_fwd
 from deitfast.kernels.gemm_kernels import linear_tile
 from deitfast.kernels.layernorm import layernorm_fwd, normalise_rows, subset_arguments
 from deitfast.kernels.subset_rows import SubsetRows, copy_other_rows
+from deitfast.kernels.tunable import tunable
 
 
 @triton.jit
@@ -124,29 +126,50 @@ _WIDE = {
 """One program a multiprocessor, for GELU too: of narrower tiles two share one, and so have twice the rows at work."""
 
 
-def layernorm_linear_launch(
-    arch: int, itemsize: int, M: int, N: int, K: int, epilogue: str, aligned_rows: bool
-) -> Launch | None:
-    """The launch of the one kernel; None where two are the better bet.
-
-    One, where its blocks of rows fill the chip's multiprocessors in whole rounds but for an eighth, which is what the
-    pass would cost, and the blocks at work take at most 3/5 of the L2. fp32 spends its time elsewhere.
-    """
-    if itemsize == 4 or not aligned_rows or arch not in _CHIPS:
-        return None
-    tile = linear_launch(arch, itemsize, N, epilogue, True) if N % 256 else _WIDE[arch]
-    rows, (multiprocessors, cache) = tile.tiles["BLOCK_M"], _CHIPS[arch]
-    blocks, rounds = triton.cdiv(M, rows), triton.cdiv(M, rows * multiprocessors)
-    fills = 8 * blocks >= 7 * rounds * multiprocessors
-    at_work = multiprocessors * (2 if N % 256 else 1) * rows * K * itemsize
-    return one_kernel(tile, K) if blocks and fills and at_work <= 0.6 * cache * 2**20 else None
-
-
-def one_kernel(tile: Launch, K: int) -> Launch:
+def _one_kernel(tile: Launch, K: int) -> Launch:
     """The launch for that tile and K columns of x: 64 values a thread are normalised at once."""
     block = triton.next_power_of_2(K)
     normed_at_once = min(tile.tiles["BLOCK_M"], max(1, 64 * 32 * tile.num_warps // block))
     return replace(tile, tiles={**tile.tiles, "ROWS": normed_at_once, "BLOCK_D": block})
+
+
+def _tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch]:
+    """Of the one kernel, the best bet first; none where it was not built for."""
+    if itemsize == 2 and aligned_rows and arch in _CHIPS:
+        if N % 256 == 0:
+            yield _one_kernel(_WIDE[arch], K)
+        yield _one_kernel(LAUNCHES[arch][2, 64 if N % 128 else 128], K)
+
+
+def _others(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch | None]:
+    yield from _tiles(arch, itemsize, N, K, epilogue, aligned_rows)
+    yield None
+
+
+@tunable(_others)
+def layernorm_linear_launch(
+    arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool
+) -> Launch | None:
+    """The launch of the one kernel, where there are rows enough (`fills`); None for two kernels."""
+    tiles = _tiles(arch, itemsize, N, K, epilogue, aligned_rows)
+    return next((tile for tile in tiles if _stays_in_cache(tile, arch, K * itemsize)), None)
+
+
+def _stays_in_cache(tile: Launch, arch: int, bytes_a_row: int) -> bool:
+    """Whether the blocks of rows at work take at most 3/5 of the L2: each is read again for every tile of columns."""
+    multiprocessors, cache = _CHIPS[arch]
+    programs = multiprocessors * (1 if tile.tiles["BLOCK_N"] == 256 else 2)
+    return programs * tile.tiles["BLOCK_M"] * bytes_a_row <= 0.6 * cache * 2**20
+
+
+def fills(arch: int, M: int) -> bool:
+    """Whether blocks of 128 of M rows fill the multiprocessors, round after round, but for an eighth.
+
+    An eighth is about what the pass costs that the one kernel saves.
+    """
+    multiprocessors, _ = _CHIPS.get(arch, (1, 0))
+    blocks = triton.cdiv(M, 128)
+    return blocks > 0 and 8 * blocks >= 7 * triton.cdiv(blocks, multiprocessors) * multiprocessors
 
 
 # Launchers -----------------------------------------------------------------------------------------------------------
@@ -209,10 +232,11 @@ def _entry(x: Tensor, weight: Tensor, epilogue: str, subset: SubsetRows | None) 
         return None
     N, K = weight.shape
     if INTERPRETED:
-        return one_kernel(INTERPRETER_LAUNCH, K)
-    M = x.shape[0] if subset is None else subset.row_count
+        return _one_kernel(INTERPRETER_LAUNCH, K)
+    arch, M = architecture(x), (x.shape[0] if subset is None else subset.row_count)
     aligned_rows = aligned(weight) and all(size * weight.element_size() % 16 == 0 for size in (N, K))
-    return layernorm_linear_launch(architecture(x), weight.element_size(), M, N, K, epilogue, aligned_rows)
+    entry = layernorm_linear_launch(arch, weight.element_size(), N, K, epilogue, aligned_rows)
+    return entry if fills(arch, M) else None
 
 
 def _launch(

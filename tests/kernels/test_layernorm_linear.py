@@ -14,28 +14,28 @@ from deitfast.kernels.catalogue import MODELS, Draw, Shape
 from deitfast.kernels.catalogue import OPS as CATALOGUE
 from deitfast.kernels.common import INTERPRETED, Launch, record
 from deitfast.kernels.gemm import LAUNCHES
+from deitfast.kernels.tunable import selection
 from tests.kernels.linear_ops import HALVES, OPS, Op, check
 from tests.ptx.kernels import compiled_kernels, needs_engine
 
 recorded = pytest.mark.skipif(INTERPRETED, reason="the interpreter has launches of its own")
 
 
-def one_kernel_whatever_the_size(monkeypatch: pytest.MonkeyPatch, columns: int = 0) -> None:
-    """columns: of the tiles; 0 for the chip's own choice."""
-    choose = layernorm_linear.linear_launch
+def one_kernel_whatever_the_size(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """columns: of the tiles."""
 
-    def always(arch: int, itemsize: int, M: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Launch:
-        tile = LAUNCHES[arch][2, columns] if columns else choose(arch, itemsize, N, epilogue, aligned_rows)
-        return layernorm_linear.one_kernel(tile, K)
+    def always(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Launch:
+        return layernorm_linear._one_kernel(LAUNCHES[arch][2, columns], K)
 
     monkeypatch.setattr(layernorm_linear, "layernorm_linear_launch", always)
+    monkeypatch.setattr(layernorm_linear, "fills", lambda arch, M: True)
 
 
 @needs_engine
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize(
     ("name", "arch", "columns"),
-    [("layernorm_qkv", 80, 0), ("layernorm_qkv", 90, 64), ("layernorm_mlp", 90, 256)],
+    [("layernorm_qkv", 80, 128), ("layernorm_qkv", 90, 64), ("layernorm_mlp", 90, 256)],
     ids=["qkv sm_80", "qkv sm_90", "mlp sm_90"],
 )
 def test_as_compiled_code(monkeypatch, name, arch, columns):
@@ -54,7 +54,7 @@ def test_as_compiled_code(monkeypatch, name, arch, columns):
     ("name", "arch"), [("layernorm_attention", 90), ("layernorm_mlp", 80)], ids=["attention sm_90", "mlp sm_80"]
 )
 def test_for_a_subset_of_the_samples(monkeypatch, name, arch):
-    one_kernel_whatever_the_size(monkeypatch)
+    one_kernel_whatever_the_size(monkeypatch, columns=64)
     op: Op = HALVES[name]
     options = {"num_heads": 2} if name == "layernorm_attention" else {}
     inputs = op.inputs(Draw(1, torch.bfloat16), (5, 33), 64, 96) | {"path_scale": None}
@@ -90,19 +90,25 @@ def test_layernorm_qkv_launches_one_kernel_and_its_backward_these(model, arch):
 @pytest.mark.parametrize(
     ("arguments", "one"),
     [
-        ((90, 2, 512 * 197, 2304, 768, "linear", True), True),
-        ((90, 2, 512 * 197, 3072, 768, "gelu", True), True),
-        ((90, 2, 128 * 197, 2304, 768, "linear", True), False),  # 197 blocks on 132 multiprocessors
-        ((90, 2, 2 * 197, 2304, 768, "linear", True), False),
-        ((90, 2, 0, 2304, 768, "linear", True), False),
-        ((90, 2, 512 * 257, 3840, 1280, "linear", True), False),  # the blocks at work take 43 MB
-        ((100, 2, 512 * 257, 3840, 1280, "linear", True), True),
-        ((90, 2, 512 * 197, 2304, 768, "linear", False), False),
-        ((90, 4, 512 * 197, 2304, 768, "linear", True), False),
-        ((0, 2, 512 * 197, 2304, 768, "linear", True), False),
+        ((90, 2, 2304, 768, "linear", True), True),
+        ((90, 2, 3072, 768, "gelu", True), True),
+        ((80, 2, 3072, 768, "gelu", True), True),
+        ((90, 2, 3840, 1280, "linear", True), False),  # the blocks at work take 43 MB
+        ((100, 2, 3840, 1280, "linear", True), True),
+        ((90, 2, 2304, 768, "linear", False), False),
+        ((90, 4, 2304, 768, "linear", True), False),
+        ((0, 2, 2304, 768, "linear", True), False),
     ],
 )
 def test_where_it_is_chosen(arguments, one):
-    entry = layernorm_linear.layernorm_linear_launch(*arguments)
-    assert (entry is not None) == one
-    assert entry is None or entry.tiles["BLOCK_M"] % entry.tiles["ROWS"] == 0
+    found = selection(layernorm_linear.layernorm_linear_launch, *arguments)
+    assert (found.own is not None) == one
+    assert one == (None in found.others), "two kernels are offered where one is the choice"
+    for entry in (found.own, *found.others):
+        assert entry is None or entry.tiles["BLOCK_M"] % entry.tiles["ROWS"] == 0
+
+
+@pytest.mark.parametrize(("samples", "whether"), [(512, True), (1024, True), (128, False), (2, False), (0, False)])
+def test_rows_enough(samples, whether):
+    """788 blocks of rows are six rounds of an H100's 132 multiprocessors; 197 are one and a half."""
+    assert layernorm_linear.fills(90, samples * 197) == whether
