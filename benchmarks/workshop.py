@@ -69,7 +69,7 @@ class Site:
     def cases(self, arch: int) -> list[Case]:
         """The kernels that must compile: those which `call` launches while a candidate is applied."""
         with FakeTensorMode(), record(arch) as launches:
-            # A multiple of 16, as is the number of samples in the measurement, and enough for the kernels that want many.
+            # A multiple of 16 as is the measurement's number, and enough for the kernels that want many samples.
             inputs = self.inputs(Draw(0, torch.bfloat16, "cpu"), replace(self.shape, batch=512))
             launches.clear()
             self.call(inputs)

@@ -228,15 +228,16 @@ def layernorm_gelu_fwd(
 
 def _entry(x: Tensor, weight: Tensor, epilogue: str, subset: SubsetRows | None) -> Launch | None:
     """The launch of the one kernel, None for two."""
-    if not runs_triton(x):
+    (N, K), M = weight.shape, (x.shape[0] if subset is None else subset.row_count)
+    if not runs_triton(x) or M == 0:
         return None
-    N, K = weight.shape
     if INTERPRETED:
         return _one_kernel(INTERPRETER_LAUNCH, K)
-    arch, M = architecture(x), (x.shape[0] if subset is None else subset.row_count)
+    arch = architecture(x)
+    if not fills(arch, M):
+        return None
     aligned_rows = aligned(weight) and all(size * weight.element_size() % 16 == 0 for size in (N, K))
-    entry = layernorm_linear_launch(arch, weight.element_size(), N, K, epilogue, aligned_rows)
-    return entry if fills(arch, M) else None
+    return layernorm_linear_launch(arch, weight.element_size(), N, K, epilogue, aligned_rows)
 
 
 def _launch(
