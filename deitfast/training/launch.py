@@ -28,9 +28,9 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", description: str = "") -> Recipe:
     """`base` with the fields given as flags replaced, checked.
 
-    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. `--scale-lr` gives the batch the
-    learning rate that belongs to it. Unknown and mistyped ones raise DeitfastError with the nearest name. `--help`
-    prints them with `base`'s values and exits.
+    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Two more are the command's:
+    `--scale-lr` gives the batch the learning rate that belongs to it, `--smoke` is for `run`. Unknown and mistyped ones
+    raise DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
     """
     return _applied(_flags_of(base, prog, description), base, arguments)[0]
 
@@ -51,6 +51,11 @@ def _flags_of(base: Recipe, prog: str = "", description: str = "") -> _Parser:
         "--scale-lr",
         action="store_true",
         help=f"lr {base.lr:g} x batch / {base.batch} (for LAMB x the square root), instead of --lr",
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="prove the installation: 3 small steps, save, resume, evaluate; leaves nothing behind",
     )
     return parser
 
@@ -120,11 +125,6 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
 
     def main() -> None:
         parser = _flags_of(recipe, description=description)
-        parser.add_argument(
-            "--smoke",
-            action="store_true",
-            help="prove the installation: 3 small steps, save, resume, evaluate; leaves nothing behind",
-        )
         chosen, said = _applied(parser, recipe, arguments)
         chosen = replace(chosen, out=chosen.out or f"runs/{name}")
         if said.smoke:
