@@ -136,6 +136,10 @@ VARIANTS: dict[str, Variant] = {name: _deit(name, *facts) for name, *facts in _D
     "deit_tiny_distilled_patch16_384": Variant(**_TINY, image_size=384, distilled=True),
     "deit_small_distilled_patch16_384": Variant(**_SMALL, image_size=384, distilled=True),
     "deit_digits_patch4_16": Variant(128, 4, image_size=16, depth=4, patch_size=4),
+    "deit_mini_patch4_32": Variant(192, 3, image_size=32, depth=6, patch_size=4),
+    "deit_mini_distilled_patch4_32": Variant(192, 3, image_size=32, depth=6, patch_size=4, distilled=True),
+    "deit_micro_patch4_32": Variant(96, 3, image_size=32, depth=4, patch_size=4),
+    "deit_micro_distilled_patch4_32": Variant(96, 3, image_size=32, depth=4, patch_size=4, distilled=True),
 }
 
 
