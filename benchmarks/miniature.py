@@ -9,9 +9,9 @@ two minutes of one core a run. --rows names runs (`--list` prints them); those t
 made first. A run that is written down is not run again, and one that was killed goes on from its newest checkpoint: the
 same command goes on where it stopped, also after SIGTERM (exit status 75).
 
-DIR/RUN-SEED.json, a file a run: its command, scores, losses, times, commit and machine; DIR/table.md and table.png: rows,
-spreads and verdicts; DIR/runs/: run folders and teachers. Seeds come one after the other, so that every row has its
-first before any has its second. A claim holds where the difference is beyond two standard errors.
+DIR/RUN-SEED.json, a file a run: its command, scores, losses, times, commit and machine; DIR/table.md and table.png:
+rows, spreads and verdicts; DIR/runs/: run folders and teachers. Seeds come one after the other, so that every row has
+its first before any has its second. A claim holds where the difference is beyond two standard errors.
 """
 
 from __future__ import annotations
@@ -48,13 +48,8 @@ def opened(options: argparse.Namespace) -> Table:
         return Table(options.recipe, base, options.out, teacher_epochs=40, teacher_width=8, quick=True)
     per_class = PER_CLASS[options.recipe]
     data = subset_in(options.out, options.data, per_class) if per_class else options.data
-    return Table(
-        options.recipe,
-        replace(stated, data=data),
-        options.out,
-        teacher_epochs=100,
-        teacher_width=16 if per_class else 64,
-    )
+    width = 16 if per_class else 64
+    return Table(options.recipe, replace(stated, data=data), options.out, teacher_epochs=100, teacher_width=width)
 
 
 def base_of(recipe: str) -> Recipe:

@@ -6,8 +6,8 @@ Data: a folder with the authors' cifar-10-python.tar.gz, or with train/<class>/ 
 10,000 held out. `python -m benchmarks.miniature --recipe mini_cifar10` trains it in every way of the paper's table.
 Expected top-1: nothing is published for this model. Time on 1 and on 8 H100: not yet measured. Not yet run.
 
-The settings are the paper's. Not the paper's are the model, whose patch of 4 px gives 64 patches; half of the batch and of
-the learning rate, which are in the paper's proportion; and an average that reaches as far back in epochs.
+The settings are the paper's, but for the model, whose patch of 4 px gives 64 patches; half of the batch and of the
+learning rate, which are in the paper's proportion; and an average that reaches as far back in epochs.
 """
 
 from deitfast import Recipe, run

@@ -1,14 +1,14 @@
-"""A DeiT of 0.45 M parameters on a part of CIFAR-10 from scratch at 16 px: the paper's claims in minutes of one CPU core.
+"""A DeiT of 0.45 M parameters on a part of CIFAR-10 from scratch at 16 px: what one CPU core learns in minutes.
 
     torchrun recipes/mini_cifar10_cpu.py --data SUBSET
 
-Data: 520 training images, 52 a class, and CIFAR-10's 10,000 test images, which `python -m benchmarks.miniature` cuts out
-of the archive; with the whole data set an epoch is a hundred times as long.
+Data: 520 training images, 52 a class, and CIFAR-10's 10,000 test images, which `python -m benchmarks.miniature` cuts
+out of the archive; with the whole data set an epoch is a hundred times as long.
 Expected top-1: nothing is published for this model. Time on 1 and on 8 H100: not yet measured. Not yet run on a GPU.
 
-So few images are seen a hundred times in 800 steps. RandAugment, erasing, drop-path and smoothing, made for 300 epochs over
-a million images, keep so short a run from learning at all (training loss 2.2 of 2.3 after 20 epochs); they are off, and
-the table of the paper's ingredients puts them in one at a time.
+So few images are seen a hundred times in 800 steps. RandAugment, erasing, drop-path and smoothing, made for 300 epochs
+over a million images, keep so short a run from learning (with all of them the loss was 2.2 after 20 epochs, at chance
+it is 2.3); they are off, and the table of the paper's ingredients puts them in one at a time.
 """
 
 from dataclasses import replace

@@ -67,9 +67,8 @@ def write_subset(data: str, folder: Path, train_images: int, val_images: int | N
     assert found.val is not None
     folder.mkdir(parents=True, exist_ok=True)
     for split, manifest, images in (("train", found.train, train_images), ("val", found.val, val_images)):
-        index = np.sort(
-            np.concatenate([np.flatnonzero(manifest.label == c)[:images] for c in range(len(found.classes))])
-        )
+        of_class = [np.flatnonzero(manifest.label == label)[:images] for label in range(len(found.classes))]
+        index = np.sort(np.concatenate(of_class))
         write_atomically(folder / f"{split}.tar", lambda path, m=manifest, i=index: _write_shard(path, m, i))
 
 
