@@ -63,9 +63,9 @@ MMPRETRAIN = {"repeats": 1, "warmup_epochs": 20, "clip_norm": 5}
 # Ours: the paper's for 512 images a step, and what 800 steps on 520 images bear of it.
 MINI = DEIT | {"batch": 512, "lr": 5e-4, "ema_decay": 0.9995, "eval_crop_ratio": 1, "eval_every": 10}
 MINI_ON_CPU = {
-    "image_size": 16, "epochs": 60, "batch": 64, "lr": 1e-3, "min_lr": 2e-4, "ema_decay": 0.98, "drop_path": 0, "smoothing": 0,
-    "repeats": 1, "crop_min": 0.6, "rand_augment": "none", "mix_probability": 0.5, "mix_group": 64, "erase": 0, "eval_every": 60,
-    "micro_batch": 64, "workers": 1,
+    "image_size": 16, "epochs": 60, "batch": 64, "lr": 1e-3, "min_lr": 2e-4, "ema_decay": 0.98, "drop_path": 0,
+    "smoothing": 0, "repeats": 1, "crop_min": 0.6, "rand_augment": "none", "mix_probability": 0.5, "mix_group": 64,
+    "erase": 0, "eval_every": 60, "micro_batch": 64, "workers": 1,
 }  # fmt: skip
 
 
