@@ -312,8 +312,8 @@ def _foreign_block(module: nn.Module) -> bool:
 class AccelerationReport:
     """What `accelerate` did. Names are those of `model.named_modules()`.
 
-    replaced: blocks that now run fused. already: blocks that did before. left: block -> why it runs unfused. what
-    a user of the replaced blocks should know.
+    replaced: blocks that now run fused. already: blocks that did before. left: block -> why it runs unfused. notes:
+    what a user of the replaced blocks should know.
     """
 
     model: str

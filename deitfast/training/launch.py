@@ -93,7 +93,8 @@ def train(recipe: Recipe) -> Result:
 def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence[str] | None = None) -> None:
     """What a file in recipes/ calls: apply the command line to its recipe and train.
 
-    name: the default run folder's name. description: the file's docstring, printed by --help.
+    name: the default run folder's name. description: the file's docstring, printed by --help. arguments: the flags, in
+    place of the command line's.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
 
