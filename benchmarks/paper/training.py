@@ -8,6 +8,7 @@ import shlex
 import tarfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ def write_subset(data: str, folder: Path, train_images: int, val_images: int | N
     for split, manifest, images in (("train", found.train, train_images), ("val", found.val, val_images)):
         of_class = [np.flatnonzero(manifest.label == label)[:images] for label in range(len(found.classes))]
         index = np.sort(np.concatenate(of_class))
-        write_atomically(folder / f"{split}.tar", lambda path, m=manifest, i=index: _write_shard(path, m, i))
+        write_atomically(folder / f"{split}.tar", partial(_write_shard, manifest, index))
 
 
-def _write_shard(path: Path, manifest: Manifest, index: np.ndarray) -> None:
+def _write_shard(manifest: Manifest, index: np.ndarray, path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for i in index.tolist():
             suffix = Path(manifest.name(i)).suffix

@@ -13,6 +13,7 @@ import io
 import pickle
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,7 +64,7 @@ def shards(source: Path) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for split, batches in read.items():
-                write_atomically(folder / f"{split}.tar", lambda path, batches=batches: _write(path, batches))
+                write_atomically(folder / f"{split}.tar", partial(_write, batches))
         except OSError as error:
             raise DeitfastError(
                 f"cannot write {folder}: {error.strerror}. Set DEITFAST_HOME to another disk"
@@ -121,7 +122,7 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _write(path: Path, batches: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def _write(batches: list[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for name, data in _files(batches):
             info = tarfile.TarInfo(name)
