@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 import deitfast
+from benchmarks.measuring.record import facts
 from benchmarks.paper import teacher as convnets
 from benchmarks.paper.rows import BASE, CONVNET, EQUAL_CONVNET, TRANSFORMER, Run
-from benchmarks.reporting.record import facts
 from deitfast.data import Manifest, open_dataset
 from deitfast.files import write_atomically
 from deitfast.model.zoo import find_variant
