@@ -175,6 +175,14 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+# The site ------------------------------------------------------------------------------------------------------------
+
+
+def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
+    """A page as the site shows it: what lies outside docs/ is in the repository."""
+    return re.sub(r"\]\(\.\./([^)]+)\)", rf"]({config['repo_url']}/blob/main/\1)", markdown)
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 
