@@ -35,7 +35,7 @@ def one_kernel_whatever_the_size(monkeypatch: pytest.MonkeyPatch, columns: int) 
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize(
     ("name", "arch", "columns"),
-    [("layernorm_qkv", 80, 128), ("layernorm_qkv", 90, 64), ("layernorm_mlp", 90, 256)],
+    [("layernorm_qkv", 80, 64), ("layernorm_qkv", 90, 64), ("layernorm_mlp", 90, 256)],
     ids=["qkv sm_80", "qkv sm_90", "mlp sm_90"],
 )
 def test_as_compiled_code(monkeypatch, name, arch, columns):
