@@ -180,6 +180,7 @@ def layernorm_attention(
     stays as it is. path_scale gets no gradient.
     subset: (K,) int64, instead of path_scale: the samples that the branch runs for, ascending and distinct (the values
     are not checked), times subset_scale; the others have out = x.
+    eps: added to the variance.
     Raises ValueError for shapes, strides and devices that do not fit, TypeError for dtypes.
     """
     op = "layernorm_attention"

@@ -83,6 +83,7 @@ def layernorm_qkv(
 
     x (..., D); ln_weight, ln_bias (D,); weight (O, D); bias (O,) or None. bf16, fp16 or fp32; beside a 16-bit weight, x
     and the LayerNorm's parameters may be fp32. Under torch.autocast weight and bias are cast, all else stays as it is.
+    eps: added to the variance.
     Raises ValueError for shapes, strides and devices that do not fit, TypeError for dtypes.
     """
     weight, bias = autocast(x, weight, bias)

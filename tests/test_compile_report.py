@@ -18,8 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
-from benchmarks import compile_report
-from benchmarks.workshop import kernel_uses
+from benchmarks import compile_report, workshop
 from deitfast import kernels
 from deitfast.kernels.attention_kernels import attention_bwd_short_kernel, attention_fwd_short_kernel
 from deitfast.kernels.common import INTERPRETED, Launch, Recorded, launch, record
@@ -118,7 +117,7 @@ def test_a_case_is_what_tritons_jit_would_compile(arch):
 
 def recorded(arch: int) -> list[Recorded]:
     with FakeTensorMode(), record(arch) as launches:
-        kernel_uses.uses()
+        workshop.uses()
     return launches
 
 

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measuring.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
 from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
-from benchmarks.reporting.record import clocks
+from benchmarks.measuring.record import clocks
 from benchmarks.roofline import CLASSES
 from deitfast.data import Batch, Targets, prepare
 from deitfast.data.batch import targets

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -52,13 +54,13 @@ def test_tables_fit_the_chips():
 @pytest.mark.parametrize(
     ("arguments", "tile"),
     [
-        ((90, 2, 2304, "linear", True), (2, 256)),
-        ((90, 2, 3072, "gelu", True), (2, 128)),
-        ((90, 2, 192, "linear", True), (2, 64)),
-        ((90, 2, 200, "linear", True), (2, 128)),
-        ((90, 2, 201, "linear", False), (2, 0)),
-        ((80, 2, 768, "linear", True), (2, 128)),
-        ((0, 4, 768, "gelu_grad", True), (4, 64)),
+        ((90, 2, 2304, 768, "linear", True), (2, 256)),
+        ((90, 2, 3072, 768, "gelu", True), (2, 128)),
+        ((90, 2, 192, 192, "linear", True), (2, 64)),
+        ((90, 2, 200, 192, "linear", True), (2, 128)),
+        ((90, 2, 201, 192, "linear", False), (2, 0)),
+        ((80, 2, 768, 768, "linear", True), (2, 128)),
+        ((0, 4, 768, 768, "gelu_grad", True), (4, 64)),
     ],
 )
 def test_launch_choice(arguments, tile):
@@ -97,8 +99,7 @@ def test_gelu_and_its_derivative(device, exact):
 @pytest.mark.parametrize("with_path_scale", [False, True])
 def test_scale_and_sum(device, monkeypatch, with_gamma, with_path_scale):
     """The tile of the GPUs, over several tiles a side and several rounds of a program."""
-    monkeypatch.setattr(gemm, "INTERPRETER_SUM_LAUNCH", gemm.SUM_LAUNCH)
-    monkeypatch.setattr(gemm, "SUM_PROGRAMS", 4)
+    monkeypatch.setattr(gemm, "INTERPRETER_SUM_LAUNCH", replace(gemm.SUM_LAUNCH, programs=4))
     draw = Draw(0, torch.float16, device)
     dout = draw.normal(5 * 23, 130)
     gamma = draw.normal(130) if with_gamma else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,8 +54,7 @@ def test_small_tiles_and_few_programs(half, device, monkeypatch):
     """The row blocks of a GPU in the interpreter, so that blocks straddle samples and programs loop."""
     monkeypatch.setattr(layernorm, "INTERPRETED", False)
     monkeypatch.setattr(layernorm, "BWD_PROGRAMS", 3)
-    monkeypatch.setattr(gemm, "INTERPRETER_SUM_LAUNCH", gemm.SUM_LAUNCH)
-    monkeypatch.setattr(gemm, "SUM_PROGRAMS", 3)
+    monkeypatch.setattr(gemm, "INTERPRETER_SUM_LAUNCH", replace(gemm.SUM_LAUNCH, programs=3))
     subset = [0, 3, 4, 6]
     inputs = make(half, torch.float32, device, 7, 23, subset, width=128)
     check(half, inputs, **options(half, subset, device))

@@ -1,17 +1,21 @@
-"""What `benchmarks.tune` may change: each kernel at each DeiT shape, the launches to try, how to put one in place.
+"""The kernels as compile_report and tune meet them: uses that launch every one, and sites where entries are tried.
 
-A site compares with eager PyTorch in the same dtype and in float64; its `call` runs one kernel (two for the looping
-attention backward) through the package's own launcher, so that what is tuned is what will run.
+Uses of the public ops launch every kernel at every launch-table entry between them, forward and backward, at sizes
+that DeiTs have; the tensors are made where tensors have no data, and never filled. A batch of 16 makes every size a
+multiple of 16, as in training; one of 3 does not, as at the end of an evaluation.
+
+A site is a kernel at a DeiT shape; the entries to try are what the package offers. It compares with eager PyTorch in
+the same dtype and in float64; its `call` runs one kernel (two for the looping attention backward) through the
+package's own launcher, so that what is tuned is what will run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-from unittest import mock
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,51 +24,46 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.compile_report import Case, cases_of
 from deitfast.kernels import attention_op, gemm, layernorm
-from deitfast.kernels.catalogue import MODELS, Draw, Shape, Tensors
-from deitfast.kernels.common import Launch, record
+from deitfast.kernels.catalogue import MODELS, OPS, Draw, Shape, Tensors
+from deitfast.kernels.common import record
+from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Segments
+from deitfast.kernels.image_ops import image_ops
+from deitfast.kernels.optimizer import update
+from deitfast.kernels.tunable import Pick, Selection, picked, selection
 
-SHARED_MEMORY = 227 << 10
-"""Bytes a block may have on sm_90 and sm_100; only spares the compiler what cannot fit, the compile check decides."""
-MULTIPROCESSORS = 132
+BF16, FP32 = torch.bfloat16, torch.float32
+HALVES = ("layernorm_attention", "layernorm_mlp")
+"""Of a block."""
 EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A launch to try. launch None: leave the entry out, so that the launcher takes its other kernel."""
-
-    launch: Launch | None
-    programs: int | None = None
-
-    def __str__(self) -> str:
-        if self.launch is None:
-            return "no entry"
-        tiles = " ".join(f"{name}={value}" for name, value in self.launch.tiles.items())
-        programs = "" if self.programs is None else f" programs={self.programs}"
-        return f"{tiles} warps={self.launch.num_warps} stages={self.launch.num_stages}{programs}"
 
 
 @dataclass(frozen=True)
 class Site:
     """One kernel at one shape.
 
-    current: what the package uses now, for an architecture. apply: context manager that makes the package use a
-    candidate. entry: the table's line. call, eager: inputs -> results, by the kernel and in PyTorch; eager also serves
-    in float64. rival: what eager is, where it does no more than the kernel must, so that its time counts too.
+    selection: the package's choice that is searched, for an architecture: what it uses now, and the entries to try.
+    call, eager: inputs -> results, by the kernel and in PyTorch; eager also serves in float64. rival: what eager is,
+    where it does no more than the kernel must, so that its time counts too.
     """
 
     name: str
     op: str
     shape: Shape
-    current: Callable[[int], Candidate]
-    candidates: list[Candidate]
-    apply: Callable[[int, Candidate], contextlib.AbstractContextManager[Any]]
-    entry: Callable[[Candidate], str]
+    selection: Callable[[int], Selection]
     inputs: Callable[[Draw, Shape], Tensors]
     call: Callable[[Tensors], tuple[Tensor, ...]]
     eager: Callable[[Tensors], tuple[Tensor, ...]]
     factor: float = 2.0
     rival: str = ""
+
+    def candidates(self, arch: int) -> list[Pick]:
+        """The current entry first, then those to try."""
+        found = self.selection(arch)
+        return [found.own, *found.space]
+
+    def apply(self, arch: int, candidate: Pick) -> contextlib.AbstractContextManager[None]:
+        """Inside, the package uses the candidate."""
+        return picked({self.selection(arch).name: candidate})
 
     def cases(self, arch: int) -> list[Case]:
         """The kernels that must compile: those which `call` launches while a candidate is applied."""
@@ -84,44 +83,10 @@ def _wide(x: Tensor) -> Tensor:
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-def _attention_launches(kernel: str) -> Iterator[Candidate]:
-    if kernel == "fwd_short":
-        for queries, warps, stages, tma in itertools.product((64, 128), (4, 8), (1, 2, 3), (1, 0)):
-            yield Candidate(Launch({"QUERIES": queries, "KEYS": 0, "TMA": tma}, warps, stages))
-    elif kernel == "bwd_short":
-        for keys, warps, stages, tma in itertools.product((64, 32, 128), (8, 16, 4), (1, 2, 3), (1, 0)):
-            yield Candidate(Launch({"QUERIES": 256, "KEYS": keys, "TMA": tma}, warps, stages))
-    else:
-        sizes = (64, 128, 32)
-        for queries, keys, warps, stages in itertools.product(sizes, sizes, (4, 8), (2, 3, 1)):
-            yield Candidate(Launch({"QUERIES": queries, "KEYS": keys, "TMA": 1}, warps, stages))
-    if kernel.endswith("short"):
-        yield Candidate(None)
-
-
 def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
     shape = Shape.of(model, tokens, batch)
     scale = (shape.width // shape.heads) ** -0.5
     backward = kernel.startswith("bwd")
-
-    def table(arch: int) -> dict[tuple[int, int], Launch]:
-        return attention_op.LAUNCHES[arch].setdefault(kernel, {})
-
-    @contextlib.contextmanager
-    def apply(arch: int, candidate: Candidate) -> Iterator[None]:
-        with mock.patch.dict(table(arch)):
-            if candidate.launch is None:
-                table(arch).pop((2, 64), None)
-            else:
-                table(arch)[2, 64] = candidate.launch
-            yield
-
-    def entry(candidate: Candidate) -> str:
-        if candidate.launch is None:
-            return f'# leave "{kernel}" out'
-        tiles = candidate.launch.tiles
-        call = f"{tiles['QUERIES']}, {tiles['KEYS']}, {candidate.launch.num_warps}, {candidate.launch.num_stages}"
-        return f'"{kernel}": {{(2, 64): _launch({call}, tma={bool(tiles["TMA"])})}},'
 
     def inputs(draw: Draw, shape: Shape) -> Tensors:
         qkv = draw.activations(*shape.leading, 3 * shape.width)
@@ -147,10 +112,7 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
         name=f"attention {kernel} {shape}",
         op="attention",
         shape=shape,
-        current=lambda arch: Candidate(table(arch).get((2, 64))),
-        candidates=list(_attention_launches(kernel)),
-        apply=apply,
-        entry=entry,
+        selection=lambda arch: selection(attention_op.attention_launch, arch, kernel, 2, 64),
         inputs=inputs,
         call=call,
         eager=eager,
@@ -161,21 +123,11 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
 # Matrix products -----------------------------------------------------------------------------------------------------
 
 
-def _tiles() -> Iterator[Candidate]:
-    tiles = ((128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 256, 4))
-    for (m, n, warps), (k, stages) in itertools.product(tiles, ((64, 3), (64, 4), (64, 2), (64, 5), (32, 5), (128, 2))):
-        if stages * (m + n) * k * 2 <= SHARED_MEMORY:
-            yield Candidate(gemm._tile(m, n, k, warps, stages))
-
-
 def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) -> Site:
     """stage: linear, residual, gelu or gelu_grad; outputs, inputs: in widths of the model."""
     shape = Shape.of(model, 197, batch)
     N, K = outputs * shape.width, inputs * shape.width
     epilogue = "linear" if stage == "residual" else stage
-
-    def apply(arch: int, candidate: Candidate) -> contextlib.AbstractContextManager[Any]:
-        return mock.patch.object(gemm, "linear_launch", return_value=candidate.launch)
 
     def make(draw: Draw, shape: Shape) -> Tensors:
         tensors = {"a": draw.normal(shape.rows, K)}
@@ -209,20 +161,11 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
             return (t["residual"] + h * path_scale[:, None],)
         return (h,)
 
-    def entry(candidate: Candidate) -> str:
-        assert candidate.launch is not None
-        m, n, k = (candidate.launch.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        warps, stages = candidate.launch.num_warps, candidate.launch.num_stages
-        return f'("{stage}", {N}, {K}): _tile({m}, {n}, {k}, num_warps={warps}, num_stages={stages}),'
-
     return Site(
         name=f"gemm {stage} {shape} N={N} K={K}",
         op="gemm",
         shape=shape,
-        current=lambda arch: Candidate(gemm.linear_launch(arch, 2, N, epilogue, True)),
-        candidates=list(_tiles()),
-        apply=apply,
-        entry=entry,
+        selection=lambda arch: selection(gemm.linear_launch, arch, 2, N, K, epilogue, True),
         inputs=make,
         call=call,
         eager=eager,
@@ -234,11 +177,6 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
 def _sum_site(model: str, batch: int) -> Site:
     shape = Shape.of(model, 197, batch)
 
-    @contextlib.contextmanager
-    def apply(arch: int, candidate: Candidate) -> Iterator[None]:
-        with mock.patch.multiple(gemm, SUM_LAUNCH=candidate.launch, SUM_PROGRAMS=candidate.programs):
-            yield
-
     def call(t: Tensors) -> tuple[Tensor, ...]:
         return gemm.scale_and_sum(t["dout"], t["dout"].dtype, t["gamma"], t["path_scale"])
 
@@ -249,18 +187,11 @@ def _sum_site(model: str, batch: int) -> Site:
     def shape_rows(t: Tensors) -> int:
         return t["dout"].shape[0] // t["path_scale"].numel()
 
-    candidates = [
-        Candidate(Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, 2), MULTIPROCESSORS * blocks)
-        for m, n, warps, blocks in itertools.product((16, 32, 64), (64, 128), (4, 8), (4, 8))
-    ]
     return Site(
         name=f"scale_and_sum {shape}",
         op="scale_and_sum",
         shape=shape,
-        current=lambda arch: Candidate(gemm.SUM_LAUNCH, gemm.SUM_PROGRAMS),
-        candidates=candidates,
-        apply=apply,
-        entry=lambda c: f"SUM_LAUNCH = {c.launch}; SUM_PROGRAMS = {c.programs}",
+        selection=lambda arch: selection(gemm.sums_launch, shape.width),
         inputs=lambda draw, s: {
             "dout": draw.normal(s.rows, s.width),
             "gamma": draw.gamma(s.width),
@@ -277,14 +208,7 @@ def _sum_site(model: str, batch: int) -> Site:
 
 def _layernorm_site(stage: str, model: str, batch: int) -> Site:
     shape = Shape.of(model, 197, batch)
-    block = layernorm.layernorm_launch(shape.width).tiles["BLOCK_D"]
     backward = stage == "bwd"
-
-    @contextlib.contextmanager
-    def apply(arch: int, candidate: Candidate) -> Iterator[None]:
-        programs = layernorm.BWD_PROGRAMS if candidate.programs is None else candidate.programs
-        with mock.patch.multiple(layernorm, layernorm_launch=lambda D: candidate.launch, BWD_PROGRAMS=programs):
-            yield
 
     def make(draw: Draw, s: Shape) -> Tensors:
         tensors = {"x": draw.normal(s.rows, s.width)} | draw.norm("ln", s.width)
@@ -314,23 +238,11 @@ def _layernorm_site(stage: str, model: str, batch: int) -> Site:
             dx, dweight, dbias = torch.autograd.grad(out, leaves, t["dout"])
         return dx + t["dres"], dweight, dbias
 
-    candidates = [
-        Candidate(Launch({"BLOCK_M": rows, "BLOCK_D": block}, warps, 2), MULTIPROCESSORS * blocks if backward else None)
-        for rows, warps, blocks in itertools.product((1, 2, 4, 8), (4, 8, 2, 1), (4, 8, 2) if backward else (1,))
-        if 4 <= rows * block // (32 * warps) <= 32
-    ]
     return Site(
         name=f"layernorm_{stage} {shape}",
         op="layernorm",
         shape=shape,
-        current=lambda arch: Candidate(
-            layernorm.layernorm_launch(shape.width), layernorm.BWD_PROGRAMS if backward else None
-        ),
-        candidates=candidates,
-        apply=apply,
-        entry=lambda c: (
-            f'("{stage}", {shape.width}): {c.launch},' + (f" BWD_PROGRAMS = {c.programs}" if c.programs else "")
-        ),
+        selection=lambda arch: selection(layernorm.layernorm_launch, stage, shape.width),
         inputs=make,
         call=call,
         eager=eager,
@@ -349,3 +261,117 @@ def sites(batch: int = 256) -> list[Site]:
         found += [_layernorm_site("bwd", model, batch), _layernorm_site("fwd", model, batch), _sum_site(model, batch)]
     long = max(1, batch // 8)
     return found + [_attention_site(kernel, "B", 577, long) for kernel in ("fwd", "bwd_dq", "bwd_dkdv")]
+
+
+# Uses ----------------------------------------------------------------------------------------------------------------
+
+STREAM = ("x", "ln_weight", "ln_bias", "gamma", "prefix_tokens", "pos_embed")
+"""What has the residual stream's dtype; all else that is learnt has that of the products."""
+
+
+def _use(
+    op: str,
+    shape: Shape,
+    dtype: torch.dtype = BF16,
+    stream: torch.dtype = BF16,
+    without: tuple[str, ...] = (),
+    **options: Any,
+) -> None:
+    """An op of the catalogue on its inputs but those `without`, forward and, where gradients are on, backward."""
+    chosen = OPS[op]
+    tensors = chosen.inputs(Draw(0, dtype), shape)
+    given = {name: x.to(stream) if name in STREAM else x for name, x in tensors.items() if name not in without}
+    for name, tensor in given.items():
+        tensor.requires_grad_(name not in chosen.constants)
+    out = chosen.function(**given, **{**chosen.options(shape), **options})
+    if out.requires_grad:
+        out.backward(torch.empty_like(out))
+
+
+def _block(shape: Shape, form: str, gamma: bool, halves: tuple[str, ...] = HALVES, **dtypes: torch.dtype) -> None:
+    """form: drop-path as "whole" (none), "scaled" (a factor a sample) or "subset" (some samples run)."""
+    without = ("gamma",) * (not gamma) + ("path_scale",) * (form != "scaled")
+    options: dict[str, Any] = {}
+    if form == "subset":
+        options = {"subset": torch.empty(shape.batch - 1, dtype=torch.int64), "subset_scale": 1.25}
+    for half in halves:
+        _use(half, shape, without=without, **dtypes, **options)
+
+
+def _attention(head_dim: int, tokens: int, dtype: torch.dtype) -> None:
+    """By itself, with two heads; and before a projection whose bias wants the sums of dq."""
+    shape = Shape(2 * head_dim, 2, tokens, 16)
+    _use("attention", shape, dtype)
+    _block(shape, "whole", gamma=False, halves=("layernorm_attention",), dtype=dtype, stream=dtype)
+
+
+def _input(patch_size: int, mixes: bool, dtype: torch.dtype) -> None:
+    _use("input_patches", Shape(0, 0, 1 + (224 // patch_size) ** 2, 16, patch_size=patch_size), dtype, mixes=mixes)
+
+
+def _image_ops() -> None:
+    plan = torch.empty(2, 16, 8, dtype=torch.float64)
+    image_ops(torch.empty(16, 224, 224, 3, dtype=torch.uint8), plan, (124, 116, 104), blurs=True)
+
+
+def _update(optimizer: Optimizer, copies: bool) -> None:
+    """copies: a bf16 compute copy with bf16 gradients, and an average."""
+    blocks, flat = 8449, 8449 * BLOCK
+    segments = Segments(
+        padded=(flat,), decays=(0.05,), block_decay=torch.empty(blocks),
+        block_segment=torch.empty(blocks, dtype=torch.int32), first_block=torch.empty(2, dtype=torch.int32),
+    )  # fmt: skip
+    buffers = FlatBuffers(
+        segments,
+        grad=torch.empty(flat, dtype=BF16 if copies else FP32),
+        master=torch.empty(flat),
+        exp_avg=torch.empty(flat),
+        exp_avg_sq=None if optimizer == "sgd" else torch.empty(flat),
+        ema=torch.empty(flat) if copies else None,
+        compute=torch.empty(flat, dtype=BF16) if copies else None,
+        norm=torch.empty(()),
+        skipped=torch.empty((), dtype=torch.int64),
+        steps=torch.empty(()),
+    )
+    update(optimizer, buffers, torch.empty(12))
+
+
+def _linear_ops() -> None:
+    mlp = ("layernorm_mlp",)
+    for width in (192, 384, 768):
+        shape, odd = (Shape(width, width // 64, 197, batch) for batch in (16, 3))
+        for form, gamma in itertools.product(("scaled", "subset"), (False, True)):
+            _block(shape, form, gamma)
+        for form in ("scaled", "subset"):
+            _block(shape, form, gamma=True, stream=FP32)
+            _block(shape, form, gamma=True, halves=mlp, dtype=FP32, stream=FP32)
+        _block(shape, "whole", gamma=False)
+        _block(odd, "scaled", gamma=True)
+        with torch.no_grad():
+            _block(odd, "whole", gamma=False)
+        _use("layernorm_qkv", shape)
+    _block(Shape(1280, 16, 257, 16), "subset", gamma=True)  # DeiT III's largest
+    for form in ("whole", "scaled", "subset"):
+        _block(Shape(197, 1, 197, 16), form, gamma=form != "whole", halves=mlp)  # rows that are not aligned
+
+
+def uses() -> None:
+    """All of them."""
+    _linear_ops()
+    for head_dim, tokens in ((64, 192), (64, 256), (64, 577), (32, 197), (32, 577), (96, 257), (128, 257)):
+        _attention(head_dim, tokens, BF16)
+    for head_dim, tokens in ((32, 197), (64, 197), (80, 257)):  # tokens choose no kernel in fp32
+        _attention(head_dim, tokens, FP32)
+    for width, prefix, stream in ((192, 1, BF16), (192, 2, BF16), (768, 1, BF16), (768, 2, FP32)):
+        _use("patch_embed", Shape(width, 0, prefix + 196, 16, prefix), stream=stream)
+    _use("patch_embed", Shape(1280, 0, 197, 16, patch_size=14))  # rows that are not aligned
+    _use("patch_embed", Shape(384, 0, 198, 16, prefix=2), FP32, FP32)
+    for patch_size, mixes, dtype in ((16, True, BF16), (16, False, BF16), (4, True, BF16), (16, True, FP32)):
+        _input(patch_size, mixes, dtype)
+    _image_ops()
+    for classes, dtype in ((1000, BF16), (21841, BF16), (1000, FP32)):
+        for loss in ("mixed_cross_entropy", "mixed_bce"):
+            _use(loss, Shape(0, 0, 0, 16, classes=classes), dtype)
+    for optimizer in get_args(Optimizer):
+        _update(optimizer, copies=True)
+    _update("adamw", copies=False)
