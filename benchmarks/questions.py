@@ -35,15 +35,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.command import arguments, last_json, ready, run_limited
 from benchmarks.measuring.harness import Budget, Recorder, Refused, in_turns, rotating, timed_row
-from benchmarks.measuring.processes import last_json, run_limited
-from benchmarks.reporting.record import ROOT
+from benchmarks.measuring.record import ROOT
 from benchmarks.tune import Trial
-from benchmarks.workshop.tune_sites import Candidate, Site, sites
+from benchmarks.workshop import Site, sites
 from deitfast.errors import first_line
 from deitfast.kernels.catalogue import Draw
 from deitfast.kernels.common import architecture
+from deitfast.kernels.tunable import Pick, described
 
 Row = dict[str, Any]
 CHILD_SECONDS = 60.0
@@ -157,24 +157,28 @@ def wgrad(question: str, device: str, quick: bool) -> Iterator[Row]:
             yield timed_row(key(question, way), ran.timings) | ran.how | {"answer": answer}
 
 
-def at_site(question: str, site: Site, candidates: Sequence[Candidate], device: str) -> Iterator[Row]:
+def _arch(device: str) -> int:
+    return architecture(torch.empty(0, device=device)) if device == "cuda" else 90
+
+
+def at_site(question: str, site: Site, candidates: Sequence[Pick], device: str) -> Iterator[Row]:
     """Each launch of a kernel: checked against float64, then timed twice in turn with the others."""
-    arch = architecture(torch.empty(0, device=device)) if device == "cuda" else 90
-    trial, right = Trial(site, arch, device), []
+    trial, right = Trial(site, _arch(device), device), []
     for candidate in candidates:
         try:
             trial.check(candidate)
             right.append(candidate)
         except Refused as problem:
-            yield {"key": key(question, str(candidate)), "refused": str(problem)}
+            yield {"key": key(question, described(candidate)), "refused": str(problem)}
         except Exception as problem:  # a launch that does not compile or does not fit is an answer, too
-            yield {"key": key(question, str(candidate)), "failed": first_line(problem)}
+            yield {"key": key(question, described(candidate)), "failed": first_line(problem)}
     if device != "cuda":
-        yield from ({"key": key(question, str(candidate)), "answer": "right; not timed on CPU"} for candidate in right)
+        answer = "right; not timed on CPU"
+        yield from ({"key": key(question, described(candidate)), "answer": answer} for candidate in right)
         return
     runs: dict[str, list[Any]] = {}
     for candidate in right * 2:
-        runs.setdefault(str(candidate), []).append(trial.time(candidate, 100))
+        runs.setdefault(described(candidate), []).append(trial.time(candidate, 100))
     for name, timings in runs.items():
         yield timed_row(key(question, name), timings) | {"answer": site.name}
 
@@ -188,23 +192,22 @@ def fc1_tile(question: str, device: str, quick: bool) -> Iterator[Row]:
     site = _site("gemm", "gelu", quick)
     wanted = {(128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4)}
     chosen = []
-    for candidate in site.candidates:
-        launch = candidate.launch
+    for launch in site.candidates(_arch(device)):
         sizes = [launch.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")] if launch else []
         if launch and (*sizes, launch.num_warps, launch.num_stages) in wanted:
-            chosen.append(candidate)
+            chosen.append(launch)
     yield from at_site(question, site, chosen, device)
 
 
 def attention_stages(question: str, device: str, quick: bool) -> Iterator[Row]:
-    arch = architecture(torch.empty(0, device=device)) if device == "cuda" else 90
+    arch = _arch(device)
     for kernel in ("bwd_short", "fwd_short"):
         site = _site("attention", kernel, quick)
-        launch = site.current(arch).launch
+        launch = site.selection(arch).own
         if launch is None:  # this chip's table sends the shape to another kernel
             yield {"key": key(question, kernel), "skipped": f"no launch of {kernel} in the table of sm_{arch}"}
             continue
-        candidates = [Candidate(replace(launch, num_stages=stages)) for stages in (1, 2, 3)]
+        candidates = [replace(launch, num_stages=stages) for stages in (1, 2, 3)]
         yield from at_site(f"{question} {kernel}", site, candidates, device)
 
 

@@ -17,13 +17,11 @@ Results go to FILE after every candidate. `--device cpu --quick` rehearses on tw
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -32,25 +30,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton.runtime.jit import JITFunction
 
 from benchmarks import compile_report
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, Timing, in_turns, measure, rotating, timed_row, verify
-from benchmarks.workshop.tune_sites import Candidate, Site, sites
+from benchmarks.workshop import Site, sites
 from deitfast.kernels.catalogue import MODELS, Draw, Tensors
 from deitfast.kernels.common import INTERPRETED, architecture
+from deitfast.kernels.tunable import Pick, described
+from deitfast.verification.timing import fastest
+from deitfast.verification.warm import compile_only
 
 FINALISTS = 3
 Verdict = dict[str, dict[str, str]]
 """Site -> candidate -> why it was dropped, or "" where it compiled."""
 
 
-def candidates_of(site: Site, arch: int, quick: bool) -> list[Candidate]:
+def candidates_of(site: Site, arch: int, quick: bool) -> list[Pick]:
     """The current launch first, then the others; just one other with `quick`."""
-    current = site.current(arch)
-    others = [candidate for candidate in site.candidates if str(candidate) != str(current)]
-    return [current, *(others[:1] if quick else others)]
+    return site.candidates(arch)[: 2 if quick else None]
 
 
 # 1. Compile ----------------------------------------------------------------------------------------------------------
@@ -84,27 +82,12 @@ def compile_candidate(task: Task) -> str:
         if task.warm:
             # A few samples do: a kernel is compiled anew for another divisibility of a size, not for another size.
             inputs = site.inputs(Draw(0, torch.bfloat16, "cuda"), replace(site.shape, batch=16))
-            with _compile_only():
+            with compile_only():
                 site.call(inputs)
     return ""
 
 
-@contextlib.contextmanager
-def _compile_only() -> Iterator[None]:
-    """Triton compiles what is called, and launches nothing."""
-    run = JITFunction.run
-
-    def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
-
-    JITFunction.run = compile_it
-    try:
-        yield
-    finally:
-        JITFunction.run = run
-
-
-def _same_code(site: Site, candidate: Candidate, arch: int) -> str:
+def _same_code(site: Site, candidate: Pick, arch: int) -> str:
     """Equal for candidates that compile to the same code: most kernels take their sizes at run time."""
     with site.apply(arch, candidate):
         return str([(case.kernel.__name__, case.traits()) for case in site.cases(arch)])
@@ -122,11 +105,11 @@ def compile_all(
     tasks: dict[str, Task] = {}
     for site in chosen:
         for index, candidate in enumerate(candidates_of(site, arch, quick)):
-            earlier = verdicts[site.name].get(str(candidate))
+            earlier = verdicts[site.name].get(described(candidate))
             if earlier or (earlier is not None and not warm):
                 continue
             code = _same_code(site, candidate, arch)
-            groups.setdefault(code, []).append((site.name, str(candidate)))
+            groups.setdefault(code, []).append((site.name, described(candidate)))
             tasks.setdefault(code, Task(site.name, index, arch, batch, quick, check=earlier is None, warm=warm))
 
     def record(code: str, why: str) -> None:
@@ -174,29 +157,29 @@ class Trial:
     def _inputs(self, seed: int) -> Tensors:
         return self.site.inputs(Draw(seed, self.dtype, self.device), self.site.shape)
 
-    def check(self, candidate: Candidate) -> None:
+    def check(self, candidate: Pick) -> None:
         """Raise Refused where the candidate is wrong, and whatever it raises where it does not run."""
         with self.site.apply(self.arch, candidate):
             results = self.site.call(self.sets[0])
         for i, (actual, exact, eager) in enumerate(zip(results, self.exact, self.eager, strict=True)):
             verify(f"{self.site.name} result {i}", actual, exact, eager.to(actual.dtype), self.site.factor)
 
-    def time(self, candidate: Candidate, budget_ms: float) -> Timing:
+    def time(self, candidate: Pick, budget_ms: float) -> Timing:
         with self.site.apply(self.arch, candidate):
             return measure(self.site.call, device=self.device, sets=self.sets, budget_ms=budget_ms, graph=True)
 
 
 def tune_site(
     site: Site, arch: int, device: str, quick: bool, verdicts: dict[str, str], recorder: Recorder, budget: Budget
-) -> tuple[Candidate, dict[str, float]]:
+) -> tuple[Pick, dict[str, float]]:
     """The winner of a site, and the short time of each candidate that is right, in ms (none on CPU)."""
     current, *others = candidates_of(site, arch, quick)
     trial = Trial(site, arch, device)
     times: dict[str, float] = {}
-    right: list[Candidate] = []
+    right: list[Pick] = []
     for candidate in (current, *others):
-        key = {"site": site.name, "candidate": str(candidate)}
-        why = verdicts.get(str(candidate), "not compiled in time")
+        key = {"site": site.name, "candidate": described(candidate)}
+        why = verdicts.get(described(candidate), "not compiled in time")
         if why and candidate is not current:
             recorder.add({"key": key, "failed": why})
             continue
@@ -206,45 +189,37 @@ def tune_site(
         try:
             trial.check(candidate)
             if device == "cuda":
-                times[str(candidate)] = trial.time(candidate, 20).median_ms
+                times[described(candidate)] = trial.time(candidate, 20).median_ms
         except Exception as problem:
             recorder.add({"key": key, "failed": f"{type(problem).__name__}: {problem}".splitlines()[0]})
             if device == "cuda":
                 torch.cuda.synchronize()  # raises where the candidate broke the context: nothing after it counts
             continue
         right.append(candidate)
-        recorder.add({"key": key, "checked": True, "short_ms": times.get(str(candidate))})
+        recorder.add({"key": key, "checked": True, "short_ms": times.get(described(candidate))})
     if device != "cuda" or current not in right:
         return current, times
-    finalists = sorted((c for c in right if c is not current), key=lambda c: times[str(c)])[:FINALISTS]
+    finalists = sorted((c for c in right if c is not current), key=lambda c: times[described(c)])[:FINALISTS]
     runs: dict[str, list[Timing]] = {}
     for candidate in (current, *finalists) * 2:
-        runs.setdefault(str(candidate), []).append(trial.time(candidate, 100))
+        runs.setdefault(described(candidate), []).append(trial.time(candidate, 100))
     if site.rival:
         rival = in_turns({site.rival: site.eager}, device=device, sets=trial.sets, budget_ms=100)[site.rival]
         runs |= {site.rival: rival.timings} if rival.problem is None else {}
     for name, timings in runs.items():
         recorder.add(timed_row({"site": site.name, "candidate": name, "round": "final"}, timings))
-    return choose(current, finalists, {name: [t.median_ms for t in timings] for name, timings in runs.items()}), times
+    ours = {described(c): [t.median_ms for t in runs[described(c)]] for c in (current, *finalists)}
+    best = fastest(ours, described(current))
+    return next(c for c in (current, *finalists) if described(c) == best), times
 
 
-def beside_rival(rows: Sequence[dict[str, Any]], site: Site, winner: Candidate) -> str:
+def beside_rival(rows: Sequence[dict[str, Any]], site: Site, winner: Pick) -> str:
     """How long the site's rival takes beside the winner, in words; nothing where there is none or none was timed."""
     final = {"site": site.name, "round": "final"}
     times = {row["key"]["candidate"]: row["ms"] for row in rows if final.items() <= row["key"].items()}
-    if site.rival not in times or str(winner) not in times:
+    if site.rival not in times or described(winner) not in times:
         return ""
-    return f"; {site.rival} takes {times[site.rival] / times[str(winner)]:.2f} x as long"
-
-
-def choose(current: Candidate, finalists: Sequence[Candidate], runs: dict[str, list[float]]) -> Candidate:
-    """The fastest finalist, if it beats the current launch by more than the runs of either differ."""
-    if not finalists:
-        return current
-    best = min(finalists, key=lambda candidate: statistics.fmean(runs[str(candidate)]))
-    noise = max(max(runs[name]) - min(runs[name]) for name in (str(best), str(current)))
-    gain = statistics.fmean(runs[str(current)]) - statistics.fmean(runs[str(best)])
-    return best if gain > noise else current
+    return f"; {site.rival} takes {times[site.rival] / times[described(winner)]:.2f} x as long"
 
 
 def gemm_by_width(timed: Sequence[tuple[Site, int, dict[str, float]]]) -> list[str]:
@@ -301,20 +276,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 recorder.add({"key": {"site": site.name}, "skipped": "no time left"})
                 print(f"{site.name}: no time left")
                 continue
-            current = site.current(arch)
+            selection = site.selection(arch)
+            current = selection.own
             winner, times = tune_site(
                 site, arch, options.device, options.quick, verdicts.get(site.name, {}), recorder, budget
             )
-            bad = [row for row in recorder.rows if row["key"] == {"site": site.name, "candidate": str(current)}]
+            bad = [row for row in recorder.rows if row["key"] == {"site": site.name, "candidate": described(current)}]
             failed |= any("failed" in row for row in bad)
-            verdict = (
-                "rehearsed" if not times else "keeps" if winner is current or str(winner) == str(current) else "now"
-            )
+            verdict = "rehearsed" if not times else "keeps" if winner == current else "now"
             beside = beside_rival(recorder.rows, site, winner)
-            print(f"{site.name}: {verdict} {winner}{beside}", flush=True)
-            entries.append(f"{site.entry(winner)}  # {site.name}{beside}")
-            if site.op == "gemm" and times and current.launch is not None:
-                gemms.append((site, current.launch.tiles["BLOCK_N"], times))
+            print(f"{site.name}: {verdict} {described(winner)}{beside}", flush=True)
+            entries.append(f"{selection.name}: {described(winner)}  # {site.name}{beside}")
+            if site.op == "gemm" and times and current is not None:
+                gemms.append((site, current.tiles["BLOCK_N"], times))
             recorder.note("tables", entries)
         print(f"# sm_{arch}" + ("" if options.device == "cuda" else ": the current tables; nothing was timed"))
         print("\n".join(entries + gemm_by_width(gemms)))

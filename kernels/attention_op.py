@@ -26,7 +26,9 @@ compiles for each chip without a spill; none has been timed on a GPU yet.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +57,7 @@ from deitfast.kernels.common import (
     op,
     runs_triton,
 )
+from deitfast.kernels.tunable import tunable
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 LOG2_E = math.log2(math.e)
@@ -124,16 +127,53 @@ def _columns(head_dim: int) -> int:
     return max(64, triton.next_power_of_2(head_dim))
 
 
-def _entry(arch: int, kernel: str, itemsize: int, head_dim: int) -> Launch | None:
+def _other_entries(arch: int, kernel: str, itemsize: int, head_dim: int) -> Iterator[Launch | None]:
+    """Another number of stages, loads through pointers, and the looping kernel for one of the whole sequence."""
+    own = LAUNCHES[arch].get(kernel, {}).get((itemsize, _columns(head_dim)))
+    if own is None or itemsize == 4:
+        return
+    yield replace(own, num_stages=own.num_stages + 1)
+    yield LAUNCHES[0].get(kernel, {}).get((itemsize, _columns(head_dim)), own)
+    if kernel.endswith("short"):
+        yield None
+
+
+def _all_entries(arch: int, kernel: str, itemsize: int, head_dim: int) -> Iterator[Launch | None]:
+    """What a search tries."""
+    if itemsize == 4:
+        return
+    has_tma = arch in (90, 100)
+    if kernel == "fwd_short":
+        for queries, warps, stages, tma in itertools.product((64, 128), (4, 8), (1, 2, 3), {has_tma, False}):
+            yield _launch(queries, 0, warps, stages, tma)
+    elif kernel == "bwd_short":
+        for keys, warps, stages, tma in itertools.product((64, 32, 128), (8, 16, 4), (1, 2, 3), {has_tma, False}):
+            yield _launch(256, keys, warps, stages, tma)
+    else:
+        sizes = (64, 128, 32)
+        for queries, keys, warps, stages in itertools.product(sizes, sizes, (4, 8), (2, 3, 1)):
+            yield _launch(queries, keys, warps, stages, has_tma)
+    if kernel.endswith("short"):
+        yield None
+
+
+@tunable(_other_entries, _all_entries)
+def attention_launch(arch: int, kernel: str, itemsize: int, head_dim: int) -> Launch | None:
     """The table's entry; None where this chip does not use this kernel for this dtype and head dimension."""
     return LAUNCHES[arch].get(kernel, {}).get((itemsize, _columns(head_dim)))
 
 
+def _looping_launch(arch: int, kernel: str, itemsize: int, head_dim: int) -> Launch:
+    entry = attention_launch(arch, kernel, itemsize, head_dim)
+    assert entry is not None  # every table has the looping kernels
+    return entry
+
+
 def _forward_launch(arch: int, itemsize: int, head_dim: int, tokens: int) -> tuple[Any, Launch]:
     """The forward's kernel and launch."""
-    short = _entry(arch, "fwd_short", itemsize, head_dim)
-    if short is None or tokens not in SHORT_TOKENS:
-        return attention_fwd_kernel, LAUNCHES[arch]["fwd"][itemsize, _columns(head_dim)]
+    short = attention_launch(arch, "fwd_short", itemsize, head_dim) if tokens in SHORT_TOKENS else None
+    if short is None:
+        return attention_fwd_kernel, _looping_launch(arch, "fwd", itemsize, head_dim)
     # Powers of two with the least padding: 197 keys cost 208.
     keys = (128, 64, 0) if tokens <= 192 else (128, 64, 16) if tokens <= 208 else (128, 128, 0)
     pieces = dict(zip(("KEYS1", "KEYS2", "KEYS3"), keys, strict=True))
@@ -143,13 +183,12 @@ def _forward_launch(arch: int, itemsize: int, head_dim: int, tokens: int) -> tup
 
 def _backward_launches(arch: int, itemsize: int, head_dim: int, tokens: int) -> list[tuple[Any, Launch]]:
     """The backward's kernels and launches, in the order in which they run."""
-    short = _entry(arch, "bwd_short", itemsize, head_dim)
-    if short is not None and tokens in SHORT_TOKENS:
+    short = attention_launch(arch, "bwd_short", itemsize, head_dim) if tokens in SHORT_TOKENS else None
+    if short is not None:
         return [(attention_bwd_short_kernel, short)]
-    key = itemsize, _columns(head_dim)
     return [
-        (attention_bwd_dq_kernel, LAUNCHES[arch]["bwd_dq"][key]),
-        (attention_bwd_dkdv_kernel, LAUNCHES[arch]["bwd_dkdv"][key]),
+        (attention_bwd_dq_kernel, _looping_launch(arch, "bwd_dq", itemsize, head_dim)),
+        (attention_bwd_dkdv_kernel, _looping_launch(arch, "bwd_dkdv", itemsize, head_dim)),
     ]
 
 

@@ -177,18 +177,25 @@ def check_last_contiguous(op: str, name: str, tensor: Tensor) -> None:
 class Launch:
     """One launch-table entry: constexpr tile sizes by name, plus Triton's launch options.
 
-    fp_fusion: whether a product may be added without being rounded first.
+    fp_fusion: whether a product may be added without being rounded first. programs: at most so many, which share the
+    work in a loop, each with its own part of a sum; all of them should fit an H100 at once. 0: as the sizes ask.
     """
 
     tiles: Mapping[str, int]
     num_warps: int
     num_stages: int
     fp_fusion: bool = True
+    programs: int = 0
 
     def options(self) -> dict[str, Any]:
         """The options as keywords of a launch and of a compilation."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.fp_fusion else {**options, "enable_fp_fusion": False}
+
+    def __str__(self) -> str:
+        tiles = " ".join(f"{name}={value}" for name, value in self.tiles.items())
+        programs = f" programs={self.programs}" if self.programs else ""
+        return f"{tiles} warps={self.num_warps} stages={self.num_stages}{programs}"
 
 
 @dataclass(frozen=True)

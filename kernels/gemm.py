@@ -21,6 +21,8 @@ to cuBLAS (`torch.mm`; for fp32 operands PyTorch's own tf32 setting holds there)
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ from deitfast.kernels.common import (
 from deitfast.kernels.gemm_kernels import linear_kernel, scale_and_sum_kernel
 from deitfast.kernels.row_sums import row_sums
 from deitfast.kernels.subset_rows import SubsetRows
+from deitfast.kernels.tunable import tunable
 
 # Launch tables -------------------------------------------------------------------------------------------------------
 
@@ -83,7 +86,25 @@ other; 256 columns read less and are for the light epilogues.
 """
 
 
-def linear_launch(arch: int, itemsize: int, N: int, epilogue: str, aligned_rows: bool) -> Launch:
+def _other_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch]:
+    """The chip's other tiles."""
+    if itemsize == 2 and aligned_rows:
+        yield from (entry for (size, width), entry in LAUNCHES[arch].items() if size == itemsize and width)
+
+
+def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch]:
+    """What a search tries, as far as it fits the shared memory of the chip."""
+    if itemsize == 4 or not aligned_rows:
+        return
+    room = {80: 163, 90: 227, 100: 227}.get(arch, 99) << 10
+    tiles = ((128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 256, 4))
+    for (m, n, warps), (k, stages) in itertools.product(tiles, ((64, 3), (64, 4), (64, 2), (64, 5), (32, 5), (128, 2))):
+        if stages * (m + n) * k * 2 <= room:
+            yield _tile(m, n, k, warps, stages)
+
+
+@tunable(_other_tiles, _all_tiles)
+def linear_launch(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Launch:
     """The widest tile of the chip's table that divides N, at most 128 columns with GELU; else 128.
 
     aligned_rows: whether the operands' rows are, as `aligned` says.
@@ -98,14 +119,25 @@ def linear_launch(arch: int, itemsize: int, N: int, epilogue: str, aligned_rows:
     return table[itemsize, next((width for width in widths if N % width == 0), 128)]
 
 
-SUM_LAUNCH = Launch({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=2)
-SUM_PROGRAMS = 1584
-"""Programs of the column sums, twelve for each multiprocessor of an H100: as many as fit there with LayerScale (40
+SUM_LAUNCH = Launch({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=2, programs=1584)
+"""Of the column sums: twelve programs for each multiprocessor of an H100, as many as fit there with LayerScale (40
 registers a thread), so that none waits for a second round. Fixed, so that no chip changes the sums."""
+
+
+def _sums_space(N: int) -> Iterator[Launch]:
+    for m, n, warps, blocks in itertools.product((16, 32, 64), (64, 128), (4, 8), (4, 8)):
+        yield Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, 2, programs=132 * blocks)
+
+
+@tunable(lambda N: (), _sums_space)
+def sums_launch(N: int) -> Launch:
+    """Of the column sums of N columns."""
+    return INTERPRETER_SUM_LAUNCH if INTERPRETED else SUM_LAUNCH
+
 
 # Triton's interpreter pays for every operation, whatever the size of its tensors: there large tiles are fast.
 INTERPRETER_LAUNCH = Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "EPILOGUE_PARTS": 1}, 4, 1)
-INTERPRETER_SUM_LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 512}, num_warps=4, num_stages=1)
+INTERPRETER_SUM_LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 512}, num_warps=4, num_stages=1, programs=1584)
 
 # Launchers -----------------------------------------------------------------------------------------------------------
 
@@ -142,19 +174,20 @@ def _linear(
     arch = architecture(a)
     aligned_rows = all(aligned(tensor) for tensor in (a, b, out))
     descriptors = aligned_rows and arch in (90, 100) and a.element_size() == 2
-    entry = INTERPRETER_LAUNCH if INTERPRETED else linear_launch(arch, a.element_size(), N, epilogue, aligned_rows)
+    entry = INTERPRETER_LAUNCH if INTERPRETED else linear_launch(arch, a.element_size(), N, K, epilogue, aligned_rows)
     block_m, block_n, block_k = (entry.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     operands: tuple[Any, Any] = (a, b)
     if descriptors:
         b_block = [block_n, block_k] if transposed else [block_k, block_n]
         operands = (TensorDescriptor.from_tensor(a, [block_m, block_k]), TensorDescriptor.from_tensor(b, b_block))
     tiles_m = triton.cdiv(M, block_m)
+    tiles = tiles_m * triton.cdiv(N, block_n)
     column_sums = None
     if epilogue == "gelu_grad":
         column_sums = torch.empty((tiles_m, N), dtype=torch.float32, device=a.device)
     launch(
         linear_kernel,
-        (tiles_m * triton.cdiv(N, block_n),),
+        (min(tiles, entry.programs) if entry.programs else tiles,),
         entry,
         a=operands[0],
         b=operands[1],
@@ -175,6 +208,7 @@ def _linear(
         DESCRIPTORS=descriptors,
         EPILOGUE=epilogue,
         EXACT_GELU=a.element_size() == 4,
+        FLATTEN=entry.programs > 0,
     )
     return column_sums
 
@@ -270,10 +304,10 @@ def scale_and_sum(
     copies = path_scale is not None or subset is not None or dtype != dout.dtype
     branch = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
     scaled = torch.empty_like(branch) if gamma is not None else branch
-    entry = INTERPRETER_SUM_LAUNCH if INTERPRETED else SUM_LAUNCH
+    entry = sums_launch(N)
     block_m, block_n = entry.tiles["BLOCK_M"], entry.tiles["BLOCK_N"]
     columns = triton.cdiv(N, block_n)
-    grid = (columns, max(1, min(triton.cdiv(SUM_PROGRAMS, columns), triton.cdiv(M, block_m))))
+    grid = (columns, max(1, min(triton.cdiv(entry.programs, columns), triton.cdiv(M, block_m))))
     column_sums = torch.empty((grid[1], N), dtype=torch.float32, device=dout.device)
     launch(
         scale_and_sum_kernel,

@@ -18,6 +18,7 @@ The sums are fp32, in an order that depends on the shapes alone. Not yet measure
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from deitfast.kernels.common import (
 )
 from deitfast.kernels.gemm_kernels import column_slices
 from deitfast.kernels.replaced import replaceable
+from deitfast.kernels.tunable import tunable
 
 # Reference -----------------------------------------------------------------------------------------------------------
 
@@ -166,16 +168,23 @@ LAUNCHES: dict[int, dict[tuple[int, int], Launch]] = {
 }
 """Architecture -> (bytes per element, columns of a tile; 0 for fp32 and for rows not aligned to 16 bytes) -> launch."""
 
-BWD_LAUNCH = Launch({"BLOCK_B": 16, "BLOCK_W": 256}, num_warps=4, num_stages=2)
-BWD_PROGRAMS = 2112
-"""Programs of the backward's pass, sixteen for each multiprocessor of an H100; fixed, so no chip changes the sums."""
+BWD_LAUNCH = Launch({"BLOCK_B": 16, "BLOCK_W": 256}, num_warps=4, num_stages=2, programs=2112)
+"""Of the backward's pass: sixteen programs for each multiprocessor of an H100; fixed, so no chip changes the sums."""
 
 # Triton's interpreter pays for every operation, whatever the size of its tensors: there large tiles are fast.
 INTERPRETER_LAUNCH = _tile(256, 256, 256, num_warps=4, num_stages=1, parts=1)
-INTERPRETER_BWD_LAUNCH = Launch({"BLOCK_B": 2, "BLOCK_W": 1 << 15}, num_warps=4, num_stages=1)
+INTERPRETER_BWD_LAUNCH = Launch({"BLOCK_B": 2, "BLOCK_W": 1 << 15}, num_warps=4, num_stages=1, programs=2112)
 
 
-def _launch(arch: int, itemsize: int, D: int, aligned_rows: bool) -> Launch:
+def _other_tiles(arch: int, itemsize: int, D: int, aligned_rows: bool) -> Iterator[Launch]:
+    """The chip's other tiles."""
+    if itemsize == 2 and aligned_rows:
+        yield from (entry for (size, width), entry in LAUNCHES[arch].items() if size == itemsize and width)
+
+
+@tunable(_other_tiles)
+def patch_embed_launch(arch: int, itemsize: int, D: int, aligned_rows: bool) -> Launch:
+    """The widest tile of the chip's table that divides D."""
     width = 0 if itemsize == 4 or not aligned_rows else 128 if D % 128 == 0 else 64
     return LAUNCHES[arch][itemsize, width]
 
@@ -191,7 +200,7 @@ def patch_embed_fwd(patches: Tensor, weight: Tensor, bias: Tensor, prefix_tokens
     rows = patches.reshape(B * P, K)
     arch = architecture(rows)
     aligned_rows = aligned(rows) and aligned(weight)
-    entry = INTERPRETER_LAUNCH if INTERPRETED else _launch(arch, rows.element_size(), D, aligned_rows)
+    entry = INTERPRETER_LAUNCH if INTERPRETED else patch_embed_launch(arch, rows.element_size(), D, aligned_rows)
     block_m, block_d, block_k = (entry.tiles[name] for name in ("BLOCK_M", "BLOCK_D", "BLOCK_K"))
     descriptors = aligned_rows and arch in (90, 100) and rows.element_size() == 2
     operands: tuple[Any, Any] = (rows, weight)
@@ -230,7 +239,7 @@ def _sum_and_copy(dout: Tensor, T: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     drows = torch.empty((B * (N - T), D), dtype=dtype, device=dout.device)
     entry = INTERPRETER_BWD_LAUNCH if INTERPRETED else BWD_LAUNCH
     columns = triton.cdiv(N * D, entry.tiles["BLOCK_W"])
-    parts = max(1, min(triton.cdiv(BWD_PROGRAMS, columns), triton.cdiv(B, entry.tiles["BLOCK_B"])))
+    parts = max(1, min(triton.cdiv(entry.programs, columns), triton.cdiv(B, entry.tiles["BLOCK_B"])))
     sums = torch.empty((parts, N, D), dtype=torch.float32, device=dout.device)
     grid = (columns, parts)
     launch(patch_embed_bwd_kernel, grid, entry, dout=dout, drows=drows, sums=sums, B=B, WIDTH=N * D, prefix=T * D)

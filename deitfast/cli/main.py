@@ -24,13 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     guarded(lambda: _dispatch(arguments))
 
 
-def _dispatch(arguments: Sequence[str] | None) -> None:
+def command_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
+    """The parser of every command, and the commands by name in its `choices`."""
     parser = _Parser(prog="deitfast", description="Train and use DeiT vision transformers.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_train(commands)
     add_use(commands)
     add_data(commands)
     add_doctor(commands)
+    return parser, commands
+
+
+def _dispatch(arguments: Sequence[str] | None) -> None:
+    parser, commands = command_parser()
     known, unknown = parser.parse_known_args(arguments)
     if known.command is None:
         parser.print_help()

@@ -216,6 +216,7 @@ class DeiT(nn.Module):
 
     @property
     def distilled(self) -> bool:
+        """Whether it has a distillation token, and a head of its own for it."""
         return self.num_prefix_tokens == 2
 
     @torch.no_grad()

@@ -44,6 +44,8 @@ def create_model(
         is brought into their order, or refused.
     num_classes, image_size, layer_scale: those of the weights where None, else 1000 and the name's own. Position
         embeddings of weights are interpolated to the image size.
+    drop_path: probability of dropping a residual branch of the last block; it rises linearly from 0 over depth, or is
+        the same in every block with constant_drop_path.
     reset_head: start the heads at zero, whatever the weights' class count.
     depth: blocks; None for the name's own. Fewer make another, smaller model: for smoke tests.
     fused: True runs the blocks through the ops of `deitfast.kernels`, False in eager PyTorch; None decides by where the

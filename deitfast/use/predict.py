@@ -80,7 +80,7 @@ def get_model(
     """`create_model` under mmpretrain's name: `name` may be one of its names, and the model is put on `device`.
 
     Names of weights that mmpretrain trained (`deit-tiny_4xb256_in1k`) bring those with pretrained=True, all others the
-    authors'.
+    authors'. options: more of `create_model`'s.
     """
     model = create_model(name, pretrained, **options)
     return model if device is None else model.to(pick_device(device))
@@ -100,7 +100,7 @@ def inference_model(
     model: a name that `create_model` knows, mmpretrain's included, a run's folder or weight file, or a model.
     image: a path, URL, encoded bytes, PIL image or uint8 array (H, W, 3) in RGB; or a list of these, which is run in
     batches. weights: what `read_weights` takes; None for the published ones. classes: class names in index order, where
-    the weights bring none.
+    the weights bring none. device: cuda, cpu, or auto. precision: bf16, fp16, fp32, or auto (bf16 on a GPU, else fp32).
 
     Returns {"pred_label": int, "pred_class": str, "pred_score": float, "pred_scores": float32 (classes,)}, a list of
     them for a list. A named model stays loaded for the next call. Raises DeitfastError for an unreadable image.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -12,15 +11,15 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from benchmarks import compile_report, micro, sanitize, tune
+from benchmarks import compile_report, micro, sanitize, tune, workshop
 from benchmarks.measuring import ops
+from benchmarks.measuring.command import Finished
 from benchmarks.measuring.harness import Budget, Ran, Recorder, Refused, Timing, load
 from benchmarks.measuring.ops import OPS, WORK
-from benchmarks.measuring.processes import Finished
-from benchmarks.workshop import tune_sites
-from benchmarks.workshop.tune_sites import Candidate
+from deitfast.kernels import layernorm
 from deitfast.kernels.catalogue import Draw, Shape
 from deitfast.kernels.common import INTERPRETED, Launch
+from deitfast.kernels.tunable import PICKED
 
 QUICK = ["--device", "cpu", "--quick"]
 
@@ -196,24 +195,14 @@ def test_the_tuner_rehearses_without_a_number(tmp_path, capsys):
     assert all(row["checked"] and row["short_ms"] is None for row in rows)
     printed = capsys.readouterr().out
     assert "nothing was timed" in printed
-    assert '("fwd", 192): Launch(' in printed
+    assert "layernorm_launch stage=fwd columns=192: BLOCK_M=" in printed
     assert " ms" not in printed
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing compiles in the interpreter")
 def test_a_candidate_that_compiles_badly_is_dropped_and_survivors_are_kept(tmp_path, monkeypatch):
-    bad = Launch({"BLOCK_M": 32, "BLOCK_D": 256}, num_warps=1, num_stages=2)
-    real = tune_sites.sites
-
-    def with_bad(batch=256):
-        return [
-            dataclasses.replace(site, candidates=[Candidate(bad, 528)])
-            if site.name.startswith("layernorm_bwd")
-            else site
-            for site in real(batch)
-        ]
-
-    monkeypatch.setattr(tune, "sites", with_bad)
+    bad = Launch({"BLOCK_M": 32, "BLOCK_D": 256}, num_warps=1, num_stages=2, programs=528)
+    monkeypatch.setattr(layernorm.layernorm_launch, "_space", lambda stage, columns: [bad] if stage == "bwd" else [])
     survivors, out = tmp_path / "survivors.json", tmp_path / "tune.json"
     command = [*QUICK, "--only", "layernorm", "--models", "Ti"]
     assert tune.main([*command, "--compile-only", str(survivors)]) == 0
@@ -233,57 +222,43 @@ def test_a_candidate_that_compiles_badly_is_dropped_and_survivors_are_kept(tmp_p
 
 def test_a_wrong_candidate_is_not_timed():
     """A kernel that a launch makes wrong: the site's call is changed while the candidate is applied."""
-    site = next(site for site in tune_sites.sites(1) if site.name.startswith("layernorm_fwd Ti"))
-    wrong = site.candidates[0]
-    applied = []
-
-    @contextlib.contextmanager
-    def apply(arch, candidate):
-        applied.append(candidate)
-        yield
-        applied.pop()
+    site = next(site for site in workshop.sites(1) if site.name.startswith("layernorm_fwd Ti"))
+    right, wrong, *_ = site.candidates(90)
 
     def call(tensors):
         (out,) = site.call(tensors)
-        return (out * 1.5,) if applied[-1] is wrong else (out,)
+        return (out * 1.5,) if wrong in PICKED.values() else (out,)
 
-    broken = dataclasses.replace(site, apply=apply, call=call)
-    trial = tune.Trial(broken, 90, "cpu")
-    trial.check(site.current(90))
+    trial = tune.Trial(dataclasses.replace(site, call=call), 90, "cpu")
+    trial.check(right)
     with pytest.raises(Refused, match="layernorm_fwd"):
         trial.check(wrong)
 
 
-@pytest.mark.parametrize("site", tune_sites.sites(1), ids=lambda site: site.name)
+@pytest.mark.parametrize("site", workshop.sites(1), ids=lambda site: site.name)
 def test_every_site_is_right_on_cpu_and_its_candidates_reach_the_kernel(site):
     if INTERPRETED:
         pytest.skip("the interpreter has launches of its own")
     trial = tune.Trial(site, 90, "cpu")
-    trial.check(site.current(90))
+    current, *others = site.candidates(90)
+    trial.check(current)
     inputs = site.inputs(Draw(0, torch.float32, "cpu"), site.shape)
     assert inputs.keys() == trial.sets[0].keys()
-    before = site.current(90)
-    for candidate in (site.candidates[0], site.candidates[-1]):
+    for candidate in (others[0], others[-1]):
         with site.apply(90, candidate):
             cases = [case.traits() for case in site.cases(90)]
-            if candidate.launch is not None:
-                tiles = {name: value for name, value in candidate.launch.tiles.items() if value and name != "TMA"}
-                wanted = {name: str(value) for name, value in (tiles | candidate.launch.options()).items()}
+            if candidate is not None:
+                tiles = {name: value for name, value in candidate.tiles.items() if value and name != "TMA"}
+                wanted = {name: str(value) for name, value in (tiles | candidate.options()).items()}
                 assert any(wanted.items() <= case.items() for case in cases)
-    assert str(site.current(90)) == str(before), "the package's table is as it was"
-
-
-def test_a_winner_must_beat_the_noise():
-    current, other = (Candidate(Launch({"BLOCK_M": m}, 4, 2)) for m in (1, 2))
-    for runs, winner in (((0.80, 0.82), other), ((0.97, 0.99), current), ((0.5, 1.2), current)):
-        assert tune.choose(current, [other], {str(current): [1.0, 1.05], str(other): list(runs)}) is winner
+    assert site.candidates(90)[0] == current, "the package's table is as it was"
 
 
 def test_a_rival_that_does_no_more_is_timed_beside_the_winner(monkeypatch):
     """qkv's product is a bias only, which cuBLAS adds itself."""
-    site = next(site for site in tune_sites.sites(1) if site.name.startswith("gemm linear B"))
+    site = next(site for site in workshop.sites(1) if site.name.startswith("gemm linear B"))
     assert site.rival
-    assert not [s.name for s in tune_sites.sites(1) if s.rival and "linear" not in s.name]
+    assert not [s.name for s in workshop.sites(1) if s.rival and "linear" not in s.name]
 
     class Trial:
         sets = ("tensors",)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import questions
+from benchmarks.measuring.command import Finished
 from benchmarks.measuring.harness import Refused, load
-from benchmarks.measuring.processes import Finished
 from deitfast.kernels.common import INTERPRETED
 
 QUICK = ["--device", "cpu", "--quick"]
@@ -37,7 +37,7 @@ def test_every_question_is_answered_or_says_why_not(tmp_path: Path) -> None:
 def test_a_wrong_launch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(questions.Trial):
         def check(self, candidate):
-            if candidate.launch.num_stages == 3:
+            if candidate.num_stages == 3:
                 raise Refused("largest error")
 
     monkeypatch.setattr(questions, "Trial", Wrong)

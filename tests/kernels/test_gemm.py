@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from deitfast.kernels import gemm, layernorm, row_sums
+from deitfast.kernels import gemm, layernorm, layernorm_linear, row_sums
 from deitfast.kernels.catalogue import Draw
 from deitfast.kernels.common import INTERPRETED, Launch
 from deitfast.kernels.gemm_kernels import gelu_with_derivative
@@ -30,7 +32,8 @@ def test_every_launch_table(monkeypatch, name, arch, tile):
     itemsize, columns = tile
     monkeypatch.setattr(gemm, "INTERPRETED", False)
     monkeypatch.setattr(gemm, "architecture", lambda x: arch)
-    monkeypatch.setattr(layernorm, "INTERPRETED", False)
+    for module in (layernorm, layernorm_linear):  # which on a chip that it does not know takes two kernels
+        monkeypatch.setattr(module, "INTERPRETED", False)
     used: list[Launch] = []
     choose = gemm.linear_launch
     monkeypatch.setattr(gemm, "linear_launch", lambda *arguments: (used.append(choose(*arguments)), used[-1])[1])
@@ -52,13 +55,13 @@ def test_tables_fit_the_chips():
 @pytest.mark.parametrize(
     ("arguments", "tile"),
     [
-        ((90, 2, 2304, "linear", True), (2, 256)),
-        ((90, 2, 3072, "gelu", True), (2, 128)),
-        ((90, 2, 192, "linear", True), (2, 64)),
-        ((90, 2, 200, "linear", True), (2, 128)),
-        ((90, 2, 201, "linear", False), (2, 0)),
-        ((80, 2, 768, "linear", True), (2, 128)),
-        ((0, 4, 768, "gelu_grad", True), (4, 64)),
+        ((90, 2, 2304, 768, "linear", True), (2, 256)),
+        ((90, 2, 3072, 768, "gelu", True), (2, 128)),
+        ((90, 2, 192, 192, "linear", True), (2, 64)),
+        ((90, 2, 200, 192, "linear", True), (2, 128)),
+        ((90, 2, 201, 192, "linear", False), (2, 0)),
+        ((80, 2, 768, 768, "linear", True), (2, 128)),
+        ((0, 4, 768, 768, "gelu_grad", True), (4, 64)),
     ],
 )
 def test_launch_choice(arguments, tile):
@@ -97,8 +100,7 @@ def test_gelu_and_its_derivative(device, exact):
 @pytest.mark.parametrize("with_path_scale", [False, True])
 def test_scale_and_sum(device, monkeypatch, with_gamma, with_path_scale):
     """The tile of the GPUs, over several tiles a side and several rounds of a program."""
-    monkeypatch.setattr(gemm, "INTERPRETER_SUM_LAUNCH", gemm.SUM_LAUNCH)
-    monkeypatch.setattr(gemm, "SUM_PROGRAMS", 4)
+    monkeypatch.setattr(gemm, "INTERPRETER_SUM_LAUNCH", replace(gemm.SUM_LAUNCH, programs=4))
     draw = Draw(0, torch.float16, device)
     dout = draw.normal(5 * 23, 130)
     gamma = draw.normal(130) if with_gamma else None
