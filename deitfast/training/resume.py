@@ -10,7 +10,7 @@ from typing import Any
 from deitfast.data import Dataset
 from deitfast.data.manifest import read_manifest, write_manifest
 from deitfast.engine.optim import learning_rate
-from deitfast.errors import DeitfastError, HopelessError, first_line
+from deitfast.errors import DeitfastError, first_line
 from deitfast.recipe import Recipe, flag
 from deitfast.training import checkpoint
 from deitfast.training.checkpoint import Checkpoint, Retention
@@ -134,13 +134,16 @@ def check_same_step(run: Run) -> None:
 
 
 def roll_back(run: Run, error: Diverged) -> None:
-    """Bring a run that diverged to its newest checkpoint of before. Raises HopelessError where there is none."""
+    """Bring a run that diverged to its newest checkpoint of before.
+
+    Raises DeitfastError where there is none: a run that diverges before its first save has settings that do not train.
+    """
     if run.saver:
         run.saver.join()
     found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.stems, before=error.since + 1)
     told = str(error) if run.folder else ""
     if found is None:
-        raise HopelessError(told and f"{told}. There is no checkpoint of before to go back to")
+        raise DeitfastError(told and f"{told}. There is no checkpoint of before to go back to")
     _take_up(run, found)
     if run.folder:
         run.faults.add("roll-back", error.step, to=run.step)
