@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,16 +87,36 @@ other; 256 columns read less and are for the light epilogues.
 """
 
 
-def _other_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch]:
-    """The chip's other tiles."""
+_MULTIPROCESSORS = {90: 132, 100: 148}
+
+
+def _in_turns(arch: int) -> Iterator[Launch]:
+    """Programs that stay and take tiles in turns, as many as fit the chip (H100, B200): a tile's loads are issued under
+    the epilogue of the one before. A layer of 768 channels has but twelve steps a tile to hide its first loads in."""
+    if arch in _MULTIPROCESSORS:
+        for tile, together in ((_tile(128, 256, 64, 8, 4), 1), (_tile(128, 128, 64, 4, 3), 2)):
+            yield replace(tile, programs=together * _MULTIPROCESSORS[arch])
+
+
+def _other_tiles(
+    arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool
+) -> Iterator[Launch | None]:
+    """Programs that stay; cuBLAS, whose epilogue can add a bias; the chip's other tiles."""
+    if itemsize == 2 and aligned_rows:
+        yield from _in_turns(arch)
+    if epilogue == "bias":
+        yield None
     if itemsize == 2 and aligned_rows:
         yield from (entry for (size, width), entry in LAUNCHES[arch].items() if size == itemsize and width)
 
 
-def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch]:
+def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch | None]:
     """What a search tries, as far as it fits the shared memory of the chip."""
+    if epilogue == "bias":
+        yield None
     if itemsize == 4 or not aligned_rows:
         return
+    yield from _in_turns(arch)
     room = {80: 163, 90: 227, 100: 227}.get(arch, 99) << 10
     tiles = ((128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 256, 4))
     for (m, n, warps), (k, stages) in itertools.product(tiles, ((64, 3), (64, 4), (64, 2), (64, 5), (32, 5), (128, 2))):
@@ -104,17 +125,18 @@ def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_
 
 
 @tunable(_other_tiles, _all_tiles)
-def linear_launch(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Launch:
+def linear_launch(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Launch | None:
     """The widest tile of the chip's table that divides N, at most 128 columns with GELU; else 128.
 
-    aligned_rows: whether the operands' rows are, as `aligned` says.
+    epilogue: the kernel's, and "bias" for a "linear" that adds no more than that; there None is cuBLAS. aligned_rows:
+    whether the operands' rows are, as `aligned` says.
     """
     table = LAUNCHES[arch]
     if itemsize == 4:
         return table[4, 64]
     if not aligned_rows:
         return table[2, 0]
-    limit = 256 if epilogue == "linear" else 128
+    limit = 256 if epilogue in ("linear", "bias") else 128
     widths = (width for size, width in sorted(table, reverse=True) if size == itemsize and 0 < width <= limit)
     return table[itemsize, next((width for width in widths if N % width == 0), 128)]
 
@@ -156,6 +178,17 @@ def _sample_arguments(M: int, path_scale: Tensor | None, subset: SubsetRows | No
     return {"path_scale": path_scale, "subset": None, "rows_per_sample": rows_per_sample, "subset_scale": 1.0}
 
 
+def _aligned_rows(a: Tensor, b: Tensor, N: int) -> bool:
+    """Whether the operands are aligned, and so a contiguous result (M, N)."""
+    return aligned(a) and aligned(b) and N * a.element_size() % 16 == 0
+
+
+def _entry(a: Tensor, b: Tensor, N: int, epilogue: str) -> Launch | None:
+    if INTERPRETED:
+        return INTERPRETER_LAUNCH
+    return linear_launch(architecture(a), a.element_size(), N, a.shape[1], epilogue, _aligned_rows(a, b, N))
+
+
 def _linear(
     a: Tensor,
     b: Tensor,
@@ -168,13 +201,16 @@ def _linear(
     path_scale: Tensor | None = None,
     subset: SubsetRows | None = None,
     derivative: Tensor | None = None,
+    entry: Launch | None = None,
 ) -> Tensor | None:
-    """Fill `out` (and `derivative`); return parts (any number, N) of its column sums for gelu_grad, else None."""
+    """Fill `out` (and `derivative`); return parts (any number, N) of its column sums for gelu_grad, else None.
+
+    entry: None for the epilogue's own choice.
+    """
     (M, K), N = a.shape, out.shape[1]
-    arch = architecture(a)
-    aligned_rows = all(aligned(tensor) for tensor in (a, b, out))
-    descriptors = aligned_rows and arch in (90, 100) and a.element_size() == 2
-    entry = INTERPRETER_LAUNCH if INTERPRETED else linear_launch(arch, a.element_size(), N, K, epilogue, aligned_rows)
+    entry = _entry(a, b, N, epilogue) if entry is None else entry
+    assert entry is not None
+    descriptors = architecture(a) in (90, 100) and a.element_size() == 2 and _aligned_rows(a, b, N)
     block_m, block_n, block_k = (entry.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     operands: tuple[Any, Any] = (a, b)
     if descriptors:
@@ -215,10 +251,11 @@ def _linear(
 
 def linear_fwd(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """a (M, K), weight (N, K), bias (N,) -> a W^T + bias (M, N)."""
-    if not runs_triton(a):
+    entry = _entry(a, weight, weight.shape[0], "bias") if runs_triton(a) else None
+    if entry is None:
         return F.linear(a, weight, bias)
     out = torch.empty((a.shape[0], weight.shape[0]), dtype=a.dtype, device=a.device)
-    _linear(a, weight, out, transposed=True, bias=bias)
+    _linear(a, weight, out, transposed=True, bias=bias, entry=entry)
     return out
 
 
