@@ -6,9 +6,10 @@
 Epilogues, on the fp32 accumulator, rounded once when stored:
 
     bias        acc + bias
-    gelu        h = acc + bias; out = gelu(h), and gelu'(h) for the backward where it is wanted
+    gelu        h = acc + bias; out = gelu(h), and gelu'(h) for the backward where it is wanted, both times path_scale
     residual    residual + path_scale * gamma * (acc + bias)    path_scale per sample, gamma per channel, both optional;
                 for some samples only (subset_rows.py), residual and out are those rows of the batch
+    scaled      residual + acc + path_scale * bias, of rows of a that have their factor already
     gelu_grad   acc * gelu'(h), and its sums over each block of rows (the gradient of fc1's bias)
 
 16-bit operands run on the tensor cores, read through tensor descriptors (TMA) on sm_90 and sm_100 wherever base and row
@@ -208,7 +209,7 @@ def _linear(
     entry: None for the epilogue's own choice.
     """
     (M, K), N = a.shape, out.shape[1]
-    entry = _entry(a, b, N, epilogue) if entry is None else entry
+    entry = _entry(a, b, N, "linear" if epilogue == "scaled" else epilogue) if entry is None else entry
     assert entry is not None
     descriptors = architecture(a) in (90, 100) and a.element_size() == 2 and _aligned_rows(a, b, N)
     block_m, block_n, block_k = (entry.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -259,16 +260,30 @@ def linear_fwd(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def linear_gelu_fwd(a: Tensor, weight: Tensor, bias: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
-    """gelu(h) and gelu'(h), (M, N), of h = a W^T + bias: a (M, K), weight (N, K), bias (N,); no gelu' unless `save`."""
+def _rows_of(path_scale: Tensor, M: int) -> Tensor:
+    """path_scale (B,) -> (M, 1): the factor of each row of a branch."""
+    return path_scale.repeat_interleave(M // max(1, path_scale.numel()))[:, None]
+
+
+def linear_gelu_fwd(
+    a: Tensor, weight: Tensor, bias: Tensor | None, save: bool, path_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """gelu(h) and gelu'(h), (M, N), of h = a W^T + bias: a (M, K), weight (N, K), bias (N,); no gelu' unless `save`.
+
+    path_scale (B,): both times the factor of the row's sample.
+    """
     if not runs_triton(a):
         h = F.linear(a, weight, bias).float()
         Phi = 0.5 + 0.5 * torch.erf(h * 0.5**0.5)
-        derivative = Phi + h * torch.exp(-0.5 * h * h) * 0.3989422804014327 if save else h.new_empty(0)
-        return (h * Phi).to(a.dtype), derivative.to(a.dtype)
+        factor = 1.0 if path_scale is None else _rows_of(path_scale, h.shape[0])
+        if not save:
+            return (h * Phi * factor).to(a.dtype), a.new_empty(0)
+        derivative = Phi + h * torch.exp(-0.5 * h * h) * 0.3989422804014327
+        return (h * Phi * factor).to(a.dtype), (derivative * factor).to(a.dtype)
     out = torch.empty((a.shape[0], weight.shape[0]), dtype=a.dtype, device=a.device)
     derivative = torch.empty_like(out) if save else out.new_empty(0)
-    _linear(a, weight, out, transposed=True, epilogue="gelu", bias=bias, derivative=derivative if save else None)
+    given = derivative if save else None
+    _linear(a, weight, out, transposed=True, epilogue="gelu", bias=bias, derivative=given, path_scale=path_scale)
     return out, derivative
 
 
@@ -281,13 +296,20 @@ def linear_residual_fwd(
     path_scale: Tensor | None,
     subset: SubsetRows | None = None,
     out: Tensor | None = None,
+    scaled: bool = False,
 ) -> Tensor:
     """residual + path_scale * gamma * (a W^T + bias).
 
     a (M, K), weight (N, K), residual (M, N), gamma (N,), path_scale (B,). subset: residual has the rows of the batch,
-    and the subset's are written in `out`, contiguous, like it, and returned.
+    and the subset's are written in `out`, contiguous, like it, and returned. scaled: a has been multiplied by
+    path_scale, which is left for the bias, and there is no gamma.
     """
+    assert not scaled or (gamma is None and path_scale is not None)
     if not runs_triton(a):
+        if scaled and path_scale is not None:
+            branch = F.linear(a, weight)
+            branch = branch if bias is None else branch + _rows_of(path_scale, a.shape[0]) * bias
+            return (residual + branch).to(residual.dtype)
         branch = F.linear(a, weight, bias).to(residual.dtype)
         if gamma is not None:
             branch = branch * gamma
@@ -296,13 +318,13 @@ def linear_residual_fwd(
             rows = subset.numbers()
             return out.index_copy_(0, rows, (residual[rows] + branch * subset.scale).to(out.dtype))
         if path_scale is not None:
-            branch = branch * path_scale.repeat_interleave(a.shape[0] // max(1, path_scale.numel()))[:, None]
+            branch = branch * _rows_of(path_scale, a.shape[0])
         return (residual + branch).to(residual.dtype)
     if out is None:
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    _linear(
-        a, weight, out, transposed=True, bias=bias, residual=residual, gamma=gamma, path_scale=path_scale, subset=subset
-    )
+    samples: dict[str, Any] = {"path_scale": path_scale, "subset": subset}
+    epilogue = "scaled" if scaled else "linear"
+    _linear(a, weight, out, True, epilogue, bias=bias, residual=residual, gamma=gamma, **samples)
     return out
 
 
@@ -325,20 +347,23 @@ def scale_and_sum(
     gamma: Tensor | None = None,
     path_scale: Tensor | None = None,
     subset: SubsetRows | None = None,
+    sums_alone: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dout (M, N) contiguous -> dout * path_scale and that * gamma, of `dtype`, and the first's column sums (N,) fp32.
 
     A tensor that would be equal to another is that other, not a copy. subset: dout has the rows of the batch, the
-    results are of the subset's rows, times the factor of the branch.
+    results are of the subset's rows, times the factor of the branch. sums_alone: dout, dout and those sums.
     """
     if not runs_triton(dout):
         exact = dout if subset is None else dout[subset.numbers()] * subset.scale
         if path_scale is not None:
-            exact = exact * path_scale.repeat_interleave(dout.shape[0] // max(1, path_scale.numel()))[:, None]
+            exact = exact * _rows_of(path_scale, dout.shape[0])
+        if sums_alone:
+            return dout, dout, exact.float().sum(0)
         branch = exact.to(dtype)
         return branch, branch if gamma is None else (exact * gamma).to(dtype), exact.float().sum(0)
     M, N = (dout.shape[0] if subset is None else subset.row_count), dout.shape[1]
-    copies = path_scale is not None or subset is not None or dtype != dout.dtype
+    copies = (path_scale is not None or subset is not None or dtype != dout.dtype) and not sums_alone
     branch = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
     scaled = torch.empty_like(branch) if gamma is not None else branch
     entry = sums_launch(N)
