@@ -151,11 +151,15 @@ class EngineStep(TrainStep):
         outputs, _ = self.engine.forward(self.batch)
         return training_loss(outputs, targets(self.batch, self.recipe), self.recipe), logits_of(outputs)
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.engine.flat.gather(first=True)
+
     def update(self) -> None:
         self.engine.flat.update(torch.from_numpy(self.engine.flat.scalars(self.recipe.lr, 0)).to(self.device))
 
     def gradient_norm(self) -> float:
-        return float(torch.linalg.vector_norm(self.engine.flat.grad.float()))
+        return float(torch.linalg.vector_norm(self.engine.flat.reduced.float()))
 
     def __call__(self) -> None:
         self.engine(iter([self.batch]), self.engine.steps_run, self.recipe.lr)
