@@ -9,6 +9,7 @@ from benchmarks.measuring.counted import counted_flops, counted_launches
 from deitfast.errors import DeitfastError
 from deitfast.kernels.catalogue import Shape
 from deitfast.kernels.common import INTERPRETED
+from deitfast.model import work
 from deitfast.model.zoo import VARIANTS, find_variant
 
 PUBLISHED = {"deit_tiny": 1.26, "deit_small": 4.61, "deit_base": 17.58, "deit_base_384": 55.54}
@@ -18,13 +19,13 @@ ATTENTION = ("attention backward", "last attention backward")
 
 @pytest.mark.parametrize(("model", "gmacs"), PUBLISHED.items())
 def test_multiply_adds_are_the_published_ones(model, gmacs):
-    assert roofline.forward_macs(model) / 1e9 == pytest.approx(gmacs, rel=0.02)
+    assert work.forward_macs(model) / 1e9 == pytest.approx(gmacs, rel=0.02)
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_the_ops_of_a_step_add_up_to_what_torch_counts(model):
-    name = roofline.full_name(model)
-    ops = roofline.step_ops(find_variant(name), 1)
+    name = work.full_name(model)
+    ops = work.step_ops(find_variant(name), 1)
     products = sum(op.count * op.flops for op in ops if op.part != "norm")
     # Eager attention on the meta device keeps its scores, so its backward has four products, not five: so has the last
     # block's in either way, whose attention is PyTorch's.
@@ -36,8 +37,8 @@ def test_the_ops_of_a_step_add_up_to_what_torch_counts(model):
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_the_last_block_saves_its_share_of_the_forward(model):
     """All but keys and values: at 224 px about a twelfth of five sixths."""
-    whole, counted = 2 * roofline.forward_macs(model), counted_flops(roofline.full_name(model), fused=True)
-    variant = find_variant(roofline.full_name(model))
+    whole, counted = 2 * work.forward_macs(model), counted_flops(work.full_name(model), fused=True)
+    variant = find_variant(work.full_name(model))
     D, N = variant.width, variant.tokens
     assert whole - counted == (N - 1) * (2 * D * 10 * D + 4 * N * D)
 
@@ -45,30 +46,30 @@ def test_the_last_block_saves_its_share_of_the_forward(model):
 @pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.params_millions])
 def test_parameters_are_the_published_ones(name):
     variant = find_variant(name)
-    assert variant.parameters(roofline.CLASSES) / 1e6 == pytest.approx(variant.params_millions, abs=0.006)
+    assert variant.parameters(work.CLASSES) / 1e6 == pytest.approx(variant.params_millions, abs=0.006)
 
 
 def test_a_distilled_model_counts_its_token_and_head():
     name = "deit_tiny_distilled_patch16_224"
-    ops = roofline.step_ops(find_variant(name), 1)
+    ops = work.step_ops(find_variant(name), 1)
     forward = sum(op.count * op.flops for op in ops if op.name.endswith("forward") and op.part != "norm")
     assert counted_flops(name, fused=False) == pytest.approx(forward, rel=1e-6)
 
 
 def test_names_are_completed_and_mistakes_named():
-    assert roofline.full_name("deit_base_384") == "deit_base_patch16_384"
-    assert roofline.short_name("deit_base_patch16_384") == "deit_base_384"
-    assert roofline.full_name("deit_tiny_distilled") == "deit_tiny_distilled_patch16_224"
+    assert work.full_name("deit_base_384") == "deit_base_patch16_384"
+    assert work.short_name("deit_base_patch16_384") == "deit_base_384"
+    assert work.full_name("deit_tiny_distilled") == "deit_tiny_distilled_patch16_224"
     with pytest.raises(DeitfastError, match=r"'deit_bse' unknown\. Did you mean deit_base"):
-        roofline.full_name("deit_bse")
+        work.full_name("deit_bse")
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory():
-    compute, memory = roofline.Op("a", "norm", 4e6, 1e3, 3), roofline.Op("b", "norm", 1e3, 4e3)
+    compute, memory = work.Op("a", "norm", 4e6, 1e3, 3), work.Op("b", "norm", 1e3, 4e3)
     assert compute.floor_us(2.0, 1.0) == pytest.approx(6.0)
     assert (compute.bound(2.0, 1.0), memory.bound(2.0, 1.0)) == ("compute", "memory")
     assert memory.floor_us(2.0, 1.0) == pytest.approx(4.0)
-    floors = roofline.part_floors("deit_base", 512, 2.0, 1e9)
+    floors = work.part_floors("deit_base", 512, 2.0, 1e9)
     products = 2 * sum(x for part, x in floors.items() if part.startswith("GEMM"))  # compute bound at 2 TFLOP/s
     last = 2 * 768**2 * 197 + 10 * 768**2  # keys and values of all tokens, the rest of one
     assert products * 1e6 == pytest.approx(3 * 2 * (11 * 12 * 768**2 * 197 + last))
@@ -76,15 +77,15 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory():
 
 def test_the_plan_is_made_of_the_counts_and_of_rates_below_the_datasheets():
     variant, gpu = find_variant(roofline.PLANNED_MODEL), roofline.PLANNED_GPU
-    ops = roofline.step_ops(variant, roofline.PLANNED_BATCH) + roofline._extra_ops(variant)
-    assert {op.part for op in ops} == set(roofline.PARTS)
+    ops = work.step_ops(variant, roofline.PLANNED_BATCH) + roofline._extra_ops(variant)
+    assert {op.part for op in ops} == set(work.PARTS)
     assert roofline.ACHIEVED.keys() <= {op.name for op in ops}
     for op in ops:
         assert roofline.planned_us(op) >= op.floor_us(gpu.tflops, gpu.gbps), op
     plan = roofline.plan()
     taken = sum(lever.us for lever in roofline.LEVERS if lever.built and lever.part != "gaps")
     assert sum(plan.values()) - plan["gaps"] + taken == pytest.approx(sum(map(roofline.planned_us, ops)))
-    floors = roofline.part_floors(roofline.PLANNED_MODEL, roofline.PLANNED_BATCH, gpu.tflops, gpu.gbps)
+    floors = work.part_floors(roofline.PLANNED_MODEL, roofline.PLANNED_BATCH, gpu.tflops, gpu.gbps)
     assert all(floors[part] < plan[part] for part in floors)
 
 
@@ -99,8 +100,8 @@ def test_the_kernels_of_a_step_are_counted():
 
 def test_rates_become_hours_and_mfu():
     # 300 x 1,281,167 images in one day need 4,448.5 images/s.
-    assert roofline.hours_for_imagenet(4448.5) == pytest.approx(24, abs=0.01)
-    assert roofline.mfu(1e12 / roofline.model_flops("deit_base"), "deit_base", 2.0) == pytest.approx(0.5)
+    assert work.hours_for_imagenet(4448.5) == pytest.approx(24, abs=0.01)
+    assert work.mfu(1e12 / work.model_flops("deit_base"), "deit_base", 2.0) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_rates_become_hours_and_mfu():
     ],
 )
 def test_the_datasheet_is_found_by_the_device_name(device, name):
-    gpu = roofline.gpu_of(device)
+    gpu = work.gpu_of(device)
     assert (gpu and gpu.name) == name
 
 
