@@ -48,14 +48,15 @@ FACTORS = (
 @dataclass(frozen=True)
 class Run:
     """One training: the base with `changes`. teacher: of TEACHERS, or none. distilled: a model with the second token.
-    start: the run whose best weights it starts from."""
+    start: the run whose best weights it starts from. longer: times the base's epochs. by_timm: by `timm_loop`."""
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = ""
     distilled: bool = False
     start: str = ""
-    longer: int = 1  # times the base's epochs
+    longer: int = 1
+    by_timm: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def runs(base: Recipe) -> list[Run]:
         Run("hard, token, transformer", hard, TRANSFORMER, distilled=True),
         Run("hard, token, equal convnet", hard, EQUAL_CONVNET, distilled=True),
         *flipped.values(),
+        Run("timm loop", _TIMM_HAS, by_timm=True),
+        *([Run("timm loop's settings", _TIMM_HAS)] if _changed(base, _TIMM_HAS) else []),
         Run("plain loop", {"engine": "plain"}),
         Run("bf16", {"precision": "bf16"}),
         Run("drop-path as a subset", {"drop_path": 0.1, "drop_path_form": "subset"}),
@@ -104,6 +107,8 @@ def runs(base: Recipe) -> list[Run]:
     ]
 
 
+_TIMM_HAS = {"repeats": 1}
+"""What timm's loop is run with: timm repeats augmentation over processes alone."""
 _FINE_TUNING = {"lr": 1e-4, "min_lr": 1e-4, "weight_decay": 1e-8, "warmup_epochs": 0.0, "drop_path": 0.0}
 
 
@@ -131,6 +136,10 @@ def claims(base: Recipe) -> list[Claim]:
         Claim("longer training helps", Score("twice as long"), Score(BASE)),
         Claim("longer training helps with distillation", Score("hard, token, twice as long"), token),
         Claim("fine-tuning at a larger resolution helps", Score("at twice the size"), Score(BASE)),
+        Claim(
+            "the engine learns like a loop of timm's parts",
+            Score("timm loop's settings" if _changed(base, _TIMM_HAS) else BASE), Score("timm loop"), equal=True,
+        ),
         Claim("the flat engine learns like the plain loop", Score(BASE), Score("plain loop"), equal=True),
         Claim("bf16 learns like fp32", Score(BASE), Score("bf16"), equal=True),
         Claim(
@@ -142,6 +151,10 @@ def claims(base: Recipe) -> list[Claim]:
 
 def _flipped(factor: Factor, base: Recipe) -> str:
     return f"{'without' if factor.is_on(base) else 'with'} {factor.name}"
+
+
+def _changed(base: Recipe, settings: Mapping[str, Any]) -> bool:
+    return any(getattr(base, name) != value for name, value in settings.items())
 
 
 def _image_size(base: Recipe) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import deitfast
+from benchmarks import timm_loop
 from benchmarks.measuring.record import facts
 from benchmarks.paper import teacher as convnets
 from benchmarks.paper.rows import BASE, CONVNET, EQUAL_CONVNET, TRANSFORMER, Run
@@ -153,6 +154,8 @@ def train(table: Table, run: Run, seed: int) -> dict[str, Any]:
         return json.loads(path.read_text())
     make_ready(table, run, seed)
     recipe = recipe_of(table, run, seed)
+    if run.by_timm:
+        return train_by_timm(table, run, recipe)
     before, cpu, wall = _steps(recipe), time.process_time(), time.monotonic()
     result = deitfast.train(recipe)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
@@ -164,6 +167,22 @@ def train(table: Table, run: Run, seed: int) -> dict[str, Any]:
         "engine": result.engine, "loss": curve(Path(recipe.out)), "facts": facts(),
     }  # fmt: skip
     _write(path, done)
+    return done
+
+
+def train_by_timm(table: Table, run: Run, recipe: Recipe) -> dict[str, Any]:
+    """A run of `timm_loop`, written down like the engine's; one that was killed begins anew."""
+    found = timm_loop.train(recipe, recipe.device if recipe.device != "auto" else "cpu")
+    images = found.steps * recipe.batch
+    done = {
+        "run": run.name, "seed": recipe.seed, "steps": found.steps,
+        "command": f"python -m benchmarks.timm_loop --recipe {table.name} --data {recipe.data} --seed {recipe.seed}",
+        "scores": {"raw": {"top1": found.raw}, "ema": {"top1": found.ema}}, "images": images,
+        "cpu_seconds": found.cpu_seconds, "wall_seconds": found.wall_seconds,
+        "images_per_cpu_second": images / found.cpu_seconds, "engine": "plain loop of timm's parts", "loss": found.loss,
+        "facts": facts(),
+    }  # fmt: skip
+    _write(table.file(run.name, recipe.seed), done)
     return done
 
 
