@@ -242,7 +242,7 @@ def test_mixing_erasing_flips_and_copies_happen_as_often_as_stated(name: str) ->
     assert (lam < 1).mean() > 0.97  # every group is mixed; a few boxes are empty or lambdas round to 1
     assert cut.mean() == pytest.approx(facts["mix_switch"], abs=0.04)
     assert lam[~cut & (lam < 1)].var() == pytest.approx(1 / (4 * (2 * facts["mixup"] + 1)), rel=0.1)  # Beta's
-    order = Order.of(20_480, recipe)
+    order = Order.of(np.zeros(20_480, np.int64), recipe)
     images, copies, _ = order.slots(0)
     assert len(np.unique(images)) == pytest.approx(recipe.batch / facts["repeats"], rel=0.02)
     assert set(copies) == set(range(facts["repeats"]))

@@ -7,8 +7,13 @@ from typing import Any
 import torch
 
 from deitfast.distributed import World
-from deitfast.model.deit import DeiT
-from deitfast.model.fused import FusedBlock, runs_kernels, saved_bytes_per_token
+from deitfast.model.deit import DeiT, prefix_alone
+from deitfast.model.fused import (
+    FusedBlock,
+    runs_kernels,
+    saved_bytes_of_keys_and_values,
+    saved_bytes_per_token,
+)
 from deitfast.recipe import Recipe
 
 LARGEST_ON_CPU = 32
@@ -16,6 +21,7 @@ LARGEST_EVALUATED = 256
 """Images evaluated at once: more are no faster, and their activations lie beside the training step's memory."""
 _USABLE = 0.9  # share of the free memory to plan with: fragmentation, workspaces of cuBLAS, the input pipeline
 _EAGER_CHANNELS = 24  # what autograd keeps of an eager block, in widths a token: an upper bound
+_EAGER_LAST_CHANNELS = 10  # the same of a last block that runs for the prefix alone: stream, LayerNorm, keys, values
 
 
 def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool) -> int:
@@ -31,13 +37,18 @@ def image_bytes(model: DeiT, recipe: Recipe, bf16: bool) -> int:
     itemsize, width, hidden, depth = (2 if bf16 else 4), model.width, block.mlp.fc1.out_features, len(model.blocks)
     tokens = model.pos_embed.shape[1]
     if isinstance(block, FusedBlock) and runs_kernels():
-        saved = saved_bytes_per_token(width, hidden, itemsize)
+        saved, last = saved_bytes_per_token(width, hidden, itemsize), saved_bytes_of_keys_and_values(width, itemsize)
     else:
-        saved = _EAGER_CHANNELS * width * itemsize
-    of_blocks = depth * width * itemsize + saved if recipe.recompute else depth * saved
+        saved, last = (channels * width * itemsize for channels in (_EAGER_CHANNELS, _EAGER_LAST_CHANNELS))
+    if recipe.recompute:
+        of_blocks = tokens * (depth * width * itemsize + saved)
+    elif prefix_alone(model.blocks[-1]):
+        of_blocks = tokens * ((depth - 1) * saved + last) + model.num_prefix_tokens * saved
+    else:
+        of_blocks = tokens * depth * saved
     backward = (2 * hidden + 4 * width) * itemsize  # gradients alive at once inside a block
     pixels = 3 * model.image_size**2
-    return tokens * (of_blocks + backward) + pixels * (1 + itemsize) + 16 * model.num_classes
+    return of_blocks + tokens * backward + pixels * (1 + itemsize) + 16 * model.num_classes
 
 
 def evaluated_image_bytes(model: DeiT, bf16: bool) -> int:
