@@ -74,6 +74,13 @@ def write_subset(data: str, folder: Path, train_images: int, val_images: int | N
         write_atomically(folder / f"{split}.tar", partial(_write_shard, manifest, index))
 
 
+def write_share(data: str, folder: Path, share: int) -> None:
+    """The first of every class's training images, one in `share` of them, and all validation images."""
+    train = open_dataset(data, "train", quiet=True).train
+    assert train is not None
+    write_subset(data, folder, len(train) // len(train.classes) // share)
+
+
 def _write_shard(manifest: Manifest, index: np.ndarray, path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for i in index.tolist():
@@ -92,9 +99,12 @@ def recipe_of(table: Table, run: Run, seed: int) -> Recipe:
         changes["model"] = distilled_name(base.model)
     if run.teacher:
         changes["teacher"] = teacher_of(table, run.teacher)
+    if run.share > 1:
+        changes["data"] = str(table.out / "runs" / f"data-{run.share}")
     if run.start:
         changes["init"] = str(table.folder(run.start, seed) / "best")
-    return replace(base, epochs=base.epochs * run.longer, seed=seed, out=str(table.folder(run.name, seed)), **changes)
+    epochs = base.epochs * run.longer * run.share
+    return replace(base, epochs=epochs, seed=seed, out=str(table.folder(run.name, seed)), **changes)
 
 
 def distilled_name(model: str) -> str:
@@ -111,6 +121,8 @@ def teacher_of(table: Table, teacher: str) -> str:
 
 def make_ready(table: Table, run: Run, seed: int) -> None:
     """Train whatever the run starts from or is taught by and is not there yet."""
+    if run.share > 1:
+        write_share(table.recipe.data, table.out / "runs" / f"data-{run.share}", run.share)
     if run.start and not table.file(run.start, seed).exists():
         train(table, Run(run.start), seed)
     if run.teacher in (TRANSFORMER, EQUAL_CONVNET) and not table.quick and not table.file(BASE, TEACHER_SEED).exists():
