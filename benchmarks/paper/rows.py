@@ -50,8 +50,8 @@ class Run:
     """One training: the base with `changes`.
 
     teacher: of TEACHERS, or none. distilled: a model with the second token. start: the run whose best weights it starts
-    from. longer: times the base's epochs. share: of the training images one in so many, seen as much oftener. by_timm: by
-    `timm_loop`.
+    from. longer: times the base's epochs. share: of the training images one in so many, seen as much oftener. by_timm:
+    by `timm_loop`.
     """
 
     name: str
