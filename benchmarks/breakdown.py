@@ -27,8 +27,9 @@ from benchmarks.bench_train_step import BATCHES, OURS, job_of, ways
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Recorder, Timing, measure, roofs, synchronize, timed_row
 from benchmarks.measuring.train_steps import TrainStep, make_train_step
-from benchmarks.roofline import BUDGET, BUDGET_MODEL, full_name, part_floors
+from benchmarks.roofline import BUDGET, BUDGET_MODEL
 from deitfast.errors import DeitfastError
+from deitfast.model.work import full_name, part_floors
 
 PARTS = {
     "GEMM forward": ("GEMM forward",),

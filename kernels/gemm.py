@@ -181,12 +181,13 @@ def _linear(
         b_block = [block_n, block_k] if transposed else [block_k, block_n]
         operands = (TensorDescriptor.from_tensor(a, [block_m, block_k]), TensorDescriptor.from_tensor(b, b_block))
     tiles_m = triton.cdiv(M, block_m)
+    tiles = tiles_m * triton.cdiv(N, block_n)
     column_sums = None
     if epilogue == "gelu_grad":
         column_sums = torch.empty((tiles_m, N), dtype=torch.float32, device=a.device)
     launch(
         linear_kernel,
-        (tiles_m * triton.cdiv(N, block_n),),
+        (min(tiles, entry.programs) if entry.programs else tiles,),
         entry,
         a=operands[0],
         b=operands[1],
@@ -207,6 +208,7 @@ def _linear(
         DESCRIPTORS=descriptors,
         EPILOGUE=epilogue,
         EXACT_GELU=a.element_size() == 4,
+        FLATTEN=entry.programs > 0,
     )
     return column_sums
 

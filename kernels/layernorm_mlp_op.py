@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.kernels.common import autocast, needed_gradients, needs_grad, op, rows
-from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_gelu_fwd, linear_residual_fwd
-from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
+from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_residual_fwd
+from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd
+from deitfast.kernels.layernorm_linear import layernorm_gelu_fwd
 from deitfast.kernels.linear_residual_op import check_residual, linear_residual_bwd, linear_residual_reference
 from deitfast.kernels.mlp_gelu_op import check_mlp, mlp_gelu_reference
 from deitfast.kernels.replaced import replaceable
@@ -78,13 +79,14 @@ def _layernorm_mlp(
     branch_rows = subset_rows(x, subset, subset_scale)
     whole = x.shape[:-1].numel(), x.shape[-1]
     out = None if branch_rows is None else torch.empty(whole, dtype=x.dtype, device=x.device)
-    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, fc1_weight.dtype, branch_rows, out)
-    gelu, derivative = linear_gelu_fwd(normed, fc1_weight, fc1_bias, save)
+    gelu, derivative, normed = layernorm_gelu_fwd(
+        rows(x), ln_weight, ln_bias, eps, fc1_weight, fc1_bias, save, branch_rows, out
+    )
     if residual:
         out = linear_residual_fwd(gelu, fc2_weight, fc2_bias, rows(x), gamma, path_scale, branch_rows, out)
     else:
         out = linear_fwd(gelu, fc2_weight, fc2_bias)
-    return out.view(*x.shape[:-1], fc2_weight.shape[0]), normed, mean, rstd, gelu, derivative
+    return out.view(*x.shape[:-1], fc2_weight.shape[0]), *normed, gelu, derivative
 
 
 @op("layernorm_mlp_bwd")

@@ -9,6 +9,7 @@ from typing import NoReturn
 from deitfast.cli.data import add_data
 from deitfast.cli.doctor import add_doctor
 from deitfast.cli.model import add_use
+from deitfast.cli.report import add_report
 from deitfast.cli.train import add_train
 from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded
@@ -32,6 +33,7 @@ def command_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersActio
     add_use(commands)
     add_data(commands)
     add_doctor(commands)
+    add_report(commands)
     return parser, commands
 
 

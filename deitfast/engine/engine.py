@@ -1,9 +1,10 @@
 """One optimisation step, in two engines with one face.
 
-`FlatEngine` is the engine: uint8 images to patches in one kernel, a model whose parameters and gradients are views into
-flat buffers (bf16 on a GPU, beside fp32 master weights), loss and gradient reduction on the device, one optimiser
-update over the flat buffers. It reads nothing on the host and allocates nothing that outlives it, so on a GPU the whole
-of it, accumulation included, is captured as one CUDA graph and replayed; `engine=flat` runs the same code uncaptured.
+`FlatEngine` is the engine: uint8 images to patches in one kernel, a model whose parameters are views into a flat buffer
+(bf16 on a GPU, beside fp32 master weights), gradients gathered in another, loss and gradient reduction on the device,
+one optimiser update over the flat buffers. It reads nothing on the host and allocates nothing that outlives it, so on a
+GPU the whole of it, accumulation included, is captured as one CUDA graph and replayed; `engine=flat` runs the same code
+uncaptured.
 
 `PlainEngine` is the reference it is tested against: DistributedDataParallel, autocast, torch's optimiser.
 """
@@ -217,7 +218,7 @@ class FlatEngine:
         how = f"one CUDA graph from step {UNCAPTURED_STEPS} on" if captures else f"not captured{on_cpu}"
         self.description = f"flat buffers, {how}"
         self.steps_run = 0
-        self.reduction = Reduction(self.flat, self.compute, world) if world.size > 1 else None
+        self.reduction = Reduction(self.flat, world) if world.size > 1 else None
         # Autograd remembers the stream on which a parameter's gradient was first accumulated and makes later ones wait
         # for it: the steps before the capture run on the stream of the capture.
         self._stream = torch.cuda.Stream(device, priority=-1) if captures else None  # before the loader's kernels
@@ -264,10 +265,8 @@ class FlatEngine:
             loss = self.loss(one) / (self.accumulation * self.world.size)
             loss.backward()
             step_loss += loss.detach()
-            if not (self.reduction and last) and flat.grad_sum is not None:
-                flat.accumulate(first=micro == 0)
-                if not last:
-                    flat.zero_grad()
+            if not (self.reduction and last):
+                flat.gather(first=micro == 0)
         if self.reduction:
             self.reduction.wait()
         flat.update(scalars)

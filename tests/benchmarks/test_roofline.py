@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import roofline
 from deitfast.errors import DeitfastError
+from deitfast.model import work
 from deitfast.model.zoo import VARIANTS, find_variant
 
 PUBLISHED = {"deit_tiny": 1.26, "deit_small": 4.61, "deit_base": 17.58, "deit_base_384": 55.54}
@@ -15,12 +16,12 @@ ATTENTION = ("attention backward", "last attention backward")
 
 @pytest.mark.parametrize(("model", "gmacs"), PUBLISHED.items())
 def test_multiply_adds_are_the_published_ones(model, gmacs):
-    assert roofline.forward_macs(model) / 1e9 == pytest.approx(gmacs, rel=0.02)
+    assert work.forward_macs(model) / 1e9 == pytest.approx(gmacs, rel=0.02)
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_the_ops_of_a_step_add_up_to_what_torch_counts(model):
-    ops = roofline.step_ops(find_variant(roofline.full_name(model)), 1)
+    ops = work.step_ops(find_variant(work.full_name(model)), 1)
     products = sum(op.count * op.flops for op in ops if op.part != "norm")
     # Eager attention on the meta device keeps its scores, so its backward has four products, not five: so has the last
     # block's in either way, whose attention is PyTorch's.
@@ -32,8 +33,8 @@ def test_the_ops_of_a_step_add_up_to_what_torch_counts(model):
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_the_last_block_saves_its_share_of_the_forward(model):
     """All but keys and values: at 224 px about a twelfth of five sixths."""
-    whole, counted = 2 * roofline.forward_macs(model), roofline.counted_flops(model, fused=True)
-    variant = find_variant(roofline.full_name(model))
+    whole, counted = 2 * work.forward_macs(model), roofline.counted_flops(model, fused=True)
+    variant = find_variant(work.full_name(model))
     D, N = variant.width, variant.tokens
     assert whole - counted == (N - 1) * (2 * D * 10 * D + 4 * N * D)
 
@@ -41,45 +42,45 @@ def test_the_last_block_saves_its_share_of_the_forward(model):
 @pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.params_millions])
 def test_parameters_are_the_published_ones(name):
     variant = find_variant(name)
-    assert variant.parameters(roofline.CLASSES) / 1e6 == pytest.approx(variant.params_millions, abs=0.006)
+    assert variant.parameters(work.CLASSES) / 1e6 == pytest.approx(variant.params_millions, abs=0.006)
 
 
 def test_a_distilled_model_counts_its_token_and_head():
     name = "deit_tiny_distilled_patch16_224"
-    ops = roofline.step_ops(find_variant(name), 1)
+    ops = work.step_ops(find_variant(name), 1)
     forward = sum(op.count * op.flops for op in ops if op.name.endswith("forward") and op.part != "norm")
     assert roofline.counted_flops(name, fused=False) == pytest.approx(forward, rel=1e-6)
 
 
 def test_names_are_completed_and_mistakes_named():
-    assert roofline.full_name("deit_base_384") == "deit_base_patch16_384"
-    assert roofline.short_name("deit_base_patch16_384") == "deit_base_384"
-    assert roofline.full_name("deit_tiny_distilled") == "deit_tiny_distilled_patch16_224"
+    assert work.full_name("deit_base_384") == "deit_base_patch16_384"
+    assert work.short_name("deit_base_patch16_384") == "deit_base_384"
+    assert work.full_name("deit_tiny_distilled") == "deit_tiny_distilled_patch16_224"
     with pytest.raises(DeitfastError, match=r"'deit_bse' unknown\. Did you mean deit_base"):
-        roofline.full_name("deit_bse")
+        work.full_name("deit_bse")
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory():
-    compute, memory = roofline.Op("a", "norm", 4e6, 1e3, 3), roofline.Op("b", "norm", 1e3, 4e3)
+    compute, memory = work.Op("a", "norm", 4e6, 1e3, 3), work.Op("b", "norm", 1e3, 4e3)
     assert compute.floor_us(2.0, 1.0) == pytest.approx(6.0)
     assert (compute.bound(2.0, 1.0), memory.bound(2.0, 1.0)) == ("compute", "memory")
     assert memory.floor_us(2.0, 1.0) == pytest.approx(4.0)
-    floors = roofline.part_floors("deit_base", 512, 2.0, 1e9)
+    floors = work.part_floors("deit_base", 512, 2.0, 1e9)
     products = 2 * sum(x for part, x in floors.items() if part.startswith("GEMM"))  # compute bound at 2 TFLOP/s
     last = 2 * 768**2 * 197 + 10 * 768**2  # keys and values of all tokens, the rest of one
     assert products * 1e6 == pytest.approx(3 * 2 * (11 * 12 * 768**2 * 197 + last))
 
 
 def test_the_budget_is_the_plan_and_covers_every_part():
-    assert {op.part for op in roofline.step_ops(find_variant(roofline.BUDGET_MODEL), 1)} == set(roofline.PARTS)
+    assert {op.part for op in work.step_ops(find_variant(roofline.BUDGET_MODEL), 1)} == set(work.PARTS)
     assert sum(line.budget for line in roofline.BUDGET) == 208
     assert all(line.floor <= line.budget for line in roofline.BUDGET)
 
 
 def test_rates_become_hours_and_mfu():
     # 300 x 1,281,167 images in one day need 4,448.5 images/s.
-    assert roofline.hours_for_imagenet(4448.5) == pytest.approx(24, abs=0.01)
-    assert roofline.mfu(1e12 / roofline.model_flops("deit_base"), "deit_base", 2.0) == pytest.approx(0.5)
+    assert work.hours_for_imagenet(4448.5) == pytest.approx(24, abs=0.01)
+    assert work.mfu(1e12 / work.model_flops("deit_base"), "deit_base", 2.0) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_rates_become_hours_and_mfu():
     ],
 )
 def test_the_datasheet_is_found_by_the_device_name(device, name):
-    gpu = roofline.gpu_of(device)
+    gpu = work.gpu_of(device)
     assert (gpu and gpu.name) == name
 
 
