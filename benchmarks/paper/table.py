@@ -102,6 +102,22 @@ def markdown(results: Results, runs: Sequence[Run], claims: Sequence[Claim], see
     return "\n".join(lines) + "\n"
 
 
+def tokens(folder: Path) -> str:
+    """How alike the two tokens of distilled runs are through depth; empty where nobody has looked."""
+    found: dict[str, list[list[float]]] = {}
+    for path in sorted(folder.glob("tokens-*.json")):
+        done = json.loads(path.read_text())
+        found.setdefault(done["run"], []).append(done["cosines"])
+    if not found:
+        return ""
+    lines = ["", "| cosine of class and distillation token | as learned, then after every block (mean over seeds) |"]
+    lines.append("|---|---|")
+    for run, seeds in found.items():
+        means = [statistics.mean(values) for values in zip(*seeds, strict=True)]
+        lines.append(f"| {run} ({len(seeds)}) | {', '.join(f'{value:.2f}' for value in means)} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(results: Results, runs: Sequence[Run], seeds: Sequence[int], path: Path) -> None:
     """Losses along the runs, and the top-1 of every seed. Needs matplotlib."""
     from matplotlib.figure import Figure
