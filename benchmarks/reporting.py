@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import bench_loader, breakdown, loss_curves
 from benchmarks.bench_train_step import OURS, PEERS, best, ratios
 from benchmarks.micro import FUSED
-from benchmarks.roofline import short_name
+from deitfast.model.work import short_name
 
 Row = dict[str, Any]
 NOT_MEASURED = "not yet measured"

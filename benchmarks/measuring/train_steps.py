@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.measuring.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
 from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
 from benchmarks.measuring.record import clocks
-from benchmarks.roofline import CLASSES
 from deitfast.data import Batch, Targets, prepare
 from deitfast.data.batch import targets
 from deitfast.distributed import World
@@ -32,6 +31,7 @@ from deitfast.engine.engine import FlatEngine, make_engine
 from deitfast.engine.losses import training_loss
 from deitfast.engine.optim import Ema, make_optimizer
 from deitfast.kernels.loss import mixed_cross_entropy_reference
+from deitfast.model.work import CLASSES
 from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from deitfast.training.train import Result
 
 
+_ALSO = {"init": ("--weights",)}
+"""Second names of flags: what weights are called in every other command."""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises DeitfastError, in one line, with the nearest flag's name."""
 
@@ -46,7 +50,8 @@ def _flags_of(base: Recipe, prog: str = "", description: str = "") -> _Parser:
         if isinstance(value, bool):
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=value, help=text)
         else:
-            parser.add_argument(flag(f.name), type=type(f.default), default=value, help=text, metavar="")
+            names = [flag(f.name), *_ALSO.get(f.name, ())]
+            parser.add_argument(*names, type=type(f.default), default=value, help=text, metavar="", dest=f.name)
     parser.add_argument(
         "--scale-lr",
         action="store_true",
