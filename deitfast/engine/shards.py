@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from deitfast.distributed import World
-from deitfast.kernels.flat_buffers import BLOCK
 
 BUCKET_BYTES = 32 << 20
 """Of the fp32 gradients that one collective sums: long against a collective's latency, short against a backward."""
@@ -24,18 +23,20 @@ BUCKET_BYTES = 32 << 20
 class Shards:
     """The cut of buffers of `size` elements into `buckets` x `world.size` shares of `share` elements.
 
-    share is a multiple of BLOCK. A shard has `own_size` elements. With one process the shard is the buffer itself.
+    share is a multiple of `block`, elements that stay together. A shard has `own_size` elements; with one process it is
+    the buffer itself.
     """
 
     world: World
     buckets: int
     share: int
+    block: int
 
     @classmethod
-    def of(cls, elements: int, world: World) -> Shards:
+    def of(cls, elements: int, world: World, block: int) -> Shards:
         """The cut of at least so many elements."""
         buckets = 1 if world.size == 1 else max(1, round(4 * elements / BUCKET_BYTES))
-        return cls(world, buckets, -(-elements // (buckets * world.size * BLOCK)) * BLOCK)
+        return cls(world, buckets, -(-elements // (buckets * world.size * block)) * block, block)
 
     @property
     def size(self) -> int:
@@ -63,7 +64,7 @@ class Shards:
 
     def own_blocks(self) -> Tensor:
         """Numbers of this process's blocks, int64, in the order of its shard."""
-        numbers = torch.arange(self.size // BLOCK).view(self.buckets, self.world.size, -1)
+        numbers = torch.arange(self.size // self.block).view(self.buckets, self.world.size, -1)
         return numbers[:, self.world.rank].reshape(-1)
 
     def sum(self, bucket: int, flat: Tensor, shard: Tensor) -> Any:
