@@ -6,7 +6,7 @@ ARGS ?=
 # A test process a core, one thread each; a file's tests stay together, because they share what they set up.
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo docs test test-faults lint clean
 
 # One thread: the demo's products are so small that a second one costs more than it brings (481 against 362 images/s).
 demo: $(VENV)/.runtime
@@ -22,6 +22,11 @@ test: $(VENV)/.test
 # Faults done to real runs, minutes each; `ARGS=--full` for the full counts, `ARGS="--rows 1 15"` for some.
 test-faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
+
+# The pages of docs/ as a site, in build/site.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/pages.py --check
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -39,6 +44,10 @@ $(VENV)/.runtime: setup.py constraints.txt
 
 $(VENV)/.test: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation -e ".[docs]"
 	touch $@
 
 clean:

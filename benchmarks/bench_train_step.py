@@ -29,13 +29,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring.command import arguments, fp32_is_fp32, ready
+from benchmarks.measuring.command import arguments, fp32_is_fp32, last_json, ready, run_limited
 from benchmarks.measuring.harness import Budget, Recorder, Refused, Roofs, load
 from benchmarks.measuring.peers_models import version
-from benchmarks.measuring.processes import last_json, run_limited
 from benchmarks.measuring.train_steps import Job, Reference, measured_roofs, reference, roof_from, work
-from benchmarks.roofline import full_name, gpu_of, hours_for_imagenet, mfu
 from deitfast.errors import DeitfastError
+from deitfast.model.work import full_name, gpu_of, hours_for_imagenet, mfu
 
 MODELS = ("deit_base", "deit_small", "deit_tiny", "deit_base_384")
 BATCHES = {"deit_base": 512, "deit_small": 512, "deit_tiny": 512, "deit_base_384": 128}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting.record import load
+from benchmarks.measuring.record import load
 
 LEAST_NOISE = 0.01
 """Fraction of the time below which two runs are never told apart, however close the repeated runs lie."""

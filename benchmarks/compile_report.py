@@ -2,7 +2,7 @@
 
     python -m benchmarks.compile_report --arch 80,90,100
 
-The public ops are used, forward and backward, on tensors without data (`benchmarks.workshop.kernel_uses`), and what
+The public ops are used, forward and backward, on tensors without data (`benchmarks.workshop`), and what
 they would launch on that chip is recorded. Each kernel is specialised as a launch would specialise it (a size that is 1
 or a multiple of 16, a pointer that is aligned), compiled by Triton and read back from ptxas's log and the machine code.
 One line a kernel gives registers a thread, bytes of stack, local loads and stores, shared memory, CTAs that fit an SM,
@@ -72,7 +72,7 @@ class Chip:
     registers: int = 65536
 
 
-USES = "benchmarks.workshop.kernel_uses"
+USES = "benchmarks.workshop"
 CHIPS = {
     0: Chip(target=86, shared_block=99 << 10, shared_sm=100 << 10, threads=1536, blocks=16, matrix="HMMA"),
     80: Chip(target=80, shared_block=163 << 10, shared_sm=164 << 10, threads=2048, blocks=32, matrix="HMMA"),

@@ -38,11 +38,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_train_step import job_of, machine, ratios, reusable, run_worker
-from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.command import Finished, arguments, ready, run_limited
 from benchmarks.measuring.harness import Budget, load
-from benchmarks.measuring.processes import Finished, run_limited
-from benchmarks.reporting.page import write_page
-from benchmarks.reporting.record import facts, gpu_state
+from benchmarks.measuring.record import facts, gpu_state
+from benchmarks.reporting import draw_all, write_page
 
 OPS = {
     "attention": ("attention",),
@@ -235,8 +234,6 @@ def finish(results: Results, folder: Path) -> None:
     results.write()
     write_results(results, folder)
     try:
-        from benchmarks.reporting.plots import draw_all
-
         write_results(results, folder, draw_all(results.data, folder))
     except ImportError as problem:
         print(f"gpu_suite: no plots: {problem}", file=sys.stderr)

@@ -35,12 +35,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.command import arguments, last_json, ready, run_limited
 from benchmarks.measuring.harness import Budget, Recorder, Refused, in_turns, rotating, timed_row
-from benchmarks.measuring.processes import last_json, run_limited
-from benchmarks.reporting.record import ROOT
+from benchmarks.measuring.record import ROOT
 from benchmarks.tune import Trial
-from benchmarks.workshop.tune_sites import Site, sites
+from benchmarks.workshop import Site, sites
 from deitfast.errors import first_line
 from deitfast.kernels.catalogue import Draw
 from deitfast.kernels.common import architecture

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring.harness import load
-from benchmarks.reporting.page import goal_table, rows_of, step_table
-from benchmarks.reporting.record import ROOT
+from benchmarks.measuring.record import ROOT
+from benchmarks.reporting import goal_table, rows_of, step_table
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 RESULTS = ROOT / "benchmarks" / "results"

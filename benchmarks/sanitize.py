@@ -15,10 +15,9 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.measuring.command import arguments, ready
+from benchmarks.measuring.command import arguments, ready, run_limited
 from benchmarks.measuring.harness import Budget, Recorder, synchronize
 from benchmarks.measuring.ops import OPS
-from benchmarks.measuring.processes import run_limited
 from benchmarks.micro import Case
 from deitfast.kernels.catalogue import Shape
 

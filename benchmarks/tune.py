@@ -34,7 +34,7 @@ import torch
 from benchmarks import compile_report
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, Timing, in_turns, measure, rotating, timed_row, verify
-from benchmarks.workshop.tune_sites import Site, sites
+from benchmarks.workshop import Site, sites
 from deitfast.kernels.catalogue import MODELS, Draw, Tensors
 from deitfast.kernels.common import INTERPRETED, architecture
 from deitfast.kernels.tunable import Pick, described

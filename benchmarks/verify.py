@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from benchmarks.measuring.command import arguments, ready
-from benchmarks.reporting.record import ROOT, Recorder
+from benchmarks.measuring.record import ROOT, Recorder
 from deitfast.model.factory import create_model
 from deitfast.model.fused import question_about
 from deitfast.verification.verify import TRAINING_OPS, verify

@@ -6,6 +6,8 @@ import difflib
 import sys
 from collections.abc import Iterable
 
+from deitfast.elsewhere import known_elsewhere
+
 EXIT_USER_ERROR = 2
 """Exit code of a command that ended in a DeitfastError."""
 
@@ -38,10 +40,11 @@ def first_line(error: BaseException) -> str:
 
 
 def unknown_argument(argument: str, flags: Iterable[str]) -> DeitfastError:
-    """What to raise for an argument that a command does not know, with the nearest of its flags."""
-    name = argument.split("=", 1)[0]
+    """What to raise for an argument that a command does not know: with what does it here, or its nearest flag."""
+    name, flags = argument.split("=", 1)[0], list(flags)
     kind = "flag" if name.startswith("-") else "argument"
-    return DeitfastError(f"unknown {kind} {name}.{did_you_mean(name, flags) or ' --help lists the flags.'}")
+    hint = known_elsewhere(name, flags) or did_you_mean(name, flags) or " --help lists the flags."
+    return DeitfastError(f"unknown {kind} {name}.{hint}")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

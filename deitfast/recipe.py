@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from deitfast.errors import DeitfastError
@@ -48,7 +48,7 @@ class Recipe:
     optimizer: str = _paper("adamw", "adamw, lamb (DeiT III) or sgd (momentum .9, Nesterov)")
     epochs: int = _paper(300, "passes over the data")
     batch: int = _paper(1024, "images a step over all processes; accumulation follows from it")
-    lr: float = _paper(1e-3, "peak learning rate, final: never scaled again (the paper's rule is 5e-4 x batch / 512)")
+    lr: float = _paper(1e-3, "peak learning rate, final; --scale-lr computes the one that belongs to another --batch")
     min_lr: float = _paper(1e-5, "learning rate at the end of the cosine")
     warmup_lr: float = _paper(1e-6, "learning rate of the first step")
     warmup_epochs: float = _paper(5.0, "epochs of linear warm-up, inside the total")
@@ -68,6 +68,11 @@ class Recipe:
     layer_scale: float = _paper(0.0, "initial LayerScale; 0: the model's own (DeiT has none, DeiT III 1e-4)")
     loss: str = _paper("ce", "ce (soft cross-entropy) or bce (binary, every class present in a mixture is 1: DeiT III)")
     smoothing: float = _paper(0.1, "label smoothing")
+    class_weights: str = _paper(
+        "none",
+        "balanced: rare classes weigh more in the loss, images / (classes x images of the class); sampled: an epoch "
+        "shows every class equally often; none",
+    )
     # Distillation
     distillation: str = _task("none", "none, hard (cross-entropy with the teacher's argmax) or soft (KL divergence)")
     teacher: str = _task("", "teacher: our, timm's or Hugging Face's model name, an exported file, or NAME:WEIGHTS")
@@ -115,9 +120,6 @@ class Recipe:
         300.0, "seconds without a step after which a process ends, so that the launcher starts the run again"
     )
     allow_changes: bool = _machine(False, "resume although the recipe differs from the run folder's")
-    smoke: bool = _machine(
-        False, "prove the installation: 3 small steps, save, resume, evaluate; leaves nothing behind"
-    )
 
     def check(self) -> None:
         """Raise DeitfastError for the first value that no run could use, naming flag, value and valid range."""
@@ -159,6 +161,7 @@ class Recipe:
             "loss": ("ce", "bce"),
             "drop_path_schedule": ("linear", "constant"),
             "drop_path_form": ("bernoulli", "subset"),
+            "class_weights": ("none", "balanced", "sampled"),
             "distillation": ("none", "hard", "soft"),
         }
         for name, valid in choices.items():
@@ -181,6 +184,11 @@ class Recipe:
             raise DeitfastError(
                 f"--smoothing is {self.smoothing:g}, but --loss bce makes every class with a share a full target, and "
                 "smoothing gives all classes a share. Give --smoothing 0"
+            )
+        if self.loss == "bce" and self.class_weights == "balanced":
+            raise DeitfastError(
+                "--class-weights balanced weighs the cross-entropy, and --loss is bce. Give --loss ce, or "
+                "--class-weights sampled"
             )
         if self.reset_head and not self.init:
             raise DeitfastError("--reset-head needs --init WEIGHTS: fresh weights have a fresh head")
@@ -214,17 +222,42 @@ class Recipe:
                     "--cutmix 0"
                 )
 
+    def ruled_lr(self, batch: int) -> float:
+        """The learning rate that belongs to another batch by the rule of this recipe's optimiser.
+
+        Linear in the batch for AdamW (the DeiT paper: 5e-4 x batch / 512) and SGD (Goyal et al. 2017, arXiv
+        1706.02677); with its square root for LAMB (You et al. 2020, arXiv 1904.00962).
+        """
+        growth = batch / self.batch
+        return self.lr * (math.sqrt(growth) if self.optimizer == "lamb" else growth)
+
+    def scaled(self, batch: int) -> Recipe:
+        """This recipe at another batch, with the learning rate that belongs to it: `ruled_lr`."""
+        return replace(self, batch=batch, lr=self.ruled_lr(batch))
+
     def deviations(self, train_images: int | None = None, stated: Recipe | None = None) -> list[str]:
-        """Each way in which this run is not the DeiT paper's or, where `stated` is given, not that recipe file's."""
+        """Each way in which this run is not the DeiT paper's or, where `stated` is given, not that recipe file's.
+
+        A learning rate that follows the batch by the rule is none.
+        """
         found = []
+        base = stated or Recipe()
+        by_rule = base.ruled_lr(self.batch)
+        tolerance = 0.02 if self.batch != base.batch else 0.0  # 6.25e-5 may be typed as 6.3e-5
+        follows = math.isclose(self.lr, by_rule, rel_tol=tolerance)
         for f in fields(self):
-            if "paper" not in f.metadata:
+            if "paper" not in f.metadata or (f.name == "lr" and follows):
                 continue
             paper = f.metadata["paper"]
             expected, whose = (paper, "the paper's") if stated is None else (getattr(stated, f.name), "the recipe's")
             if getattr(self, f.name) != expected:
                 whose = "the paper's" if expected == paper else whose
                 found.append(f"{f.name.replace('_', ' ')} is {getattr(self, f.name)}, {whose} is {expected}")
+        if self.batch != base.batch and not follows:
+            found.append(
+                f"by the rule the learning rate of batch {self.batch} is {by_rule:.4g}, not {self.lr:g}. --scale-lr "
+                "follows it"
+            )
         own_data = stated is not None and (stated.data or stated.init)  # not ImageNet, or not its first stage
         if train_images not in (None, PAPER_TRAIN_IMAGES) and not own_data:
             found.append(f"the data has {train_images:,} training images, the paper's {PAPER_TRAIN_IMAGES:,}")

@@ -74,17 +74,8 @@ def _mixed_cross_entropy(
         mixture = lam * of_label + (1 - lam) * of_partner
         return (log_sum - (1 - smoothing) * mixture - smoothing * z.mean(1)).mean(), row_max, log_sum
     losses, row_max, log_sum = (torch.empty_like(lam) for _ in range(3))
-    launch_rows(
-        mixed_cross_entropy_fwd_kernel,
-        logits,
-        labels=labels,
-        partner_labels=partner_labels,
-        lam=lam,
-        losses=losses,
-        row_max=row_max,
-        log_sum=log_sum,
-        smoothing=smoothing,
-    )
+    kept = {"row_max": row_max, "log_sum": log_sum, "smoothing": smoothing}
+    launch_rows(mixed_cross_entropy_fwd_kernel, logits, labels, partner_labels, lam, losses=losses, **kept)
     return losses.mean(), row_max, log_sum
 
 
@@ -106,18 +97,9 @@ def _mixed_cross_entropy_bwd(
         gradient.scatter_add_(1, partner_labels[:, None], (smoothing - 1) * (1 - lam[:, None]))
         return gradient.mul_(dloss / B).to(logits.dtype)
     dlogits = torch.empty((B, C), dtype=logits.dtype, device=logits.device)
-    launch_rows(
-        mixed_cross_entropy_bwd_kernel,
-        logits,
-        dloss=dloss,
-        labels=labels,
-        partner_labels=partner_labels,
-        lam=lam,
-        row_max=row_max,
-        log_sum=log_sum,
-        dlogits=dlogits,
-        smoothing=smoothing,
-    )
+    kept = {"row_max": row_max, "log_sum": log_sum, "smoothing": smoothing}
+    gradients = {"dloss": dloss, "dlogits": dlogits}
+    launch_rows(mixed_cross_entropy_bwd_kernel, logits, labels, partner_labels, lam, **gradients, **kept)
     return dlogits
 
 
@@ -149,7 +131,7 @@ def _mixed_bce(logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tens
         target = _dense_binary_targets(logits, labels, partner_labels, lam)
         return F.binary_cross_entropy_with_logits(logits.float(), target)
     losses = torch.empty_like(lam)
-    launch_rows(mixed_bce_fwd_kernel, logits, labels=labels, partner_labels=partner_labels, lam=lam, losses=losses)
+    launch_rows(mixed_bce_fwd_kernel, logits, labels, partner_labels, lam, losses=losses)
     return losses.mean()
 
 
@@ -159,15 +141,7 @@ def _mixed_bce_bwd(dloss: Tensor, logits: Tensor, labels: Tensor, partner_labels
         target = _dense_binary_targets(logits, labels, partner_labels, lam)
         return logits.float().sigmoid().sub_(target).mul_(dloss / logits.numel()).to(logits.dtype)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    launch_rows(
-        mixed_bce_bwd_kernel,
-        logits,
-        dloss=dloss,
-        labels=labels,
-        partner_labels=partner_labels,
-        lam=lam,
-        dlogits=dlogits,
-    )
+    launch_rows(mixed_bce_bwd_kernel, logits, labels, partner_labels, lam, dloss=dloss, dlogits=dlogits)
     return dlogits
 
 

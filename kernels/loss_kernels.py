@@ -160,7 +160,11 @@ def mixed_bce_bwd_kernel(
         tl.store(dlogits + start + column, gradient.to(dlogits.dtype.element_ty), mask=mask)
 
 
-def launch_rows(kernel: Any, logits: Tensor, **arguments: Any) -> None:
+def launch_rows(
+    kernel: Any, logits: Tensor, labels: Tensor, partner_labels: Tensor, lam: Tensor, **arguments: Any
+) -> None:
     """One program a row."""
     B, C = logits.shape
-    launch(kernel, (B,), loss_launch(C), logits=logits, stride_logits=logits.stride(0), C=C, **arguments)
+    sizes = {"stride_logits": logits.stride(0), "C": C}
+    targets = {"labels": labels, "partner_labels": partner_labels, "lam": lam}
+    launch(kernel, (B,), loss_launch(C), logits=logits, **targets, **sizes, **arguments)

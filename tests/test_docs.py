@@ -54,3 +54,15 @@ def test_every_kernel_states_shapes_dtypes_and_errors(name: str) -> None:
 def test_the_citation_is_of_this_version() -> None:
     text = (ROOT / "CITATION.cff").read_text()
     assert f"version: {deitfast.__version__}\n" in text
+
+
+def test_the_site_has_every_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert sorted(re.findall(r"[\w/]+\.md", text.split("nav:")[1])) == sorted(
+        p.name for p in (ROOT / "docs").glob("*.md")
+    )
+
+
+def test_links_out_of_the_docs_lead_to_the_repository_on_the_site() -> None:
+    shown = PAGES["on_page_markdown"]("[a](../kernels/x.py) [b](data.md)", {"repo_url": "https://example.org/x"})
+    assert shown == "[a](https://example.org/x/blob/main/kernels/x.py) [b](data.md)"

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +22,15 @@ from deitfast.distributed import World
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
-from deitfast.use.evaluate import Details, Scores, evaluate, evaluate_each, evaluate_in_detail, real_labels
+from deitfast.use.evaluate import Details, Scores, evaluate_each, evaluate_in_detail, real_labels
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 OPTIONS = {"crop_ratio": 0.875, "batch": 32, "workers": 1, "bf16": False}
+
+
+def evaluate(model: DeiT, data: Manifest, **options: Any) -> Scores:
+    (scores,) = evaluate_each(model, [contextlib.nullcontext], data, ALONE, **OPTIONS, **options)
+    return scores
 
 
 def digits() -> Manifest:
@@ -68,9 +74,9 @@ def test_several_weights_are_scored_as_each_alone_from_one_decoding(monkeypatch:
         yield
         model.load_state_dict(own)
 
-    expected = [evaluate(model, data, ALONE, **OPTIONS)]
+    expected = [evaluate(model, data)]
     with replaced():
-        expected.append(evaluate(model, data, ALONE, **OPTIONS))
+        expected.append(evaluate(model, data))
     assert expected[0].loss != expected[1].loss
     read: list[int] = []
     original = Manifest.encoded
@@ -127,8 +133,8 @@ def test_scores_and_details_are_those_of_plain_counting(distilled: bool) -> None
 def test_evaluate_gives_the_same_scores_and_a_limit_counts() -> None:
     model, data = model_of(True), digits()
     scores, _ = evaluate_in_detail(model, data, ALONE, **OPTIONS)
-    assert evaluate(model, data, ALONE, **OPTIONS) == scores
-    assert evaluate(model, data, ALONE, limit=40, **OPTIONS).images == 40
+    assert evaluate(model, data) == scores
+    assert evaluate(model, data, limit=40).images == 40
 
 
 def _worker(rank: int, world: int, folder: str) -> None:

@@ -87,8 +87,8 @@ class Plain:
 def flat_step(flat: FlatState, model: nn.Module, grads: Sequence[Tensor], lr: float, step: int) -> None:
     flat.zero_grad()
     for parameter, grad in zip(model.parameters(), grads, strict=True):
-        if parameter.grad is not None:
-            parameter.grad.add_(grad)
+        parameter.grad = grad.clone() if parameter.requires_grad else None
+    flat.gather(first=True)
     flat.update(torch.from_numpy(flat.scalars(lr, step)))
 
 
@@ -182,9 +182,7 @@ def test_compute_copy_shares_the_flat_memory_and_keeps_the_structure() -> None:
     for (name, copied), master in zip(compute.named_parameters(), model.parameters(), strict=True):
         assert copied.dtype == HALF, name
         assert copied.untyped_storage().data_ptr() == flat.compute.untyped_storage().data_ptr(), name
-        assert copied.grad is not None
-        assert copied.grad.untyped_storage().data_ptr() == flat.grad.untyped_storage().data_ptr(), name
-        assert master.grad is None
+        assert copied.grad is master.grad is None
         assert torch.equal(copied, master.to(HALF)), name
 
 
@@ -201,33 +199,69 @@ def test_compute_copy_of_a_fused_deit_keeps_its_class_and_result() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_autograd_adds_to_the_flat_gradient(dtype: torch.dtype) -> None:
-    model = odd()
-    flat = FlatState(model, RECIPE, dtype)
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_are_gathered_and_added_as_autograd_adds_them(dtype: torch.dtype, accumulates: bool) -> None:
+    flat = FlatState(odd(), RECIPE, dtype, accumulates)
     compute = flat.compute_model()
-    x = torch.randn(4, 33).to(dtype)
-    compute(x).sum().backward()
-    once = flat.grad.clone()
     reference = copy.deepcopy(compute)
-    reference.zero_grad()
-    reference(x).sum().backward()
-    for parameter, other in zip(compute.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(parameter.grad, other.grad)
-    assert once.count_nonzero() == sum(int(p.grad.count_nonzero()) for p in compute.parameters())
-    compute(x).sum().backward()
-    torch.testing.assert_close(flat.grad, 2 * once)
-    flat.zero_grad()
-    assert not flat.grad.any()
+    in_fp32 = accumulates or dtype == torch.float32
+    sums = {name: torch.zeros(p.shape, dtype=torch.float32 if in_fp32 else dtype) for name, p in _named(reference)}
+    for micro in range(3 if in_fp32 else 1):
+        x = torch.randn(4, 33).to(dtype)
+        compute(x).sum().backward()
+        flat.gather(first=micro == 0)
+        assert all(parameter.grad is None for parameter in compute.parameters())
+        reference.zero_grad()
+        reference(x).sum().backward()
+        for name, parameter in _named(reference):
+            assert parameter.grad is not None
+            sums[name] += parameter.grad
+    for (name, total), (_, start) in zip(sums.items(), flat.computed, strict=True):
+        assert torch.equal(flat.reduced[start : start + total.numel()], total.flatten()), name
+    assert flat.reduced.count_nonzero() == sum(int(total.count_nonzero()) for total in sums.values())
 
 
-def test_zero_grad_attaches_again_what_was_detached() -> None:
-    model = odd()
-    flat = FlatState(model, RECIPE)
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters())
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_parameter_without_a_gradient_counts_as_zero(dtype: torch.dtype, first: bool) -> None:
+    flat = FlatState(odd(), RECIPE, dtype, accumulates=True)
     flat.compute_model()
-    model.zero_grad()  # sets every .grad to None
+    flat.grad.fill_(3.0)
+    flat.reduced.fill_(7.0)
+    flat.gather(first)
+    for parameter, start in flat.computed:
+        assert (flat.reduced[start : start + parameter.numel()] == (0.0 if first else 7.0)).all()
+
+
+def test_a_part_of_the_gradient_is_gathered_alone() -> None:
+    flat = FlatState(odd(), RECIPE)
+    compute = flat.compute_model()
+    compute(torch.randn(4, 33)).sum().backward()
+    (_, start), (last, end) = flat.computed[1], flat.computed[-1]
+    flat.gather(True, slice(start, end))
+    assert flat.grad[start:end].any()
+    assert not flat.grad[:start].any()
+    assert not flat.grad[end:].any()
+    assert last.grad is not None
+    assert flat.computed[1][0].grad is None
+
+
+def test_what_an_unfinished_step_left_is_forgotten() -> None:
+    flat = FlatState(odd(), RECIPE)
+    compute = flat.compute_model()
+    x = torch.randn(4, 33)
+    compute(x).sum().backward()
+    flat.gather(first=True)
+    once = flat.grad.clone()
+    compute(x).sum().backward()
     flat.zero_grad()
-    model(torch.randn(2, 33)).sum().backward()
-    assert flat.grad.any()
+    compute(x).sum().backward()
+    flat.gather(first=True)
+    assert torch.equal(flat.grad, once)
 
 
 def test_update_refreshes_the_compute_copy_and_its_gradient_counts() -> None:
@@ -247,19 +281,21 @@ def test_update_refreshes_the_compute_copy_and_its_gradient_counts() -> None:
 
 
 def test_accumulation_in_fp32() -> None:
-    model = odd()
-    flat = FlatState(model, RECIPE, HALF, accumulates=True)
+    flat = FlatState(odd(), RECIPE, HALF, accumulates=True)
     flat.compute_model()
     assert flat.reduced is flat.grad_sum
     assert flat.grad_sum is not None
     assert flat.grad_sum.dtype == torch.float32
-    flat.grad.fill_(1.0)
-    flat.accumulate(first=True)
-    flat.grad.fill_(2.0**-11)  # lost in half precision beside 1
-    flat.accumulate(first=False)
-    assert (flat.grad_sum == 1 + 2.0**-11).all()
-    flat.accumulate(first=True)
-    assert (flat.grad_sum == 2.0**-11).all()
+
+    def gathered(value: float, first: bool) -> Tensor:
+        for parameter, _ in flat.computed:
+            parameter.grad = torch.full_like(parameter, value)
+        flat.gather(first)
+        return torch.cat([flat.reduced[start : start + parameter.numel()] for parameter, start in flat.computed])
+
+    gathered(1.0, first=True)
+    assert (gathered(2.0**-11, first=False) == 1 + 2.0**-11).all()  # lost in half precision beside 1
+    assert (gathered(2.0**-11, first=True) == 2.0**-11).all()
     flat.grad_sum.zero_()
     flat.update(torch.from_numpy(flat.scalars(1e-3, 0)))
     assert flat.norm == 0  # the sum is what update reads
@@ -269,9 +305,6 @@ def test_in_fp32_the_gradient_itself_accumulates() -> None:
     flat = FlatState(odd(), RECIPE, accumulates=True)
     assert flat.grad_sum is None
     assert flat.reduced is flat.grad
-    flat.grad.fill_(1.0)
-    flat.accumulate(first=True)
-    assert (flat.grad == 1).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb", "sgd"])
@@ -285,13 +318,13 @@ def test_frozen_parameters_stay(optimizer: str) -> None:
     assert [p.requires_grad for p in compute.parameters()] == [p.requires_grad for p in model.parameters()]
     frozen = {"wide.weight", "scale"}
     for step in range(3):
-        flat.zero_grad()
         compute(torch.randn(4, 33).to(HALF)).sum().backward()
+        assert {name for name, parameter in compute.named_parameters() if parameter.grad is None} == frozen
+        flat.gather(first=True)
         flat.update(torch.from_numpy(flat.scalars(1e-2, step)))
     old, averages = dict(before.named_parameters()), flat.ema_tensors()
     for name, parameter in compute.named_parameters():
         master = model.get_parameter(name)
-        assert (parameter.grad is None) == (name in frozen), name
         assert torch.equal(master, old[name]) == (name in frozen), name
         assert torch.equal(averages[name], old[name]) == (name in frozen), name
         assert torch.equal(parameter, master.to(HALF)), name

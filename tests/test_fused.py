@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from deitfast.kernels.common import INTERPRETED
 from deitfast.model.deit import Block, DeiT, Subset, prefix_alone
-from deitfast.model.fused import FusedBlock, fuse, saved_bytes_per_token
+from deitfast.model.fused import FusedBlock, fuse, saved_bytes_of_keys_and_values, saved_bytes_per_token
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.vit_peers import images, outputs_and_gradients, perturb
 
@@ -158,6 +158,26 @@ def test_saved_bytes_per_token_are_what_autograd_saves(width, heads, mlp_ratio, 
     assert sum(saved.values()) == tokens * (batch * stream + 2 * (expected - stream)) + index
     assert out.grad_fn is not None
     assert subset_out.grad_fn is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(INTERPRETED, reason="what is saved does not depend on who computes it")
+def test_a_block_for_the_prefix_saves_of_the_other_tokens_what_keys_and_values_need(dtype):
+    """Counted at two lengths, so that what the prefix itself saves falls out of the difference."""
+    width, batch, block = 128, 3, FusedBlock(128, 2, 4.0, None).to(dtype)
+    parameters, found = {p.data_ptr() for p in block.parameters()}, []
+    for tokens in (10, 30):
+        saved: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor, saved=saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+            return tensor
+
+        x = torch.randn(batch, tokens, width, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            block(x, prefix=1)
+        found.append(sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in parameters))
+    assert found[1] - found[0] == batch * 20 * saved_bytes_of_keys_and_values(width, dtype.itemsize)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs kernels on CPU tensors")

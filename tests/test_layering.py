@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,9 @@ FILES = sorted(
 FLOORS = ("ground", "kernels", "verification", "data", "model", "engine", "use", "training", "cli", "package")
 """From the lowest up: a module imports from its own floor and those below. `package` is deitfast/__init__.py, whose
 public names are imported on first use; `ground` are the other files that lie in deitfast/ itself."""
+
+DOORS = frozenset(f"deitfast.{name}" for name in ("convert", "export", "images", "predict", "weights"))
+"""Old paths of modules that moved into a room: imports and `__all__`, and the package itself never uses them."""
 
 # The places where the package meets its kernels: the block, the optimiser, the loss, the input, their verification.
 MEET_KERNELS = ("deitfast/model/fused.py", "deitfast/engine/flat.py", "deitfast/engine/losses.py",
@@ -54,7 +58,7 @@ def graph() -> dict[str, set[str]]:
 
 def floor(module: str) -> int:
     parts = module.split(".")
-    if module in ("deitfast", "deitfast.__main__"):
+    if module in ("deitfast", "deitfast.__main__", *DOORS):
         return FLOORS.index("package")
     return FLOORS.index(parts[1] if parts[1] in FLOORS else "ground")
 
@@ -96,6 +100,17 @@ def test_circles_are_found() -> None:
 def test_no_imports_run_in_a_circle() -> None:
     assert len(graph()) > 80
     assert components(graph()) == []
+
+
+@pytest.mark.parametrize("door", sorted(DOORS))
+def test_a_door_only_opens(door: str) -> None:
+    docstring, *rest = ast.parse(package()[door].read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    assert all(isinstance(node, ast.ImportFrom) for node in rest[:-1])
+    assert isinstance(rest[-1], ast.Assign)
+    module = importlib.import_module(door)
+    assert [name for name in vars(module) if not name.startswith("__")] == sorted(module.__all__)
+    assert not [a for a, targets in graph().items() if door in targets], "use the module itself"
 
 
 def test_imports_run_down_the_floors() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.data import Targets
-from deitfast.engine.losses import base_loss, distillation_loss, training_loss
+from deitfast.engine.losses import balancing_weights, base_loss, distillation_loss, training_loss
 from deitfast.recipe import Recipe
 from tests.reference import dense
 
@@ -38,6 +40,27 @@ def test_cross_entropy_equals_timms_on_dense_targets(timm, smoothing: float) -> 
     targets = mixture(smoothing)
     expected = SoftTargetCrossEntropy()(draw().double(), dense(targets, CLASSES).double()).float()
     torch.testing.assert_close(base_loss(draw(), targets, Recipe()), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_cross_entropy_equals_torchs_on_dense_targets(smoothing: float) -> None:
+    targets, weights = mixture(smoothing), torch.linspace(0.2, 3, CLASSES)
+    unsmoothed = dense(replace(targets, smoothing=0.0), CLASSES).double()
+    expected = F.cross_entropy(draw().double(), unsmoothed, weight=weights.double(), label_smoothing=smoothing)
+    ours = training_loss(draw(), targets, Recipe(), class_weights=weights)
+    torch.testing.assert_close(ours, expected.float(), rtol=1e-6, atol=1e-6)
+    ones = training_loss(draw(), targets, Recipe(), class_weights=torch.ones(CLASSES))
+    torch.testing.assert_close(ones, base_loss(draw(), targets, Recipe()), rtol=1e-6, atol=1e-6)
+
+
+def test_balancing_weights_are_scikit_learns() -> None:
+    compute = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
+    labels = np.array([0, 0, 0, 0, 0, 2, 2, 3])
+    expected = compute("balanced", classes=np.array([0, 2, 3]), y=labels)
+    weights = balancing_weights(labels, 5)
+    torch.testing.assert_close(weights[[0, 2, 3]], torch.tensor(expected, dtype=torch.float32))
+    assert weights[1] == weights[4] == 1
+    assert weights[labels].mean().item() == pytest.approx(1)  # the learning rate means what it meant
 
 
 def test_binary_cross_entropy_equals_timms_with_threshold_zero(timm) -> None:

@@ -13,7 +13,10 @@ from deitfast.model.factory import create_model
 from deitfast.model.weights import load_weights
 
 TIMM_NAMES = [name for name in deitfast.list_models() if "_384" not in name or name.startswith("deit_base")]
-TIMM_NAMES = [name for name in TIMM_NAMES if "digits" not in name and ("deit3" not in name or "small" in name)]
+OURS_ALONE = ("deit_digits", "deit_mini", "deit_micro")
+TIMM_NAMES = [
+    name for name in TIMM_NAMES if not name.startswith(OURS_ALONE) and ("deit3" not in name or "small" in name)
+]
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:

@@ -328,3 +328,41 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_holds_it(tmp_path
         report.RunFolder(tmp_path)
     first.close()
     report.RunFolder(tmp_path).close()
+
+
+def test_a_longer_run_says_how_the_learning_rate_jumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = replace(FULL, out=str(tmp_path / "run"), batch=128, epochs=1, warmup_epochs=0.0, ema_decay=0.0)
+    train(recipe, eval_images=10)
+    capsys.readouterr()
+    longer = replace(recipe, epochs=2, allow_changes=True)
+    train(longer, stop_at=11)
+    told = next(line for line in capsys.readouterr().out.splitlines() if "learning rate rises" in line)
+    rates = [
+        json.loads(line)["lr"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "lr" in line
+    ]
+    assert rates[9] < rates[10]
+    assert f"the learning rate rises from {rates[9]:.2g} to {rates[10]:.2g} at step 11" in told
+    assert "since --epochs changed. A new run with --init" in told
+    train(longer, stop_at=12)
+    assert "learning rate rises" not in capsys.readouterr().out  # told once: from here on it is this schedule
+    with pytest.raises(DeitfastError, match=r"is at step 12, past the 10 of --epochs 1\. Give more epochs"):
+        train(replace(recipe, allow_changes=True))
+    train(longer, eval_images=10)
+    capsys.readouterr()
+    train(replace(longer, lr=5e-4), eval_images=10)
+    out = capsys.readouterr().out
+    assert "nothing is left to train: step 20 of 20 is done" in out
+    assert "learning rate rises" not in out
+    assert "learning rate falls" not in out
+
+
+@pytest.mark.parametrize("kind", ["balanced", "sampled"])
+def test_rare_classes_weigh_the_same_in_both_engines(tmp_path: Path, kind: str) -> None:
+    found = []
+    for engine in ("flat", "plain"):
+        out = tmp_path / engine
+        train(replace(FULL, class_weights=kind, engine=engine, ema_decay=0.0, out=str(out)), stop_at=3)
+        found.append(losses(out))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    train(replace(FULL, ema_decay=0.0, out=str(tmp_path / "none")), stop_at=3)
+    assert losses(tmp_path / "none") != pytest.approx(found[0], rel=1e-5)

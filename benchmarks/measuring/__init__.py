@@ -1,1 +1,1 @@
-"""What the measuring commands are made of: timing and its rules, the ops, other libraries, processes."""
+"""What the commands are made of: options, processes, timing and its rules, results files, the ops, other libraries."""

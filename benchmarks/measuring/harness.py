@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.reporting.record import Device, Recorder, facts, gpu_state, load
+from benchmarks.measuring.record import Device, Recorder, facts, gpu_state, load
 from deitfast.cuda_graph import capture
 from deitfast.errors import first_line
 from deitfast.verification.judgement import problem

@@ -22,8 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measuring.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
 from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
-from benchmarks.reporting.record import clocks
-from benchmarks.roofline import CLASSES
+from benchmarks.measuring.record import clocks
 from deitfast.data import Batch, Targets, prepare
 from deitfast.data.batch import targets
 from deitfast.distributed import World
@@ -32,6 +31,7 @@ from deitfast.engine.engine import FlatEngine, make_engine
 from deitfast.engine.losses import training_loss
 from deitfast.engine.optim import Ema, make_optimizer
 from deitfast.kernels.loss import mixed_cross_entropy_reference
+from deitfast.model.work import CLASSES
 from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 
@@ -151,11 +151,15 @@ class EngineStep(TrainStep):
         outputs, _ = self.engine.forward(self.batch)
         return training_loss(outputs, targets(self.batch, self.recipe), self.recipe), logits_of(outputs)
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.engine.flat.gather(first=True)
+
     def update(self) -> None:
         self.engine.flat.update(torch.from_numpy(self.engine.flat.scalars(self.recipe.lr, 0)).to(self.device))
 
     def gradient_norm(self) -> float:
-        return float(torch.linalg.vector_norm(self.engine.flat.grad.float()))
+        return float(torch.linalg.vector_norm(self.engine.flat.reduced.float()))
 
     def __call__(self) -> None:
         self.engine(iter([self.batch]), self.engine.steps_run, self.recipe.lr)

@@ -14,12 +14,17 @@ the copies of one image are never mixed with each other (for g >= 2 * repeats). 
 0, g/2, 1, 1 + g/2, ... So the partner of slot s is s xor 1; any even stretch of slots holds whole pairs; and most
 copies of an image lie in one stretch, where it is decoded once.
 
+**Balanced.** With `labels` the entries of an epoch are not a permutation of the images: every class has as many (give
+or take one, in turn from epoch to epoch), its images in permuted order, each as often as the others. An image whose
+class is short of them comes again as a new entry with views of its own: those of its k-th time are numbers k * repeats
+to k * repeats + repeats - 1. An epoch is as long as without.
+
 A process takes a stretch of slots, so any number of processes and any even micro-batch compute the same global batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -30,6 +35,9 @@ from deitfast.errors import DeitfastError
 
 if TYPE_CHECKING:
     from deitfast.recipe import Recipe
+
+
+_SHUFFLE = 0x5EED  # another seed than that of the permutation inside the classes
 
 
 @lru_cache(maxsize=2)  # a loader reads ahead across the border of two epochs
@@ -57,12 +65,29 @@ def slot_order(batch: int, mix_group: int) -> np.ndarray:
     return order
 
 
+def balanced(labels: np.ndarray, count: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` images, equally many of every class that has any: their numbers and how often each came before, (count,).
+
+    labels: int64 (n,).
+    """
+    by_class = permutation(len(labels), seed, epoch)
+    by_class = by_class[np.argsort(labels[by_class], kind="stable")]
+    _, first, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
+    classes = len(sizes)
+    place = np.arange(count, dtype=np.int64)
+    of_class, turn = (place + epoch * count) % classes, place // classes  # whose turn it is goes on over the epochs
+    images = by_class[first[of_class] + turn % sizes[of_class]]
+    mixed = permutation(count, seed ^ _SHUFFLE, epoch)
+    return images[mixed], (turn // sizes[of_class])[mixed]
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of a training run over `n` images in global batches of `batch` slots.
 
     repeats: copies of an image in a row (1: none; DeiT uses 3). mix_group: entries that share one mixup lambda, even.
-    Raises DeitfastError if an epoch would hold no batch.
+    labels: int64 (n,), where the classes are to come equally often. Raises DeitfastError if an epoch would hold no
+    batch.
     """
 
     n: int
@@ -70,6 +95,8 @@ class Order:
     repeats: int = 1
     seed: int = 0
     mix_group: int = 128
+    labels: np.ndarray | None = field(default=None, compare=False, repr=False)
+    _epochs: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.repeats < 1:
@@ -83,9 +110,12 @@ class Order:
             )
 
     @classmethod
-    def of(cls, images: int, recipe: Recipe) -> Order:
-        """The order of a recipe's run over so many images."""
-        return cls(images, recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group)
+    def of(cls, labels: np.ndarray, recipe: Recipe) -> Order:
+        """The order of a recipe's run over images with these labels, int64 (n,)."""
+        balances = recipe.class_weights == "sampled"
+        return cls(
+            len(labels), recipe.batch, recipe.repeats, recipe.seed, recipe.mix_group, labels if balances else None
+        )
 
     @property
     def _length(self) -> int:
@@ -98,7 +128,7 @@ class Order:
 
     @property
     def distinct_per_epoch(self) -> int:
-        """Number of different images in an epoch."""
+        """Number of different images in an epoch; where classes are balanced, of entries, some of the same image."""
         return -(-self.steps_per_epoch * self.batch // self.repeats)
 
     def epoch(self, step: int) -> int:
@@ -109,4 +139,17 @@ class Order:
         """The global batch of a step in slot order: image index int64 (batch,), view int64 (batch,), epoch."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         entry = step_in_epoch * self.batch + slot_order(self.batch, self.mix_group)
-        return permutation(self.n, self.seed, epoch)[entry // self.repeats], entry % self.repeats, epoch
+        place, view = entry // self.repeats, entry % self.repeats
+        if self.labels is None:
+            return permutation(self.n, self.seed, epoch)[place], view, epoch
+        images, times = self._balanced(epoch)
+        return images[place], times[place] * self.repeats + view, epoch
+
+    def _balanced(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """`balanced` of an epoch, kept for the steps that follow; the reader is ahead, over the border of two."""
+        assert self.labels is not None
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = balanced(self.labels, self.distinct_per_epoch, self.seed, epoch)
+        return self._epochs[epoch]

@@ -37,7 +37,7 @@ def contact_sheet(
         raise DeitfastError(f"--epoch is {epoch}, must be in [0, {recipe.epochs - 1}]: epochs are counted from 0")
     if not 1 <= count <= 1024:
         raise DeitfastError(f"--count is {count}, must be in [1, 1024]")
-    steps = Order.of(len(manifest), recipe).steps_per_epoch
+    steps = Order.of(manifest.label, recipe).steps_per_epoch
     units = range(recipe.unit, min(64, recipe.batch) + 1, recipe.unit)
     micro = max(m for m in units if recipe.batch % m == 0)
     views: list[np.ndarray] = []

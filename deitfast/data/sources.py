@@ -3,6 +3,7 @@
     folder/train/<class>/*.jpg         folder/val/<class>/*.jpg        (or `valid`, `validation`, `test`)
     folder/train/*.tar, train-*.tar, train.tar                         (likewise for val; case does not matter)
     ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, Kaggle's ILSVRC/  (`imagenet`)
+    cifar-10-python.tar.gz, cifar-10-batches-py/, also binary          (`cifar`)
     folder/train-*.parquet, folder/data/train-*.parquet                (`parquet`)
     folder/train/*.tfrecord, train-00000-of-01024, train*.tfrecord     (likewise for val)
 
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deitfast.data import cifar
 from deitfast.data.files import images_below, is_hidden
 from deitfast.data.imagenet import KAGGLE, TRAIN_TAR, VAL_TAR, find_truth
 from deitfast.data.indexing import Source, entries_of, label_numbers, names_files
@@ -106,6 +108,8 @@ def _root(data: str) -> Path:
     if data in PACKAGED:
         return PACKAGED[data]
     root = Path(data).expanduser()
+    if batches := cifar.find(root):
+        return cifar.shards(batches)
     if root.is_dir():
         return root.resolve()
     if root.exists():

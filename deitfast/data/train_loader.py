@@ -69,7 +69,7 @@ class TrainLoader:
         self.device = torch.device(device)
         say = say or say_to_stderr
         _check_batch(recipe, world_size, micro_batch)
-        self.order = Order.of(len(manifest), recipe)
+        self.order = Order.of(manifest.label, recipe)
         self.start_step = start_step
         self.stop_step = self.order.steps_per_epoch if stop_step is None else stop_step
         self.micro_batch = micro_batch
@@ -139,9 +139,11 @@ class TrainLoader:
             self.image_size, self._groups, step, r.seed, r.mixup, r.cutmix, r.mix_probability, r.mix_switch
         )
 
-        # Every view of an image is drawn, also the few whose slot lies in another micro-batch; (view, image) rows.
-        distinct, row = np.unique(index, return_inverse=True)
-        images, views = np.tile(distinct, r.repeats), np.repeat(np.arange(r.repeats), len(distinct))
+        # Every copy of an entry is drawn, also the few whose slot lies in another micro-batch; (copy, entry) rows.
+        time, copy = view // r.repeats, view % r.repeats
+        entries, row = np.unique(np.stack([index, time]), axis=1, return_inverse=True)
+        images, copies = np.tile(entries[0], r.repeats), np.repeat(np.arange(r.repeats), entries.shape[1])
+        views = np.tile(entries[1], r.repeats) * r.repeats + copies
         width, height = manifest.width[images], manifest.height[images]
         box = draws.random_resized_crop(width, height, images, epoch, views, r.seed, (r.crop_min, r.crop_max))
         box = box.astype(np.int32).reshape(r.repeats, -1, 4)
@@ -154,12 +156,13 @@ class TrainLoader:
         else:
             parameters = [x[v] for v in range(r.repeats) for x in (start, shape, mirrored)]
         return _TrainFeed(
-            distinct=distinct,
-            encoded=[encoded[i] for i in distinct.tolist()],
+            distinct=entries[0],
+            encoded=[encoded[i] for i in entries[0].tolist()],
             parameters=parameters,
             row=row,
-            box=box[view, row],
-            mirrored=mirrored[view, row],
+            copy=copy,
+            box=box[copy, row],
+            mirrored=mirrored[copy, row],
             augmentation=self.augmentation.draw(index, epoch, view) if self.augmentation.active else None,
             batch=Batch(
                 images=_NOT_YET,
@@ -198,7 +201,7 @@ class TrainLoader:
         return batch
 
     def _collect_gpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:
-        images = gathered(outputs, feed.row, feed.batch.view.numpy(), self.device)
+        images = gathered(outputs, feed.row, feed.copy, self.device)
         return images if feed.augmentation is None else self.augmentation.apply(images, feed.augmentation)
 
 
@@ -206,7 +209,8 @@ class TrainLoader:
 class _TrainFeed(Feed):
     """The feed of a training micro-batch."""
 
-    row: np.ndarray  # which of the distinct images
+    row: np.ndarray  # which of the distinct entries
+    copy: np.ndarray  # which of its views
     box: np.ndarray  # int32 (m, 4), the crop in what the CPU decoded (top, left, height, width)
     mirrored: np.ndarray
     augmentation: AugmentationDraws | None  # None where it does nothing

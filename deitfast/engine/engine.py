@@ -1,9 +1,10 @@
 """One optimisation step, in two engines with one face.
 
-`FlatEngine` is the engine: uint8 images to patches in one kernel, a model whose parameters and gradients are views into
-flat buffers (bf16 on a GPU, beside fp32 master weights), loss and gradient reduction on the device, one optimiser
-update over the flat buffers. It reads nothing on the host and allocates nothing that outlives it, so on a GPU the whole
-of it, accumulation included, is captured as one CUDA graph and replayed; `engine=flat` runs the same code uncaptured.
+`FlatEngine` is the engine: uint8 images to patches in one kernel, a model whose parameters are views into a flat buffer
+(bf16 on a GPU, beside fp32 master weights), gradients gathered in another, loss and gradient reduction on the device,
+one optimiser update over the flat buffers. It reads nothing on the host and allocates nothing that outlives it, so on a
+GPU the whole of it, accumulation included, is captured as one CUDA graph and replayed; `engine=flat` runs the same code
+uncaptured.
 
 `PlainEngine` is the reference it is tested against: DistributedDataParallel, autocast, torch's optimiser.
 """
@@ -80,14 +81,17 @@ class Engine(Protocol):
 
 def make_engine(
     model: DeiT, recipe: Recipe, world: World, drop_path: DropPath, *, accumulation: int, bf16: bool,
-    teacher: Teacher | None = None,
+    teacher: Teacher | None = None, class_weights: Tensor | None = None,
 ) -> Engine:  # fmt: skip
-    """The engine that `recipe.engine` asks for; auto: graph on a GPU, flat on CPU."""
+    """The engine that `recipe.engine` asks for; auto: graph on a GPU, flat on CPU.
+
+    class_weights: of `training_loss`.
+    """
     model.recompute = recipe.recompute
     if recipe.engine == "plain":
-        return PlainEngine(model, recipe, world, accumulation, bf16, drop_path, teacher)
+        return PlainEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, class_weights)
     captures = world.device.type == "cuda" and recipe.engine != "flat"
-    return FlatEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, captures)
+    return FlatEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, class_weights, captures)
 
 
 class Pace:
@@ -119,10 +123,10 @@ class PlainEngine:
 
     def __init__(
         self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
-        teacher: Teacher | None = None,
+        teacher: Teacher | None = None, class_weights: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model, self.recipe, self.world, self.accumulation, self.bf16 = model, recipe, world, accumulation, bf16
-        self.drop_path, self.teacher = drop_path, teacher
+        self.drop_path, self.teacher, self.class_weights = drop_path, teacher, class_weights
         self.optimizer = make_optimizer(model, recipe)
         self.ema = Ema(model, recipe.ema_decay) if recipe.ema_decay else None
         self.trained: nn.Module = model
@@ -141,7 +145,8 @@ class PlainEngine:
                 teacher_logits = self.teacher(images) if self.teacher else None
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
                     outputs = self.trained(images, self.drop_path.arrange(self.drop_path.draw(batch)))
-                loss = training_loss(outputs, soft_targets, self.recipe, teacher_logits) / self.accumulation
+                loss = training_loss(outputs, soft_targets, self.recipe, teacher_logits, self.class_weights)
+                loss = loss / self.accumulation
                 loss.backward()
             self.loss_sum += loss.detach() / self.world.size
         if self.recipe.clip_norm:
@@ -196,10 +201,11 @@ class FlatEngine:
 
     def __init__(
         self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
-        teacher: Teacher | None = None, captures: bool = False,
+        teacher: Teacher | None = None, class_weights: Tensor | None = None, captures: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.recipe, self.world, self.accumulation = model, recipe, world, accumulation
         self.drop_path, self.teacher, self.captures = drop_path, teacher, captures
+        self.class_weights = class_weights
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.flat = FlatState(model, recipe, self.dtype, accumulates=accumulation > 1 or world.size > 1)
         self.compute: Any = self.flat.compute_model()
@@ -212,7 +218,7 @@ class FlatEngine:
         how = f"one CUDA graph from step {UNCAPTURED_STEPS} on" if captures else f"not captured{on_cpu}"
         self.description = f"flat buffers, {how}"
         self.steps_run = 0
-        self.reduction = Reduction(self.flat, self.compute, world) if world.size > 1 else None
+        self.reduction = Reduction(self.flat, world) if world.size > 1 else None
         # Autograd remembers the stream on which a parameter's gradient was first accumulated and makes later ones wait
         # for it: the steps before the capture run on the stream of the capture.
         self._stream = torch.cuda.Stream(device, priority=-1) if captures else None  # before the loader's kernels
@@ -259,10 +265,8 @@ class FlatEngine:
             loss = self.loss(one) / (self.accumulation * self.world.size)
             loss.backward()
             step_loss += loss.detach()
-            if not (self.reduction and last) and flat.grad_sum is not None:
-                flat.accumulate(first=micro == 0)
-                if not last:
-                    flat.zero_grad()
+            if not (self.reduction and last):
+                flat.gather(first=micro == 0)
         if self.reduction:
             self.reduction.wait()
         flat.update(scalars)
@@ -286,7 +290,7 @@ class FlatEngine:
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a micro-batch, fp32 scalar."""
         outputs, teacher_logits = self.forward(batch)
-        return training_loss(outputs, targets(batch, self.recipe), self.recipe, teacher_logits)
+        return training_loss(outputs, targets(batch, self.recipe), self.recipe, teacher_logits, self.class_weights)
 
     def pop_loss(self) -> tuple[Tensor, Tensor]:
         loss, skipped = self.loss_sum.clone(), self.skipped_sum.clone()

@@ -1,8 +1,8 @@
 """A model's parameters, gradients, moments and average as flat buffers, updated together by one optimiser call.
 
     flat = FlatState(model, recipe, torch.bfloat16)
-    compute = flat.compute_model()                  # runs forward and backward; its gradients land in flat.grad
-    flat.zero_grad(); loss(compute(x)).backward()
+    compute = flat.compute_model()                  # runs forward and backward
+    loss(compute(x)).backward(); flat.gather(first=True)
     flat.update(torch.from_numpy(flat.scalars(lr, step)).to(device))
 
 Every buffer has the same layout: the parameters in the model's order, each from a multiple of `BLOCK` elements on,
@@ -45,8 +45,9 @@ class FlatState:
 
     master, ema, compute (N,), grad, grad_sum, exp_avg, exp_avg_sq (n,), n <= N: the buffers. compute is master in fp32,
     grad_sum None without `accumulates`, ema None without `recipe.ema_decay`, exp_avg_sq None for SGD, whose momentum is
-    exp_avg. reduced: the buffer that all-reduce sums and `update` reads. norm () fp32: gradient norm of the last
-    update, not clipped. skipped () int64: updates left out because that norm was infinite or NaN.
+    exp_avg. reduced: the buffer that `gather` fills, all-reduce sums and `update` reads, grad_sum or else grad.
+    norm () fp32: gradient norm of the last update, not clipped. skipped () int64: updates left out because that norm
+    was infinite or NaN.
     Raises DeitfastError for parameters that are not fp32, lie on several devices, or of which none is trained.
     """
 
@@ -89,7 +90,7 @@ class FlatState:
         self.ema = self.master.clone() if recipe.ema_decay else None
         self.norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._grads: list[tuple[nn.Parameter, Tensor]] = []
+        self.computed: list[tuple[nn.Parameter, int]] = []  # trained ones of `compute_model`, each one's first element
 
         decays = _decays(model, recipe)
         trainable = [p for p in named.values() if p.requires_grad]
@@ -111,7 +112,7 @@ class FlatState:
         """The model that runs forward and backward: `model` itself in fp32, else a copy in the compute dtype.
 
         The copy's parameters are views into `compute` and, like the model, tied where the model ties them; its buffers
-        are the model's own. `.grad` of the trained parameters are views into `grad`, so that autograd adds to it.
+        are the model's own.
         """
         named, model = self._parameters, self.model
         if self.compute is not self.master:
@@ -121,24 +122,40 @@ class FlatState:
                 copies[id(parameter)] = nn.Parameter(computed[name], requires_grad=parameter.requires_grad)
             model = copy.deepcopy(model, copies)
             named = {name: copies[id(parameter)] for name, parameter in named.items()}  # type: ignore[misc]
-        self._grads = [(named[name], view) for name, view in self._views(self.grad)]
-        self._attach()
+        self.computed = [(named[name], int(view.storage_offset())) for name, view in self._views(self.grad)]
+        self.zero_grad()
         return model
 
     def zero_grad(self) -> None:
-        """Set every gradient to zero. Gradients that something detached (`Module.zero_grad`) are attached again."""
-        self.grad.zero_()
-        self._attach()
+        """Forget what backwards left in the computed parameters."""
+        for parameter, _ in self.computed:
+            parameter.grad = None
 
     @torch.no_grad()
-    def accumulate(self, first: bool, part: slice = _WHOLE) -> None:
-        """Add `grad`, or a part of it, to `grad_sum`, or begin a new sum with it where `first`.
+    def gather(self, first: bool, part: slice = _WHOLE) -> None:
+        """Move the gradients that a backward left in the computed parameters to `reduced`, or to a part of it.
 
-        Nothing happens without `grad_sum`.
+        They begin a new sum there where `first`, else they are added; a parameter without one counts as zero. Autograd
+        keeps the tensors that the backward made, where it would add each to a zeroed view by a kernel of its own: a
+        few kernels move them all. part: a run of whole parameters.
         """
-        if self.grad_sum is not None:
-            grad, total = self.grad[part], self.grad_sum[part]
-            total.copy_(grad) if first else total.add_(grad)
+        staged = self.grad_sum is not None and not first
+        target = self.grad if staged else self.reduced
+        views, gradients = [], []
+        for parameter, start in self.computed:
+            if start not in range(*part.indices(target.numel())):
+                continue
+            view = target[start : start + parameter.numel()].view(parameter.shape)
+            if parameter.grad is not None:
+                views.append(view)
+                gradients.append(parameter.grad)
+                parameter.grad = None
+            elif first or staged:
+                view.zero_()
+        if views:
+            (torch._foreach_copy_ if first or staged else torch._foreach_add_)(views, gradients)
+        if staged:
+            self.reduced[part].add_(self.grad[part])
 
     def scalars(self, lr: float, step: int) -> np.ndarray:
         """What update number `step` (from 0) at learning rate `lr` needs: (12,) fp32, see `flat_buffers.Scalars`.
@@ -245,11 +262,6 @@ class FlatState:
             start = self._offsets[name]
             if parameter.requires_grad or flat.numel() == self.master.numel():
                 yield name, flat[start : start + parameter.numel()].view(parameter.shape)
-
-    def _attach(self) -> None:
-        for parameter, grad in self._grads:
-            if parameter.grad is not grad:
-                parameter.grad = grad
 
 
 def _check(named: Mapping[str, nn.Parameter]) -> None:

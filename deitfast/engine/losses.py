@@ -7,8 +7,11 @@ head ("usual" distillation in the paper's tables 2 and 3).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,8 +22,37 @@ if TYPE_CHECKING:
     from deitfast.recipe import Recipe
 
 
-def base_loss(logits: Tensor, targets: Targets, recipe: Recipe) -> Tensor:
-    """What the labels ask of logits (B, C): the recipe's loss as a fused op; fp32 scalar."""
+def balancing_weights(labels: Sequence[int] | np.ndarray, classes: int) -> Tensor:
+    """What each class weighs so that all have an equal part in the loss of these labels: fp32 (classes,).
+
+    Images / (classes that have any x images of the class), scikit-learn's "balanced"; 1 for a class without images.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = counts > 0
+    weights = np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 1.0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def weighted_cross_entropy(logits: Tensor, targets: Targets, class_weights: Tensor) -> Tensor:
+    """Mean over the images of -sum_j w_j t_j log p_j, in eager PyTorch: fp32 scalar.
+
+    What F.cross_entropy(logits, target, weight=w, label_smoothing=s) gives for soft targets (B, C). class_weights:
+    fp32 (C,).
+    """
+    log_p = F.log_softmax(logits.float(), dim=1)
+
+    def of(labels: Tensor) -> Tensor:
+        return class_weights.gather(0, labels) * log_p.gather(1, labels[:, None]).squeeze(1)
+
+    mixture = targets.lam * of(targets.labels) + (1 - targets.lam) * of(targets.partner_labels)
+    spread = (class_weights * log_p).mean(1)
+    return -((1 - targets.smoothing) * mixture + targets.smoothing * spread).mean()
+
+
+def base_loss(logits: Tensor, targets: Targets, recipe: Recipe, class_weights: Tensor | None = None) -> Tensor:
+    """What the labels ask of logits (B, C): the recipe's loss, a fused op unless classes have weights; fp32 scalar."""
+    if class_weights is not None:
+        return weighted_cross_entropy(logits, targets, class_weights)
     if recipe.loss == "bce":
         return mixed_bce(logits, targets.labels, targets.partner_labels, targets.lam)
     return mixed_cross_entropy(logits, targets.labels, targets.partner_labels, targets.lam, targets.smoothing)
@@ -40,18 +72,20 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, kind: str, tau: fl
 
 
 def training_loss(
-    outputs: Tensor | tuple[Tensor, Tensor], targets: Targets, recipe: Recipe, teacher_logits: Tensor | None = None
-) -> Tensor:
+    outputs: Tensor | tuple[Tensor, Tensor], targets: Targets, recipe: Recipe, teacher_logits: Tensor | None = None,
+    class_weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The loss of a micro-batch, an fp32 scalar: its mean over the images.
 
     outputs: logits (B, C), or those of a distilled model's two heads. teacher_logits: (B, C), where the recipe distils.
-    Without a teacher a distilled model trains the mean of its heads' logits, as it is evaluated.
+    class_weights: (C,), where rare classes are to weigh more. Without a teacher a distilled model trains the mean of
+    its heads' logits, as it is evaluated.
     """
     head, head_dist = outputs if isinstance(outputs, tuple) else (outputs, outputs)
     if teacher_logits is None:
         if recipe.distillation != "none":
             raise ValueError(f"the recipe distils ({recipe.distillation}), but no teacher's logits were given")
-        return base_loss(head if head is head_dist else (head + head_dist) / 2, targets, recipe)
+        return base_loss(head if head is head_dist else (head + head_dist) / 2, targets, recipe, class_weights)
     of_teacher = distillation_loss(head_dist, teacher_logits, recipe.distillation, recipe.distillation_tau)
     alpha = recipe.distillation_alpha
-    return (1 - alpha) * base_loss(head, targets, recipe) + alpha * of_teacher
+    return (1 - alpha) * base_loss(head, targets, recipe, class_weights) + alpha * of_teacher

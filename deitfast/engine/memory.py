@@ -7,8 +7,13 @@ from typing import Any
 import torch
 
 from deitfast.distributed import World
-from deitfast.model.deit import DeiT
-from deitfast.model.fused import FusedBlock, runs_kernels, saved_bytes_per_token
+from deitfast.model.deit import DeiT, prefix_alone
+from deitfast.model.fused import (
+    FusedBlock,
+    runs_kernels,
+    saved_bytes_of_keys_and_values,
+    saved_bytes_per_token,
+)
 from deitfast.recipe import Recipe
 
 LARGEST_ON_CPU = 32
@@ -16,6 +21,7 @@ LARGEST_EVALUATED = 256
 """Images evaluated at once: more are no faster, and their activations lie beside the training step's memory."""
 _USABLE = 0.9  # share of the free memory to plan with: fragmentation, workspaces of cuBLAS, the input pipeline
 _EAGER_CHANNELS = 24  # what autograd keeps of an eager block, in widths a token: an upper bound
+_EAGER_LAST_CHANNELS = 10  # the same of a last block that runs for the prefix alone: stream, LayerNorm, keys, values
 
 
 def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool) -> int:
@@ -25,19 +31,36 @@ def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool) 
     return parameters * (4 * fp32 + gradients)
 
 
-def image_bytes(model: DeiT, recipe: Recipe, bf16: bool) -> int:
-    """Bytes that one image of a micro-batch needs while its gradients are computed."""
+def image_bytes(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = None) -> int:
+    """Bytes that one image of a micro-batch needs while its gradients are computed.
+
+    kernels: whether fused blocks run their ops; None: as they do here.
+    """
+    return sum(image_parts(model, recipe, bf16, kernels).values())
+
+
+def image_parts(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = None) -> dict[str, int]:
+    """`image_bytes` by what they are for."""
     block: Any = model.blocks[0]
     itemsize, width, hidden, depth = (2 if bf16 else 4), model.width, block.mlp.fc1.out_features, len(model.blocks)
     tokens = model.pos_embed.shape[1]
-    if isinstance(block, FusedBlock) and runs_kernels():
-        saved = saved_bytes_per_token(width, hidden, itemsize)
+    if isinstance(block, FusedBlock) and (runs_kernels() if kernels is None else kernels):
+        saved, last = saved_bytes_per_token(width, hidden, itemsize), saved_bytes_of_keys_and_values(width, itemsize)
     else:
-        saved = _EAGER_CHANNELS * width * itemsize
-    of_blocks = depth * width * itemsize + saved if recipe.recompute else depth * saved
+        saved, last = (channels * width * itemsize for channels in (_EAGER_CHANNELS, _EAGER_LAST_CHANNELS))
+    if recipe.recompute:
+        of_blocks = tokens * (depth * width * itemsize + saved)
+    elif prefix_alone(model.blocks[-1]):
+        of_blocks = tokens * ((depth - 1) * saved + last) + model.num_prefix_tokens * saved
+    else:
+        of_blocks = tokens * depth * saved
     backward = (2 * hidden + 4 * width) * itemsize  # gradients alive at once inside a block
     pixels = 3 * model.image_size**2
-    return tokens * (of_blocks + backward) + pixels * (1 + itemsize) + 16 * model.num_classes
+    return {
+        "kept for the backward": of_blocks,
+        "gradients inside a block": tokens * backward,
+        "images and logits": pixels * (1 + itemsize) + 16 * model.num_classes,
+    }
 
 
 def evaluated_image_bytes(model: DeiT, bf16: bool) -> int:
@@ -61,9 +84,22 @@ def largest_micro_batch(model: DeiT, recipe: Recipe, world: World, bf16: bool, t
     """
     if world.device.type != "cuda":
         return LARGEST_ON_CPU
+    return images_that_fit(free_bytes(world.device), model, recipe, bf16, world.size, teacher_image_bytes)
+
+
+def images_that_fit(
+    free: float,
+    model: DeiT,
+    recipe: Recipe,
+    bf16: bool,
+    processes: int,
+    teacher_image_bytes: int = 0,
+    kernels: bool | None = None,
+) -> int:
+    """Images that a GPU with `free` bytes holds at once, at least 1."""
     parameters = sum(p.numel() for p in model.parameters())
-    left = _USABLE * free_bytes(world.device) - state_bytes(parameters, recipe, bf16, accumulates=True)
-    trained = max(image_bytes(model, recipe, bf16), teacher_image_bytes)
+    left = _USABLE * free - state_bytes(parameters, recipe, bf16, accumulates=True)
+    trained = max(image_bytes(model, recipe, bf16, kernels), teacher_image_bytes)
     # Evaluation comes beside the step's memory, which a graph keeps.
     evaluated = evaluated_image_bytes(model, bf16)
     left -= 2 * parameters * bf16  # the weights as autocast casts them

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 
 from deitfast.distributed import World
 from deitfast.engine.flat import FlatState
@@ -16,19 +15,16 @@ _BUCKETS = 8  # parts of the flat gradient that are reduced while the backward s
 class Reduction:
     """Sums the flat gradient over all processes, a part at a time, while the backward still computes the others.
 
-    The buffer is cut into `_BUCKETS` runs of whole parameters. When autograd has written the last gradient of a run,
+    The buffer is cut into `_BUCKETS` runs of whole parameters. When autograd has the last gradient of a run,
     its all-reduce starts; `wait` ends the step's.
     """
 
-    def __init__(self, flat: FlatState, model: nn.Module, world: World) -> None:
+    def __init__(self, flat: FlatState, world: World) -> None:
         self.flat, self.world = flat, world
-        parameters = [p for p in model.parameters() if p.requires_grad]
         share = -(-flat.grad.numel() // _BUCKETS)
         self.bounds: list[tuple[int, int]] = []
         self._size: list[int] = []
-        for parameter in parameters:
-            assert parameter.grad is not None  # a view into flat.grad
-            start = int(parameter.grad.storage_offset())
+        for parameter, start in flat.computed:
             if not self.bounds or start - self.bounds[-1][0] >= share:
                 if self.bounds:
                     self.bounds[-1] = (self.bounds[-1][0], start)
@@ -53,7 +49,7 @@ class Reduction:
 
     def _send(self, bucket: int) -> None:
         start, end = self.bounds[bucket]
-        self.flat.accumulate(self._first, slice(start, end))
+        self.flat.gather(self._first, slice(start, end))
         self._pending.append(dist.all_reduce(self.flat.reduced[start:end], async_op=True))
         self._missing[bucket] = -1
 

@@ -31,7 +31,7 @@ _SAME = 1e-5
 """Relative difference of two losses up to which they are one: the order of a sum of fp32."""
 _UNCONCERNED = {
     "data", "init", "reset_head", "out", "eval_every", "eval_crop_ratio", "workers", "decode", "bad_limit", "log_every",
-    "save_minutes", "allow_changes", "smoke", "epochs", "device",
+    "save_minutes", "allow_changes", "epochs", "device",
 }  # fmt: skip
 
 
@@ -93,6 +93,7 @@ def losses(job: dict[str, Any], engine_name: str, device: torch.device) -> list[
     engine = make_engine(
         model, recipe, World(0, 1, 0, 1, device), DropPath(model, recipe, job["micro_batch"]),
         accumulation=job["accumulation"], bf16=job["bf16"], teacher=teacher,
+        class_weights=torch.ones(len(job["classes"]), device=device) if recipe.class_weights == "balanced" else None,
     )  # fmt: skip
     found = []
     source = _batches(job["micro_batch"], job["image_size"], len(job["classes"]), device)

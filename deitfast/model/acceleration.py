@@ -13,7 +13,7 @@ import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,13 @@ from deitfast.model.fused import (
     wrong_class,
 )
 from deitfast.verification.verify import BLOCK_OPS, Question, trust
+
+
+class Packed(NamedTuple):
+    """Queries, keys and values as one layer."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 def _verified_forward(x: Tensor, tensors: BlockTensors, num_heads: int, **options: Any) -> Tensor:
@@ -207,24 +214,10 @@ class _TransformersLayer(AcceleratedBlock):
             return super().forward(hidden_states, attention_mask, **kwargs)
         packed = (attention.q_proj, attention.k_proj, attention.v_proj)
         biases = [linear.bias for linear in packed if linear.bias is not None]
-        tensors = BlockTensors(
-            norm1_weight=block.layernorm_before.weight,
-            norm1_bias=block.layernorm_before.bias,
-            qkv_weight=torch.cat([linear.weight for linear in packed]),
-            qkv_bias=torch.cat(biases) if biases else None,
-            proj_weight=attention.o_proj.weight,
-            proj_bias=attention.o_proj.bias,
-            ls1=None,
-            norm2_weight=block.layernorm_after.weight,
-            norm2_bias=block.layernorm_after.bias,
-            fc1_weight=block.mlp.fc1.weight,
-            fc1_bias=block.mlp.fc1.bias,
-            fc2_weight=block.mlp.fc2.weight,
-            fc2_bias=block.mlp.fc2.bias,
-            ls2=None,
-        )
-        eps1, eps2 = block.layernorm_before.eps, block.layernorm_after.eps
-        return _verified_forward(hidden_states, tensors, attention.num_attention_heads, eps1=eps1, eps2=eps2)
+        qkv = Packed(torch.cat([linear.weight for linear in packed]), torch.cat(biases) if biases else None)
+        before, after, mlp = block.layernorm_before, block.layernorm_after, block.mlp
+        tensors = BlockTensors.of(before, qkv, attention.o_proj, after, mlp.fc1, mlp.fc2)
+        return _verified_forward(hidden_states, tensors, attention.num_attention_heads, eps1=before.eps, eps2=after.eps)
 
 
 class _TorchvisionBlock(AcceleratedBlock):
@@ -260,22 +253,8 @@ class _TorchvisionBlock(AcceleratedBlock):
             return super().forward(input)
         block: Any = self
         attention, mlp = block.self_attention, block.mlp
-        tensors = BlockTensors(
-            norm1_weight=block.ln_1.weight,
-            norm1_bias=block.ln_1.bias,
-            qkv_weight=attention.in_proj_weight,
-            qkv_bias=attention.in_proj_bias,
-            proj_weight=attention.out_proj.weight,
-            proj_bias=attention.out_proj.bias,
-            ls1=None,
-            norm2_weight=block.ln_2.weight,
-            norm2_bias=block.ln_2.bias,
-            fc1_weight=mlp[0].weight,
-            fc1_bias=mlp[0].bias,
-            fc2_weight=mlp[3].weight,
-            fc2_bias=mlp[3].bias,
-            ls2=None,
-        )
+        qkv = Packed(attention.in_proj_weight, attention.in_proj_bias)
+        tensors = BlockTensors.of(block.ln_1, qkv, attention.out_proj, block.ln_2, mlp[0], mlp[3])
         return _verified_forward(input, tensors, attention.num_heads, eps1=block.ln_1.eps, eps2=block.ln_2.eps)
 
 

@@ -53,6 +53,16 @@ class BlockTensors(NamedTuple):
     fc2_bias: Tensor | None  # (D,)
     ls2: Tensor | None  # (D,)
 
+    @classmethod
+    def of(
+        cls, norm1: Any, qkv: Any, proj: Any, norm2: Any, fc1: Any, fc2: Any,
+        ls1: Tensor | None = None, ls2: Tensor | None = None,
+    ) -> BlockTensors:  # fmt: skip
+        """Of layers that each have a weight and a bias."""
+        first = [tensor for layer in (norm1, qkv, proj) for tensor in (layer.weight, layer.bias)]
+        second = [tensor for layer in (norm2, fc1, fc2) for tensor in (layer.weight, layer.bias)]
+        return cls._make((*first, ls1, *second, ls2))
+
 
 def fused_block_forward(
     x_BND: Tensor,
@@ -140,6 +150,11 @@ def saved_bytes_per_token(width: int, hidden: int, itemsize: int, head_dim: int 
     return (8 * width + 2 * hidden) * itemsize + statistics
 
 
+def saved_bytes_of_keys_and_values(width: int, itemsize: int) -> int:
+    """Bytes that a block for the prefix alone saves for each token that only gives keys and values."""
+    return 4 * width * itemsize + 4 * 2
+
+
 def question_about(model: DeiT, ops: tuple[str, ...], batch: int, dtype: torch.dtype, **more: Any) -> Question:
     """What to verify before `model` runs `batch` images through these ops. more: further fields of the question."""
     block: Any = model.blocks[0]
@@ -158,22 +173,8 @@ def runs_kernels() -> bool:
 
 def block_tensors(block: Any) -> BlockTensors:
     """The tensors of a block with timm's names."""
-    return BlockTensors(
-        block.norm1.weight,
-        block.norm1.bias,
-        block.attn.qkv.weight,
-        block.attn.qkv.bias,
-        block.attn.proj.weight,
-        block.attn.proj.bias,
-        getattr(block.ls1, "gamma", None),
-        block.norm2.weight,
-        block.norm2.bias,
-        block.mlp.fc1.weight,
-        block.mlp.fc1.bias,
-        block.mlp.fc2.weight,
-        block.mlp.fc2.bias,
-        getattr(block.ls2, "gamma", None),
-    )
+    attn, mlp, scales = block.attn, block.mlp, [getattr(ls, "gamma", None) for ls in (block.ls1, block.ls2)]
+    return BlockTensors.of(block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2, *scales)
 
 
 # What the kernels cannot do ------------------------------------------------------------------------------------------

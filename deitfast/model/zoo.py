@@ -130,12 +130,17 @@ VARIANTS: dict[str, Variant] = {name: _deit(name, *facts) for name, *facts in _D
     "deit3_large_patch16_224": _deit3("large", _LARGE, (304.37, 61.6, 84.9, 97.0)),
     "deit3_large_patch16_384": _deit3("large", _LARGE, (304.76, 191.21, 85.8, 97.6), 384),
     "deit3_huge_patch14_224": _deit3("huge", _HUGE, (632.13, 167.4, 85.2, 97.4)),
-    # Not in the papers: the same network at 384 px for the smaller sizes, and one that learns digits on two CPU cores.
+    # Not in the papers: the same network at 384 px for the smaller sizes; one that learns digits on two CPU cores; and
+    # two for CIFAR-10, for a GPU and for a CPU core.
     "deit_tiny_patch16_384": Variant(**_TINY, image_size=384),
     "deit_small_patch16_384": Variant(**_SMALL, image_size=384),
     "deit_tiny_distilled_patch16_384": Variant(**_TINY, image_size=384, distilled=True),
     "deit_small_distilled_patch16_384": Variant(**_SMALL, image_size=384, distilled=True),
     "deit_digits_patch4_16": Variant(128, 4, image_size=16, depth=4, patch_size=4),
+    "deit_mini_patch4_32": Variant(192, 3, image_size=32, depth=6, patch_size=4),
+    "deit_mini_distilled_patch4_32": Variant(192, 3, image_size=32, depth=6, patch_size=4, distilled=True),
+    "deit_micro_patch4_32": Variant(96, 3, image_size=32, depth=4, patch_size=4),
+    "deit_micro_distilled_patch4_32": Variant(96, 3, image_size=32, depth=4, patch_size=4, distilled=True),
 }
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from deitfast.training.train import Result
 
 
+_ALSO = {"init": ("--weights",)}
+"""Second names of flags: what weights are called in every other command."""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises DeitfastError, in one line, with the nearest flag's name."""
 
@@ -28,9 +32,14 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", description: str = "") -> Recipe:
     """`base` with the fields given as flags replaced, checked.
 
-    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Unknown and mistyped ones raise
-    DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
+    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Two more are the command's:
+    `--scale-lr` gives the batch the learning rate that belongs to it, `--smoke` is for `run`. Unknown and mistyped ones
+    raise DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
     """
+    return _applied(_flags_of(base, prog, description), base, arguments)[0]
+
+
+def _flags_of(base: Recipe, prog: str = "", description: str = "") -> _Parser:
     parser = _Parser(
         prog=prog or None, description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,11 +50,32 @@ def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", descr
         if isinstance(value, bool):
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=value, help=text)
         else:
-            parser.add_argument(flag(f.name), type=type(f.default), default=value, help=text, metavar="")
+            names = [flag(f.name), *_ALSO.get(f.name, ())]
+            parser.add_argument(*names, type=type(f.default), default=value, help=text, metavar="", dest=f.name)
+    parser.add_argument(
+        "--scale-lr",
+        action="store_true",
+        help=f"lr {base.lr:g} x batch / {base.batch} (for LAMB x the square root), instead of --lr",
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="prove the installation: 3 small steps, save, resume, evaluate; leaves nothing behind",
+    )
+    return parser
+
+
+def _applied(parser: _Parser, base: Recipe, arguments: Sequence[str]) -> tuple[Recipe, argparse.Namespace]:
+    """`base` with what the arguments say, and all that was said."""
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise unknown_argument(unknown[0], (flag(f.name) for f in fields(Recipe)))
-    return replace(base, **vars(known))
+        raise unknown_argument(unknown[0], parser._option_string_actions)
+    chosen = replace(base, **{f.name: getattr(known, f.name) for f in fields(Recipe)})
+    if known.scale_lr:
+        if chosen.lr != base.lr:
+            raise DeitfastError("--lr is final, --scale-lr computes it from the recipe's. Give one of them")
+        chosen = replace(chosen, lr=base.ruled_lr(chosen.batch))
+    return chosen, known
 
 
 def share_cores_politely() -> None:
@@ -85,7 +115,7 @@ def train(recipe: Recipe) -> Result:
     share_cores_politely()
     from deitfast.training import train as training
 
-    result = training.smoke(recipe) if recipe.smoke else training.train(recipe)
+    result = training.train(recipe)
     assert result is not None, "only a run that is stopped early has no result"
     return result
 
@@ -99,15 +129,16 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def main() -> None:
-        chosen = parse_flags(recipe, arguments, description=description)
+        parser = _flags_of(recipe, description=description)
+        chosen, said = _applied(parser, recipe, arguments)
         chosen = replace(chosen, out=chosen.out or f"runs/{name}")
-        if chosen.smoke:
+        if said.smoke:
             chosen = _without_downloads(chosen, recipe)
         chosen.check()
         share_cores_politely()
         from deitfast.training.train import smoke, train
 
-        if chosen.smoke:
+        if said.smoke:
             smoke(chosen)
         else:
             train(chosen, stated=recipe)

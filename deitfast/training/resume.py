@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deitfast.data import Dataset
 from deitfast.data.manifest import read_manifest, write_manifest
+from deitfast.engine.optim import learning_rate
 from deitfast.errors import DeitfastError, HopelessError, first_line
-from deitfast.recipe import Recipe
+from deitfast.recipe import Recipe, flag
 from deitfast.training import checkpoint
 from deitfast.training.checkpoint import Checkpoint, Retention
 from deitfast.training.environment import environment
 from deitfast.training.progress import Reached
 from deitfast.training.run import IMAGES, Run, choices, introduce
 from deitfast.training.saving import Saver
+
+_SCHEDULE = ("epochs", "lr", "min_lr", "warmup_lr", "warmup_epochs", "deit_compat")
 
 
 class Diverged(DeitfastError):
@@ -86,7 +89,34 @@ def resume(run: Run) -> None:
             f"{run.order.steps_per_epoch}: the data changed. Change --out, or give --allow-changes"
         )
     _take_up(run, found)
+    if run.step > run.total_steps:
+        raise DeitfastError(
+            f"{run.recipe.out} is at step {run.step}, past the {run.total_steps} of --epochs {run.recipe.epochs}. Give "
+            "more epochs, or change --out"
+        )
     run.say(f"resuming {run.recipe.out} at step {run.step}")
+    if told := schedule_jump(run.recipe, found.state["recipe"], run.step, run.order.steps_per_epoch):
+        run.say(told)
+    if run.step == run.total_steps:
+        run.say(f"nothing is left to train: step {run.step} of {run.total_steps} is done")
+
+
+def schedule_jump(recipe: Recipe, before: dict[str, Any], step: int, steps_per_epoch: int) -> str:
+    """How the learning rate jumps where a run goes on at `step` by another schedule than before, in one line.
+
+    before: the fields of the recipe that the run had until now. Empty where the rate goes on as it would have.
+    """
+    known = {f.name: before[f.name] for f in fields(Recipe) if f.name in before}
+    last = learning_rate(Recipe(**known), max(step - 1, 0), steps_per_epoch)
+    would, now = (learning_rate(r, step, steps_per_epoch) for r in (Recipe(**known), recipe))
+    if step == 0 or now == would or step >= recipe.epochs * steps_per_epoch:
+        return ""
+    way = "rises" if now > last else "falls"
+    changed = [flag(n) for n in _SCHEDULE if known.get(n) not in (None, getattr(recipe, n))]
+    return (
+        f"the learning rate {way} from {last:.2g} to {now:.2g} at step {step + 1}: the schedule is another one since "
+        f"{', '.join(changed)} changed. A new run with --init {Path(recipe.out) / 'best'} begins with a warm-up instead"
+    )
 
 
 def check_same_step(run: Run) -> None:

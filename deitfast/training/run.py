@@ -19,6 +19,7 @@ from deitfast.data.manifest import read_manifest
 from deitfast.distributed import World, start
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import Engine, make_engine
+from deitfast.engine.losses import balancing_weights
 from deitfast.engine.memory import LARGEST_EVALUATED, largest_micro_batch
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
@@ -113,7 +114,7 @@ class Run:
             print(text, file=sys.stderr, flush=True)
 
 
-def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
+def set_up(recipe: Recipe, depth: int | None = None, quiet: bool = False) -> tuple[Run, Dataset]:
     """Join the processes, open the data, make the model, take the run folder: all that can fail on a user's mistake."""
     world = start(recipe.device)
     data = world.agree(lambda: open_data(recipe, world))
@@ -122,8 +123,7 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
     notes: list[str] = []
     scanned = data.train
     train_data = world.agree(lambda: run_images(recipe, scanned, notes.append))
-    images = len(train_data)
-    order = world.agree(lambda: Order.of(images, recipe))
+    order = world.agree(lambda: Order.of(train_data.label, recipe))
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
     model = world.agree(lambda: model_of(recipe, data.classes, depth)).to(world.device)
@@ -158,7 +158,13 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         teacher.check(
             data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, decode=decode, say=notes.append
         )  # fmt: skip
-    engine = make_engine(model, how, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher)
+    class_weights = None
+    if recipe.class_weights == "balanced":
+        class_weights = balancing_weights(train_data.label, len(classes)).to(world.device)
+    engine = make_engine(
+        model, how, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher,
+        class_weights=class_weights,
+    )  # fmt: skip
     run = Run(
         recipe=recipe,
         world=world,
@@ -171,7 +177,7 @@ def set_up(recipe: Recipe, depth: int | None = None) -> tuple[Run, Dataset]:
         decode=decode,
         model=model,
         engine=engine,
-        folder=world.agree(lambda: RunFolder(recipe.out, quiet=recipe.smoke) if world.is_main else None),
+        folder=world.agree(lambda: RunFolder(recipe.out, quiet=quiet) if world.is_main else None),
         notes=notes,
         kernels=kernels,
         faults=FaultLog(Path(recipe.out) / "faults.jsonl"),

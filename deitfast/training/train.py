@@ -31,18 +31,19 @@ from deitfast.use.evaluate import Interrupted
 
 def train(
     recipe: Recipe, *, stop_at: int | None = None, eval_images: int | None = None, depth: int | None = None,
-    stated: Recipe | None = None,
+    stated: Recipe | None = None, quiet: bool = False,
 ) -> Result | None:  # fmt: skip
     """Run `recipe` on this process, one of torchrun's or the only one; resume if its run folder holds a checkpoint.
 
     stop_at: save and return after this step; the result is None then, unless eval_images is given.
     eval_images: evaluate on the first so many images only. depth: blocks of the model where not its own number.
     stated: the recipe as its file states it, from which deviations are told; None: the DeiT paper's.
+    quiet: what is said goes to log.txt alone.
     Raises DeitfastError for anything the user can mend; what can be checked is checked before a file is written.
     """
     recipe.check()
     with StopRequest() as stop:
-        run, data = set_up(recipe, depth)
+        run, data = set_up(recipe, depth, quiet)
         try:
             begin(run, data, stated)
             result = _until_done(run, stop, stop_at, eval_images)
@@ -221,7 +222,7 @@ def smoke(recipe: Recipe) -> Result:
     batch = 4 * world.size
     small = replace(
         recipe, out=out, epochs=1, warmup_epochs=0.0, batch=batch, mix_group=min(recipe.mix_group, batch // world.size),
-        micro_batch=0, log_every=1, smoke=True,
+        micro_batch=0, log_every=1,
     )  # fmt: skip
     depth = 2 if world.device.type == "cpu" and not recipe.init else None
     what = (
@@ -233,8 +234,8 @@ def smoke(recipe: Recipe) -> Result:
     if world.is_main:
         print(f"smoke test of {what}: {last} steps, a checkpoint, an evaluation", flush=True)
     try:
-        train(small, stop_at=saved_at, depth=depth)
-        result = train(small, stop_at=last, eval_images=16, depth=depth)
+        train(small, stop_at=saved_at, depth=depth, quiet=True)
+        result = train(small, stop_at=last, eval_images=16, depth=depth, quiet=True)
         assert result is not None
         world.barrier()  # not in `finally`: after an error the others would wait there
         if world.is_main:

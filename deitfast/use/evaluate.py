@@ -80,31 +80,17 @@ class Interrupted(Exception):
     """An evaluation that was given up on all processes."""
 
 
-def evaluate(
-    model: DeiT, manifest: Manifest, world: World, *, crop_ratio: float, batch: int, workers: int, bf16: bool,
-    limit: int | None = None, decode: str = "auto",
-) -> Scores:  # fmt: skip
-    """Scores of `model` over `manifest`, or its first `limit` images; the same numbers on every process.
-
-    crop_ratio: share of the resized side that the centre crop keeps. batch: images a process runs at once. decode: gpu,
-    cpu, or auto (where the model is).
-    """
-    (scores,) = evaluate_each(
-        model, [contextlib.nullcontext], manifest, world, crop_ratio=crop_ratio, batch=batch, workers=workers,
-        bf16=bf16, limit=limit, decode=decode,
-    )  # fmt: skip
-    return scores
-
-
 def evaluate_each(
     model: DeiT, weights: Sequence[Callable[[], AbstractContextManager[None]]], manifest: Manifest, world: World, *,
     crop_ratio: float, batch: int, workers: int, bf16: bool, limit: int | None = None, decode: str = "auto",
     asked_to_stop: Callable[[], bool] | None = None,
 ) -> list[Scores]:  # fmt: skip
-    """`evaluate` with several weights of the model, each image being decoded once.
+    """Scores of each of several weights of `model` over `manifest`, or its first `limit` images, each decoded once.
 
-    weights: what to enter so that the model has them, for one batch after another. asked_to_stop: asked before every
-    batch; where it is true on one process, all raise Interrupted.
+    The same numbers on every process. weights: what to enter so that the model has them, for one batch after another.
+    crop_ratio: share of the resized side that the centre crop keeps. batch: images a process runs at once. decode: gpu,
+    cpu, or auto (where the model is). asked_to_stop: asked before every batch; where it is true on one process, all
+    raise Interrupted.
     """
     totals = [torch.zeros(6, dtype=torch.float64, device=world.device) for _ in weights]
     stopped = torch.zeros((), device=world.device)
@@ -128,7 +114,7 @@ def evaluate_in_detail(
     model: DeiT, manifest: Manifest, world: World, *, crop_ratio: float, batch: int, workers: int, bf16: bool,
     real: Sequence[Sequence[int]] | None = None, decode: str = "auto", preprocessing: Preprocessing | None = None,
 ) -> tuple[Scores, Details]:  # fmt: skip
-    """`evaluate`, and what lies behind it.
+    """`evaluate_each` with the weights that the model has, and what lies behind the scores.
 
     preprocessing: all but the crop ratio, which is given; None: ImageNet's. real: the right labels of each image of
     `manifest`, none where there are none (see `real_labels`).

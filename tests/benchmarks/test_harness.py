@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_train_step
-from benchmarks.measuring import command, harness
+from benchmarks.measuring import command, harness, record
 from benchmarks.measuring.harness import (
     Budget,
     Recorder,
@@ -26,8 +26,7 @@ from benchmarks.measuring.harness import (
     timed_row,
     verify,
 )
-from benchmarks.reporting import record
-from benchmarks.reporting.record import ROOT
+from benchmarks.measuring.record import ROOT
 
 KEYS = {"date", "command", "commit", "sources", "device", "gpu", "driver", "python", "torch", "triton"}
 
@@ -290,7 +289,7 @@ def test_the_recorder_says_where_and_when(tmp_path):
 
 CUT_OFF = """
 import os, sys, time
-from benchmarks.reporting.record import Recorder
+from benchmarks.measuring.record import Recorder
 recorder = Recorder(sys.argv[1], "cut", "cpu")
 for i in range(10**6):
     recorder.add({"key": {"i": i}, "ms": 1.0})

@@ -11,12 +11,11 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from benchmarks import compile_report, micro, sanitize, tune
+from benchmarks import compile_report, micro, sanitize, tune, workshop
 from benchmarks.measuring import ops
+from benchmarks.measuring.command import Finished
 from benchmarks.measuring.harness import Budget, Ran, Recorder, Refused, Timing, load
 from benchmarks.measuring.ops import OPS, WORK
-from benchmarks.measuring.processes import Finished
-from benchmarks.workshop import tune_sites
 from deitfast.kernels import layernorm
 from deitfast.kernels.catalogue import Draw, Shape
 from deitfast.kernels.common import INTERPRETED, Launch
@@ -223,7 +222,7 @@ def test_a_candidate_that_compiles_badly_is_dropped_and_survivors_are_kept(tmp_p
 
 def test_a_wrong_candidate_is_not_timed():
     """A kernel that a launch makes wrong: the site's call is changed while the candidate is applied."""
-    site = next(site for site in tune_sites.sites(1) if site.name.startswith("layernorm_fwd Ti"))
+    site = next(site for site in workshop.sites(1) if site.name.startswith("layernorm_fwd Ti"))
     right, wrong, *_ = site.candidates(90)
 
     def call(tensors):
@@ -236,7 +235,7 @@ def test_a_wrong_candidate_is_not_timed():
         trial.check(wrong)
 
 
-@pytest.mark.parametrize("site", tune_sites.sites(1), ids=lambda site: site.name)
+@pytest.mark.parametrize("site", workshop.sites(1), ids=lambda site: site.name)
 def test_every_site_is_right_on_cpu_and_its_candidates_reach_the_kernel(site):
     if INTERPRETED:
         pytest.skip("the interpreter has launches of its own")
@@ -257,9 +256,9 @@ def test_every_site_is_right_on_cpu_and_its_candidates_reach_the_kernel(site):
 
 def test_a_rival_that_does_no_more_is_timed_beside_the_winner(monkeypatch):
     """qkv's product is a bias only, which cuBLAS adds itself."""
-    site = next(site for site in tune_sites.sites(1) if site.name.startswith("gemm linear B"))
+    site = next(site for site in workshop.sites(1) if site.name.startswith("gemm linear B"))
     assert site.rival
-    assert not [s.name for s in tune_sites.sites(1) if s.rival and "linear" not in s.name]
+    assert not [s.name for s in workshop.sites(1) if s.rival and "linear" not in s.name]
 
     class Trial:
         sets = ("tensors",)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import questions
+from benchmarks.measuring.command import Finished
 from benchmarks.measuring.harness import Refused, load
-from benchmarks.measuring.processes import Finished
 from deitfast.kernels.common import INTERPRETED
 
 QUICK = ["--device", "cpu", "--quick"]

@@ -12,11 +12,10 @@ import pytest
 
 from benchmarks import gpu_suite, readme
 from benchmarks.gpu_suite import Part, Results
-from benchmarks.measuring import processes
-from benchmarks.measuring.processes import Finished
-from benchmarks.reporting.page import NOT_MEASURED, goals, write_page
-from benchmarks.reporting.plots import draw_all
-from benchmarks.reporting.record import ROOT
+from benchmarks.measuring.command import Finished
+from benchmarks.measuring.command import run_limited as run_within
+from benchmarks.measuring.record import ROOT
+from benchmarks.reporting import NOT_MEASURED, draw_all, goals, write_page
 
 MODEL = "deit_digits_patch4_16"
 
@@ -194,7 +193,7 @@ def hanging_part(tmp_path, monkeypatch) -> Part:
     monkeypatch.setattr(gpu_suite, "_command", lambda *a: ["benchmarks.readme", "--x", str(a[-1])])
 
     def run_limited(command, seconds, tick):
-        return processes.run_limited([sys.executable, "-c", runner, "", command[-1]], seconds, tick)
+        return run_within([sys.executable, "-c", runner, "", command[-1]], seconds, tick)
 
     monkeypatch.setattr(gpu_suite, "run_limited", run_limited)
     return Part("hang", 1.0, ("x",))

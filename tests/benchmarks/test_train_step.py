@@ -14,10 +14,10 @@ import torch
 from benchmarks import bench_train_step, breakdown
 from benchmarks.bench_train_step import MODELS, job_of, plan, reusable
 from benchmarks.measuring import peers_models, train_steps
+from benchmarks.measuring.command import last_json, run_limited
 from benchmarks.measuring.harness import Refused, Roofs
-from benchmarks.measuring.processes import last_json, run_limited
+from benchmarks.measuring.record import facts
 from benchmarks.measuring.train_steps import Job, TrainStep, compare, reference
-from benchmarks.reporting.record import facts
 
 MODEL = "deit_digits_patch4_16"
 JOB = Job("ours", MODEL, 6, "cpu", precision="fp32", quick=True)

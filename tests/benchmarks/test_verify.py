@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import verify
 from benchmarks.measuring.harness import load
-from benchmarks.reporting.record import ROOT, Recorder
+from benchmarks.measuring.record import ROOT, Recorder
 from deitfast.verification.verdict import SLOWER, OpVerdict, Verdict
 
 PLANTED = """

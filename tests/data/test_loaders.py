@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from deitfast.data import EvalLoader, Manifest, Order, TrainLoader, dali, decode
 from deitfast.data.augmentation import Augmentation
 from deitfast.data.batch import Batch
 from deitfast.data.eval_loader import eval_geometry
+from deitfast.data.manifest import PER_IMAGE
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 from tests.data.conftest import picture
@@ -75,6 +77,25 @@ def test_processes_and_micro_batches_do_not_matter(digits, repeats, policy):
         assert [int(whole[step, s]["labels"]) for s in range(32)] == digits.label[index].tolist()
     for micro, world in ((2, 1), (8, 2), (8, 4)):
         assert_same(run(digits, settings, micro, world, stop_step=2), whole)
+
+
+def test_a_rare_classs_image_comes_again_in_views_of_its_own(digits):
+    """With balanced classes an epoch has more than `repeats` views of an image, and processes still do not matter."""
+    rare = np.flatnonzero(digits.label == 3)[:2]
+    chosen = np.concatenate([np.flatnonzero(digits.label == 5)[:94], rare])
+    manifest = replace(digits, **{name: getattr(digits, name)[chosen] for name in PER_IMAGE})
+    settings = recipe(repeats=3, class_weights="sampled", bad_limit=1.0)
+    whole = run(manifest, settings, micro=32, stop_step=3)
+    views: dict[tuple[int, int], np.ndarray] = {}
+    for sample in whole.values():
+        views[int(sample["index"]), int(sample["view"])] = sample["images"]
+    assert len(views) == 96
+    again = [images for (i, view), images in views.items() if manifest.label[i] == 3 and view >= 3]
+    assert len(again) > 30  # 48 of 96 slots are the two rare images'
+    assert len({image.tobytes() for image in again}) > len(again) - 3
+    assert_same(run(manifest, settings, micro=8, world=2, stop_step=3), whole)
+    resumed = run(manifest, settings, micro=16, start_step=2, stop_step=3)
+    assert_same(resumed, {key: value for key, value in whole.items() if key[0] >= 2})
 
 
 def test_resume_in_mid_epoch_and_across_epochs(digits):

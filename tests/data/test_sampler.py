@@ -83,3 +83,41 @@ def test_too_few_images_for_a_batch():
         Order(40, 64)
     with pytest.raises(DeitfastError, match="mix group 3 must be even"):
         Order(40, 4, mix_group=3)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_balanced_epochs_show_every_class_equally_often_and_no_view_twice(repeats):
+    labels = np.repeat([0, 1, 3], [300, 40, 5])  # and none of class 2
+    plan = Order(len(labels), 32, repeats, seed=4, labels=labels)
+    plain = Order(len(labels), 32, repeats, seed=4)
+    assert plan.steps_per_epoch == plain.steps_per_epoch
+    seen = []
+    for epoch in range(3):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        index, view = (np.concatenate([plan.slots(s)[i] for s in steps]) for i in (0, 1))
+        pairs = list(zip(index.tolist(), view.tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs)
+        entries = Counter(index[view % repeats == 0].tolist())
+        shown = np.bincount(labels[index[view % repeats == 0]], minlength=4)
+        assert shown[2] == 0
+        assert np.ptp(shown[[0, 1, 3]]) <= 1 + (repeats > 1)  # a last entry may be cut before its copies
+        for c in (1, 3):  # of a class that comes again, each image as often as any other, give or take once
+            times = [entries[i] for i in np.flatnonzero(labels == c).tolist()]
+            assert max(times) - min(times) <= 1 + (repeats > 1)
+        assert max(entries[i] for i in range(300)) == 1
+        if repeats == 3:  # the copies of an entry stand in a row, as without
+            whole = [i for i, n in Counter((i, v // 3) for i, v in pairs).items() if n == 3]
+            assert len(whole) >= len(pairs) // 3 - 1
+        seen.append(set(index[labels[index] == 0].tolist()))
+    assert seen[0] != seen[1]
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(plan.slots(7), Order(len(labels), 32, repeats, 4, labels=labels).slots(7), strict=True)
+    )
+
+
+def test_balanced_order_is_not_sorted_by_class():
+    labels = np.repeat([0, 1], [500, 20])
+    index, _, _ = Order(520, 128, labels=labels).slots(0)
+    runs = (np.diff(labels[index]) != 0).sum()
+    assert 40 < runs < 88  # 64 expected of fair coins, standard deviation 5.6

@@ -66,7 +66,8 @@ class Recorder(TorchDispatchMode):
         written = _written(func, args, kwargs)
         self._keep(written)
         out = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        # Not the tensors themselves: autograd takes a gradient over, without a copy, where nobody else holds it.
+        outputs = [x.detach() for x in tree_leaves(out) if isinstance(x, Tensor)]
         if any(x.is_cuda for x in (*tensors, *outputs)):
             known = {_address(x) for x in tensors}
             made = [x for x in outputs if _address(x) not in known]

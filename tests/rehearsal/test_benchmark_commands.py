@@ -14,7 +14,7 @@ import torch
 from benchmarks import bench_inference, bench_loader, micro, questions, tune
 from benchmarks.measuring import harness
 from benchmarks.measuring.harness import Roofs
-from benchmarks.workshop.tune_sites import Site
+from benchmarks.workshop import Site
 from deitfast.kernels.catalogue import Draw, Tensors
 
 MODEL = "deit_digits_patch4_16"

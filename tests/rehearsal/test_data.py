@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from deitfast.distributed import World
 from deitfast.errors import DeitfastError
 from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
-from deitfast.use.evaluate import evaluate
+from deitfast.use.evaluate import evaluate_each
 from tests.rehearsal import cuda, memory
 
 RECIPE = Recipe(model="deit_digits_patch4_16", data="digits", batch=32, mix_group=16, workers=1, decode="gpu")
@@ -87,10 +88,9 @@ def test_evaluation_scores_are_the_cpus(digits: Dataset) -> None:
     model = create_model(RECIPE.model, num_classes=10, depth=2, fused=True)
     torch.nn.init.normal_(model.head.weight)
     for device in ("cpu", "cuda"):
-        world = World(0, 1, 0, 1, torch.device(device))
-        found.append(
-            evaluate(model.to(device), digits.val.head(100), world, crop_ratio=0.875, batch=64, workers=1, bf16=False)
-        )
+        world, options = World(0, 1, 0, 1, torch.device(device)), {"batch": 64, "workers": 1, "bf16": False}
+        data = digits.val.head(100)
+        found += evaluate_each(model.to(device), [contextlib.nullcontext], data, world, crop_ratio=0.875, **options)
     assert found[0].images == found[1].images == 100
     assert found[1].loss == pytest.approx(found[0].loss, rel=0.05)  # another resize
 

@@ -141,6 +141,21 @@ def test_the_second_step_compiles_nothing() -> None:
     assert not [launch for launch in kernels.LAUNCHES[first:] if launch.first]
 
 
+@pytest.mark.parametrize(("accumulation", "additions"), [(1, 3), (2, 5)])
+def test_gradients_reach_the_flat_buffer_in_one_call_a_micro_batch(accumulation: int, additions: int) -> None:
+    """Not by an addition a parameter to a zeroed buffer; what is added are losses, counters and the second gradient."""
+    recipe = replace(SMALL, precision="bf16")
+    engine = engine_of(recipe, accumulation)
+    run(engine, recipe, FIRST_REPLAY + 1, accumulation)
+    assert isinstance(engine, FlatEngine)
+    assert engine._graph is not None
+    counts = engine._graph.recorder.counts
+    assert counts["aten::_foreach_copy_"] == accumulation
+    assert counts["aten::add_.Tensor"] == additions < len(engine.flat.computed)
+    assert not counts["aten::zero_"]
+    assert not counts["aten::new_empty_strided"], "autograd copied a gradient"
+
+
 @pytest.mark.parametrize("name", ["graph", "flat", "plain"])
 def test_the_host_is_at_most_two_steps_ahead(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     engine = engine_of(replace(SMALL, engine=name))

@@ -1,14 +1,22 @@
-"""Where `benchmarks.tune` searches: each kernel at each DeiT shape. The entries to try are what the package offers.
+"""The kernels as compile_report and tune meet them: uses that launch every one, and sites where entries are tried.
 
-A site compares with eager PyTorch in the same dtype and in float64; its `call` runs one kernel (two for the looping
-attention backward) through the package's own launcher, so that what is tuned is what will run.
+Uses of the public ops launch every kernel at every launch-table entry between them, forward and backward, at sizes
+that DeiTs have; the tensors are made where tensors have no data, and never filled. A batch of 16 makes every size a
+multiple of 16, as in training; one of 3 does not, as at the end of an evaluation; one of 512 has rows enough for
+LayerNorm and a linear layer in one kernel.
+
+A site is a kernel at a DeiT shape; the entries to try are what the package offers. It compares with eager PyTorch in
+the same dtype and in float64; its `call` runs one kernel (two for the looping attention backward) through the
+package's own launcher, so that what is tuned is what will run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +24,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.compile_report import Case, cases_of
-from deitfast.kernels import attention_op, gemm, layernorm
-from deitfast.kernels.catalogue import MODELS, Draw, Shape, Tensors
+from deitfast.kernels import attention_op, gemm, layernorm, layernorm_linear
+from deitfast.kernels.catalogue import MODELS, OPS, Draw, Shape, Tensors
 from deitfast.kernels.common import record
+from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Segments
+from deitfast.kernels.image_ops import image_ops
+from deitfast.kernels.optimizer import update
 from deitfast.kernels.tunable import Pick, Selection, picked, selection
 
+BF16, FP32 = torch.bfloat16, torch.float32
+HALVES = ("layernorm_attention", "layernorm_mlp")
+"""Of a block."""
 EPS = 1e-6
 
 
@@ -55,8 +69,8 @@ class Site:
     def cases(self, arch: int) -> list[Case]:
         """The kernels that must compile: those which `call` launches while a candidate is applied."""
         with FakeTensorMode(), record(arch) as launches:
-            # Few samples, of a number that is a multiple of 16 as is that of the measurement.
-            inputs = self.inputs(Draw(0, torch.bfloat16, "cpu"), replace(self.shape, batch=16))
+            # A multiple of 16 as is the measurement's number, and enough for the kernels that want many samples.
+            inputs = self.inputs(Draw(0, torch.bfloat16, "cpu"), replace(self.shape, batch=512))
             launches.clear()
             self.call(inputs)
         return cases_of(launches, arch)
@@ -110,11 +124,17 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
 # Matrix products -----------------------------------------------------------------------------------------------------
 
 
+def _gelu_with_derivative(h: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = h.detach().requires_grad_()
+        return F.gelu(h), torch.autograd.grad(F.gelu(leaf).sum(), leaf)[0]
+
+
 def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) -> Site:
     """stage: linear, residual, gelu or gelu_grad; outputs, inputs: in widths of the model."""
     shape = Shape.of(model, 197, batch)
     N, K = outputs * shape.width, inputs * shape.width
-    epilogue = "linear" if stage == "residual" else stage
+    epilogue = {"residual": "linear", "linear": "bias"}.get(stage, stage)
 
     def make(draw: Draw, shape: Shape) -> Tensors:
         tensors = {"a": draw.normal(shape.rows, K)}
@@ -140,9 +160,7 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
             return dh, _wide(dh).sum(0)
         h = F.linear(t["a"], t["weight"], t["bias"])
         if stage == "gelu":
-            with torch.enable_grad():
-                leaf = h.detach().requires_grad_()
-                return F.gelu(h), torch.autograd.grad(F.gelu(leaf).sum(), leaf)[0]
+            return _gelu_with_derivative(h)
         if stage == "residual":
             path_scale = t["path_scale"].to(h.dtype).repeat_interleave(h.shape[0] // t["path_scale"].numel())
             return (t["residual"] + h * path_scale[:, None],)
@@ -158,6 +176,39 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
         eager=eager,
         factor=3.0 if stage == "gelu_grad" else 2.0,
         rival="cuBLAS with its bias epilogue" if stage == "linear" else "",
+    )
+
+
+def _layernorm_linear_site(epilogue: str, model: str, outputs: int, batch: int) -> Site:
+    """LayerNorm and the layer after it, in one kernel or two. outputs: in widths of the model."""
+    shape = Shape.of(model, 197, batch)
+    N = outputs * shape.width
+
+    def call(t: Tensors) -> tuple[Tensor, ...]:
+        arguments = t["x"], t["ln_weight"], t["ln_bias"], EPS, t["weight"], t["bias"]
+        if epilogue == "gelu":
+            return layernorm_linear.layernorm_gelu_fwd(*arguments, save=True)[:2]
+        return (layernorm_linear.layernorm_linear_fwd(*arguments)[0],)
+
+    def eager(t: Tensors) -> tuple[Tensor, ...]:
+        normed = F.layer_norm(t["x"], t["x"].shape[-1:], t["ln_weight"], t["ln_bias"], EPS)
+        h = F.linear(normed, t["weight"], t["bias"])
+        return _gelu_with_derivative(h) if epilogue == "gelu" else (h,)
+
+    return Site(
+        name=f"layernorm_{epilogue} {shape} N={N}",
+        op="layernorm_qkv" if epilogue == "linear" else "layernorm_mlp",
+        shape=shape,
+        selection=lambda arch: selection(
+            layernorm_linear.layernorm_linear_launch, arch, 2, N, shape.width, epilogue, True
+        ),
+        inputs=lambda draw, s: {
+            "x": draw.activations(s.rows, s.width),
+            **draw.norm("ln", s.width),
+            **draw.linear("", N, s.width),
+        },
+        call=call,
+        eager=eager,
     )
 
 
@@ -243,8 +294,126 @@ def sites(batch: int = 256) -> list[Site]:
     for model in reversed(MODELS):
         found += [_linear_site("gelu", model, 4, 1, batch), _linear_site("gelu_grad", model, 4, 1, batch)]
         found += [_attention_site(kernel, model, 197, batch) for kernel in ("fwd_short", "bwd_short")]
+        found += [_layernorm_linear_site("linear", model, 3, batch), _layernorm_linear_site("gelu", model, 4, batch)]
         found += [_linear_site("linear", model, 3, 1, batch), _linear_site("residual", model, 1, 4, batch)]
         found += [_linear_site("residual", model, 1, 1, batch)]
         found += [_layernorm_site("bwd", model, batch), _layernorm_site("fwd", model, batch), _sum_site(model, batch)]
     long = max(1, batch // 8)
     return found + [_attention_site(kernel, "B", 577, long) for kernel in ("fwd", "bwd_dq", "bwd_dkdv")]
+
+
+# Uses ----------------------------------------------------------------------------------------------------------------
+
+STREAM = ("x", "ln_weight", "ln_bias", "gamma", "prefix_tokens", "pos_embed")
+"""What has the residual stream's dtype; all else that is learnt has that of the products."""
+
+
+def _use(
+    op: str,
+    shape: Shape,
+    dtype: torch.dtype = BF16,
+    stream: torch.dtype = BF16,
+    without: tuple[str, ...] = (),
+    **options: Any,
+) -> None:
+    """An op of the catalogue on its inputs but those `without`, forward and, where gradients are on, backward."""
+    chosen = OPS[op]
+    tensors = chosen.inputs(Draw(0, dtype), shape)
+    given = {name: x.to(stream) if name in STREAM else x for name, x in tensors.items() if name not in without}
+    for name, tensor in given.items():
+        tensor.requires_grad_(name not in chosen.constants)
+    out = chosen.function(**given, **{**chosen.options(shape), **options})
+    if out.requires_grad:
+        out.backward(torch.empty_like(out))
+
+
+def _block(shape: Shape, form: str, gamma: bool, halves: tuple[str, ...] = HALVES, **dtypes: torch.dtype) -> None:
+    """form: drop-path as "whole" (none), "scaled" (a factor a sample) or "subset" (some samples run)."""
+    without = ("gamma",) * (not gamma) + ("path_scale",) * (form != "scaled")
+    options: dict[str, Any] = {}
+    if form == "subset":
+        options = {"subset": torch.empty(shape.batch - 1, dtype=torch.int64), "subset_scale": 1.25}
+    for half in halves:
+        _use(half, shape, without=without, **dtypes, **options)
+
+
+def _attention(head_dim: int, tokens: int, dtype: torch.dtype) -> None:
+    """By itself, with two heads; and before a projection whose bias wants the sums of dq."""
+    shape = Shape(2 * head_dim, 2, tokens, 16)
+    _use("attention", shape, dtype)
+    _block(shape, "whole", gamma=False, halves=("layernorm_attention",), dtype=dtype, stream=dtype)
+
+
+def _input(patch_size: int, mixes: bool, dtype: torch.dtype) -> None:
+    _use("input_patches", Shape(0, 0, 1 + (224 // patch_size) ** 2, 16, patch_size=patch_size), dtype, mixes=mixes)
+
+
+def _image_ops() -> None:
+    plan = torch.empty(2, 16, 8, dtype=torch.float64)
+    image_ops(torch.empty(16, 224, 224, 3, dtype=torch.uint8), plan, (124, 116, 104), blurs=True)
+
+
+def _update(optimizer: Optimizer, copies: bool) -> None:
+    """copies: a bf16 compute copy with bf16 gradients, and an average."""
+    blocks, flat = 8449, 8449 * BLOCK
+    segments = Segments(
+        padded=(flat,), decays=(0.05,), block_decay=torch.empty(blocks),
+        block_segment=torch.empty(blocks, dtype=torch.int32), first_block=torch.empty(2, dtype=torch.int32),
+    )  # fmt: skip
+    buffers = FlatBuffers(
+        segments,
+        grad=torch.empty(flat, dtype=BF16 if copies else FP32),
+        master=torch.empty(flat),
+        exp_avg=torch.empty(flat),
+        exp_avg_sq=None if optimizer == "sgd" else torch.empty(flat),
+        ema=torch.empty(flat) if copies else None,
+        compute=torch.empty(flat, dtype=BF16) if copies else None,
+        norm=torch.empty(()),
+        skipped=torch.empty((), dtype=torch.int64),
+        steps=torch.empty(()),
+    )
+    update(optimizer, buffers, torch.empty(12))
+
+
+def _linear_ops() -> None:
+    mlp = ("layernorm_mlp",)
+    for width in (192, 384, 768):
+        shape, odd = (Shape(width, width // 64, 197, batch) for batch in (16, 3))
+        for form, gamma in itertools.product(("scaled", "subset"), (False, True)):
+            _block(shape, form, gamma)
+        for form in ("scaled", "subset"):
+            _block(shape, form, gamma=True, stream=FP32)
+            _block(shape, form, gamma=True, halves=mlp, dtype=FP32, stream=FP32)
+        _block(shape, "whole", gamma=False)
+        _block(odd, "scaled", gamma=True)
+        with torch.no_grad():
+            _block(odd, "whole", gamma=False)
+        _use("layernorm_qkv", shape)
+        _block(replace(shape, batch=512), "scaled", gamma=False)
+    for stream in (BF16, FP32):
+        _block(Shape(768, 12, 197, 512), "subset", gamma=True, stream=stream)
+    _block(Shape(1280, 16, 257, 16), "subset", gamma=True)  # DeiT III's largest
+    for form in ("whole", "scaled", "subset"):
+        _block(Shape(197, 1, 197, 16), form, gamma=form != "whole", halves=mlp)  # rows that are not aligned
+
+
+def uses() -> None:
+    """All of them."""
+    _linear_ops()
+    for head_dim, tokens in ((64, 192), (64, 256), (64, 577), (32, 197), (32, 577), (96, 257), (128, 257)):
+        _attention(head_dim, tokens, BF16)
+    for head_dim, tokens in ((32, 197), (64, 197), (80, 257)):  # tokens choose no kernel in fp32
+        _attention(head_dim, tokens, FP32)
+    for width, prefix, stream in ((192, 1, BF16), (192, 2, BF16), (768, 1, BF16), (768, 2, FP32)):
+        _use("patch_embed", Shape(width, 0, prefix + 196, 16, prefix), stream=stream)
+    _use("patch_embed", Shape(1280, 0, 197, 16, patch_size=14))  # rows that are not aligned
+    _use("patch_embed", Shape(384, 0, 198, 16, prefix=2), FP32, FP32)
+    for patch_size, mixes, dtype in ((16, True, BF16), (16, False, BF16), (4, True, BF16), (16, True, FP32)):
+        _input(patch_size, mixes, dtype)
+    _image_ops()
+    for classes, dtype in ((1000, BF16), (21841, BF16), (1000, FP32)):
+        for loss in ("mixed_cross_entropy", "mixed_bce"):
+            _use(loss, Shape(0, 0, 0, 16, classes=classes), dtype)
+    for optimizer in get_args(Optimizer):
+        _update(optimizer, copies=True)
+    _update("adamw", copies=False)

@@ -1,1 +1,0 @@
-"""Results: the files they are kept in, the page and the pictures made of them."""

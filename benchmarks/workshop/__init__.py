@@ -1,1 +1,0 @@
-"""What the kernel workshop is made of."""
