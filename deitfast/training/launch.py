@@ -23,6 +23,8 @@ _SECTIONS = {
     "distillation": "distillation", "repeats": "augmentation", "eval_crop_ratio": "evaluation", "out": "this machine",
 }  # fmt: skip
 """The first field of each of the recipe's sections, and its heading in --help."""
+_ALSO = {"init": ("--weights",)}
+"""Second names of flags: what weights are called in every other command."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +58,8 @@ def _flags_of(base: Recipe, prog: str = "", description: str = "") -> _Parser:
         if isinstance(value, bool):
             section.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=value, help=text)
         else:
-            section.add_argument(flag(f.name), type=type(f.default), default=value, help=text, metavar="")
+            names = [flag(f.name), *_ALSO.get(f.name, ())]
+            section.add_argument(*names, type=type(f.default), default=value, help=text, metavar="", dest=f.name)
     command = parser.add_argument_group("this command")
     command.add_argument(
         "--scale-lr",
