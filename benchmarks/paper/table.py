@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ def standard_error(sample: Sequence[float]) -> float:
     return statistics.stdev(sample) / math.sqrt(len(sample))
 
 
+def speed_of(seeds: Mapping[int, Mapping[str, Any]]) -> float:
+    """Training images a second of CPU over whole runs, set-up and evaluation included."""
+    return sum(done["images"] for done in seeds.values()) / sum(done["cpu_seconds"] for done in seeds.values())
+
+
 def scores_of(runs: Sequence[Run]) -> list[Score]:
     """The rows: averaged and raw weights of every run, and the heads of a distilled one."""
     rows = []
@@ -85,15 +90,19 @@ def scores_of(runs: Sequence[Run]) -> list[Score]:
 
 def markdown(results: Results, runs: Sequence[Run], claims: Sequence[Claim], seeds: Sequence[int]) -> str:
     """Two tables: every score, and every claim with its verdict."""
-    lines = ["| row | top-1 by seed | mean | spread | standard error |", "|---|---|---|---|---|"]
+    lines = [
+        "| row | top-1 by seed | mean | spread | standard error | images a second of CPU |",
+        "|---|---|---|---|---|---|",
+    ]
     for score in scores_of(runs):
         top1 = list(values(results, score, seeds).values())
         if not top1:
-            lines += [f"| {score} | {NOT_RUN} | | | |"] if score.weights == "ema" and score.head == "top1" else []
+            lines += [f"| {score} | {NOT_RUN} | | | | |"] if score.weights == "ema" and score.head == "top1" else []
             continue
         mean, spread = f"{statistics.mean(top1):.2f}", f"{max(top1) - min(top1):.2f}" if len(top1) > 1 else ""
         error = f"{standard_error(top1):.2f}" if len(top1) > 1 else ""
-        lines.append(f"| {score} | {', '.join(f'{v:.2f}' for v in top1)} | {mean} | {spread} | {error} |")
+        speed = f"{speed_of(results[score.run]):.0f}" if score.weights == "ema" and score.head == "top1" else ""
+        lines.append(f"| {score} | {', '.join(f'{v:.2f}' for v in top1)} | {mean} | {spread} | {error} | {speed} |")
     lines += ["", "| claim | difference | standard error | seeds | verdict |", "|---|---|---|---|---|"]
     for claim in claims:
         found = difference(results, claim, seeds)

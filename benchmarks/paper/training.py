@@ -104,6 +104,7 @@ def recipe_of(table: Table, run: Run, seed: int) -> Recipe:
     if run.start:
         changes["init"] = str(table.folder(run.start, seed) / "best")
     epochs = base.epochs * run.longer * run.share
+    changes["eval_every"] = epochs
     return replace(base, epochs=epochs, seed=seed, out=str(table.folder(run.name, seed)), **changes)
 
 
@@ -159,7 +160,8 @@ def train_convnet(table: Table, name: str) -> None:
 def train(table: Table, run: Run, seed: int) -> dict[str, Any]:
     """The run's scores and all that belongs to them; read where they are written already.
 
-    A run that was killed goes on from its newest checkpoint. Raises SystemExit(75) when a signal asks to stop.
+    Its seconds are those of all of it, evaluation included, but of the last start alone. A run that was killed goes on
+    from its newest checkpoint. Raises SystemExit(75) when a signal asks to stop.
     """
     path = table.file(run.name, seed)
     if path.exists():
@@ -184,15 +186,16 @@ def train(table: Table, run: Run, seed: int) -> dict[str, Any]:
 
 def train_by_timm(table: Table, run: Run, recipe: Recipe) -> dict[str, Any]:
     """A run of `timm_loop`, written down like the engine's; one that was killed begins anew."""
+    cpu, wall = time.process_time(), time.monotonic()
     found = timm_loop.train(recipe, recipe.device if recipe.device != "auto" else "cpu")
+    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     images = found.steps * recipe.batch
     done = {
         "run": run.name, "seed": recipe.seed, "steps": found.steps,
         "command": f"python -m benchmarks.timm_loop --recipe {table.name} --data {recipe.data} --seed {recipe.seed}",
         "scores": {"raw": {"top1": found.raw}, "ema": {"top1": found.ema}}, "images": images,
-        "cpu_seconds": found.cpu_seconds, "wall_seconds": found.wall_seconds,
-        "images_per_cpu_second": images / found.cpu_seconds, "engine": "plain loop of timm's parts", "loss": found.loss,
-        "facts": facts(),
+        "cpu_seconds": cpu, "wall_seconds": wall, "images_per_cpu_second": images / cpu,
+        "engine": "plain loop of timm's parts", "loss": found.loss, "facts": facts(),
     }  # fmt: skip
     _write(table.file(run.name, recipe.seed), done)
     return done

@@ -25,18 +25,19 @@ IMAGENET_EPOCHS, IMAGENET_IMAGES, CLASSES = 300, 1_281_167, 1000
 
 @dataclass(frozen=True)
 class Gpu:
-    """Datasheet rates: dense bf16 matrix products in TFLOP/s, memory in GB/s."""
+    """Datasheet rates: dense bf16 matrix products in TFLOP/s, memory in GB/s; and how many GB it has."""
 
     name: str
     tflops: float
     gbps: float
+    gigabytes: float = 0.0
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB SXM", 312, 2039),
-    "h100": Gpu("H100 SXM", 989.4, 3350),
-    "h100-pcie": Gpu("H100 PCIe", 756, 2000),
-    "h200": Gpu("H200 SXM", 989.4, 4800),
+    "a100": Gpu("A100 80 GB SXM", 312, 2039, 80),
+    "h100": Gpu("H100 SXM", 989.4, 3350, 80),
+    "h100-pcie": Gpu("H100 PCIe", 756, 2000, 80),
+    "h200": Gpu("H200 SXM", 989.4, 4800, 141),
 }
 """NVIDIA's datasheets, without sparsity."""
 
