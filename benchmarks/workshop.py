@@ -134,7 +134,7 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
     """stage: linear, residual, gelu or gelu_grad; outputs, inputs: in widths of the model."""
     shape = Shape.of(model, 197, batch)
     N, K = outputs * shape.width, inputs * shape.width
-    epilogue = "linear" if stage == "residual" else stage
+    epilogue = {"residual": "linear", "linear": "bias"}.get(stage, stage)
 
     def make(draw: Draw, shape: Shape) -> Tensors:
         tensors = {"a": draw.normal(shape.rows, K)}

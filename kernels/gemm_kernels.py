@@ -124,19 +124,26 @@ def linear_tile(
         column = tile_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
         mask = (row < M)[:, None] & (column < N)[None, :]
         offset = row[:, None] * N + column[None, :]
+        if path_scale is not None:
+            factor = tl.load(path_scale + number // rows_per_sample, mask=number < M, other=0.0).to(tl.float32)[:, None]
         if bias is not None:
-            h += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+            added = tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+            if EPILOGUE == "scaled":
+                added *= factor
+            h += added
         if EPILOGUE == "gelu":
             h, slope = gelu_with_derivative(h, EXACT_GELU)
             if derivative is not None:
+                if path_scale is not None:
+                    slope *= factor
                 tl.store(derivative + offset, slope.to(derivative.dtype.element_ty), mask=mask)
         if EPILOGUE == "gelu_grad":
             h *= tl.load(derivative + offset, mask=mask, other=0.0).to(tl.float32)
             tl.store(column_sums + tile_m.to(tl.int64) * N + column, tl.sum(h, 0), mask=column < N)
         if gamma is not None:
             h *= tl.load(gamma + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        if path_scale is not None:
-            h *= tl.load(path_scale + number // rows_per_sample, mask=number < M, other=0.0).to(tl.float32)[:, None]
+        if path_scale is not None and EPILOGUE != "scaled":
+            h *= factor
         if subset is not None:
             h *= subset_scale
             offset = row_out[:, None] * N + column[None, :]
@@ -168,7 +175,7 @@ def linear_kernel(
     subset_scale,  # of the branch, where `subset` is given
     TRANSPOSED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    EPILOGUE: tl.constexpr,  # "linear" (bias, residual, gamma, path_scale, subset as given), "gelu" or "gelu_grad"
+    EPILOGUE: tl.constexpr,  # "linear" (with what is given), "scaled", "gelu" or "gelu_grad": see gemm.py
     EXACT_GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,

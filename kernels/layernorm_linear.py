@@ -47,6 +47,7 @@ def layernorm_linear_kernel(
     a,  # normed, to be read: pointer, or descriptor of blocks (BLOCK_M, BLOCK_K)
     b,  # (N, K): pointer, or descriptor of blocks (BLOCK_N, BLOCK_K)
     bias,  # (N,) or None
+    path_scale,  # (M / rows_per_sample,) or None: factor of gelu(h) and gelu'(h), not beside `subset`
     derivative,  # (M, N) or None: gelu'(h), written by "gelu"
     out,  # (M, N)
     mean,  # (M,) fp32
@@ -100,7 +101,8 @@ def layernorm_linear_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(program * tiles_n, (program + 1) * tiles_n, flatten=True):
         linear_tile(
-            tile, a, b, bias, None, None, None, None, derivative, out, None, D, stride_b, 0, M, N, D, 1, 1.0,
+            tile, a, b, bias, None, None, path_scale, None, derivative, out, None, D, stride_b, 0,
+            M, N, D, rows_per_sample, 1.0,
             True, DESCRIPTORS, EPILOGUE, EXACT_GELU, BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUE_PARTS,
         )  # fmt: skip
 
@@ -214,16 +216,22 @@ def layernorm_gelu_fwd(
     save: bool,
     subset: SubsetRows | None = None,
     other_out: Tensor | None = None,
+    path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Normed]:
-    """gelu(h) and gelu'(h), (M, N), of h = LayerNorm(x) W^T + bias; no gelu' unless `save`. As above otherwise."""
+    """gelu(h) and gelu'(h), (M, N), of h = LayerNorm(x) W^T + bias; no gelu' unless `save`. As above otherwise.
+
+    path_scale: as of `linear_gelu_fwd`; not beside `subset`.
+    """
     entry = _entry(x, weight, "gelu", subset)
     if entry is not None:
         M, N = (x.shape[0] if subset is None else subset.row_count), weight.shape[0]
         derivative = weight.new_empty((M, N)) if save else None
-        gelu, normed = _launch(entry, x, ln_weight, ln_bias, eps, weight, bias, "gelu", derivative, subset, other_out)
+        gelu, normed = _launch(
+            entry, x, ln_weight, ln_bias, eps, weight, bias, "gelu", derivative, subset, other_out, path_scale
+        )
         return gelu, weight.new_empty(0) if derivative is None else derivative, normed
     normed = Normed(*layernorm_fwd(x, ln_weight, ln_bias, eps, weight.dtype, subset, other_out))
-    return *linear_gelu_fwd(normed.rows, weight, bias, save), normed
+    return *linear_gelu_fwd(normed.rows, weight, bias, save, path_scale), normed
 
 
 def _entry(x: Tensor, weight: Tensor, epilogue: str, subset: SubsetRows | None) -> Launch | None:
@@ -252,6 +260,7 @@ def _launch(
     derivative: Tensor | None,
     subset: SubsetRows | None,
     other_out: Tensor | None,
+    path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Normed]:
     (N, K), M = weight.shape, (x.shape[0] if subset is None else subset.row_count)
     out, normed = weight.new_empty((M, N)), weight.new_empty((M, K))
@@ -264,6 +273,9 @@ def _launch(
             TensorDescriptor.from_tensor(normed, [entry.tiles["BLOCK_M"], block_k]),
             TensorDescriptor.from_tensor(weight, [entry.tiles["BLOCK_N"], block_k]),
         )
+    samples = subset_arguments(x, subset)
+    if path_scale is not None:
+        samples["rows_per_sample"] = M // path_scale.numel()
     launch(
         layernorm_linear_kernel,
         (triton.cdiv(M, entry.tiles["BLOCK_M"]),),
@@ -275,6 +287,7 @@ def _launch(
         a=operands[0],
         b=operands[1],
         bias=bias,
+        path_scale=path_scale,
         derivative=derivative,
         out=out,
         mean=mean,
@@ -286,7 +299,7 @@ def _launch(
         N=N,
         D=K,
         eps=eps,
-        **subset_arguments(x, subset),
+        **samples,
         DESCRIPTORS=descriptors,
         EPILOGUE=epilogue,
         EXACT_GELU=weight.element_size() == 4,
