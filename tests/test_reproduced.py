@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, deitfast.Re
     """A moment of training at a crop that is not the model's own."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     recipe = replace(
-        RECIPE, out=str(out), epochs=4, eval_crop_ratio=0.8, warmup_epochs=0.5, ema_decay=0.9, eval_every=4, workers=1,
+        RECIPE, out=str(out), epochs=2, eval_crop_ratio=0.8, warmup_epochs=0.5, ema_decay=0.9, eval_every=2, workers=1,
         mixup=0.0, erase=0.0,
     )  # fmt: skip
     return out, deitfast.train(recipe)
