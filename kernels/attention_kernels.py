@@ -79,7 +79,7 @@ def store_column_sums(sums, grad_q, part, head, scale, H: tl.constexpr, D: tl.co
 @triton.jit(do_not_specialize=["N"])
 def attention_fwd_short_kernel(
     q, kv1,  # (B, N, 3H, D), blocks of QUERIES and KEYS1 rows
-    qkv,  # the same tensor, never a descriptor
+    kv2, kv3,  # the same tensor, never descriptors; no kv3 where KEYS3 is 0
     out,  # (B, N, H, D)
     lse,  # (B, H, N) fp32
     N, scale_log2,
@@ -94,14 +94,18 @@ def attention_fwd_short_kernel(
     b, h = sequence // H, sequence % H
     LAST: tl.constexpr = KEYS1 + KEYS2
 
-    # Through pointers, so that all are on their way before the first is waited for; a descriptor's load waits at once.
-    k2 = load_tile(qkv, b, H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA=False)
-    v2 = load_tile(qkv, b, 2 * H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA=False)
+    if not TMA:
+        k1 = load_tile(kv1, b, H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+    k2 = load_tile(kv2, b, H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA=False)
+    if not TMA:
+        v1 = load_tile(kv1, b, 2 * H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+    v2 = load_tile(kv2, b, 2 * H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA=False)
     if KEYS3 > 0:
-        k3 = load_tile(qkv, b, H + h, LAST, N, 3 * H, D, KEYS3, C, TMA=False)
-        v3 = load_tile(qkv, b, 2 * H + h, LAST, N, 3 * H, D, KEYS3, C, TMA=False)
-    k1 = load_tile(kv1, b, H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
-    v1 = load_tile(kv1, b, 2 * H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+        k3 = load_tile(kv3, b, H + h, LAST, N, 3 * H, D, KEYS3, C, TMA=False)
+        v3 = load_tile(kv3, b, 2 * H + h, LAST, N, 3 * H, D, KEYS3, C, TMA=False)
+    if TMA:  # a descriptor's load is waited for at once: what goes through pointers is under way by then
+        k1 = load_tile(kv1, b, H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+        v1 = load_tile(kv1, b, 2 * H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
 
     for row in tl.range(0, N, QUERIES):
         query = load_tile(q, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
@@ -124,7 +128,9 @@ def attention_fwd_short_kernel(
 
         rows = row + tl.arange(0, QUERIES)
         tl.store(lse + sequence.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
-        store_tile(out, result * (1.0 / total)[:, None], b, h, row, N, H, D, QUERIES, C, TMA)
+        # One division a row instead of one a value, where ptxas does not spill for it.
+        result = result * (1.0 / total)[:, None] if TMA else result / total[:, None]
+        store_tile(out, result, b, h, row, N, H, D, QUERIES, C, TMA)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -157,7 +163,7 @@ def attention_fwd_kernel(
 
     rows = row + tl.arange(0, QUERIES)
     tl.store(lse + sequence.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
-    store_tile(out, result * (1.0 / total)[:, None], b, h, row, N, H, D, QUERIES, C, TMA)
+    store_tile(out, result / total[:, None], b, h, row, N, H, D, QUERIES, C, TMA)
 
 
 @triton.jit(do_not_specialize=["N"])
