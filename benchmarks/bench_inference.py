@@ -25,9 +25,9 @@ from torch import Tensor
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, Refused, Timing, measure, synchronize, timed_row
 from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
-from benchmarks.roofline import forward_macs, full_name
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD
 from deitfast.errors import DeitfastError
+from deitfast.model.work import forward_macs, full_name
 from deitfast.model.zoo import find_variant
 from deitfast.use.inference import Predictor
 

@@ -33,8 +33,8 @@ from benchmarks.measuring.command import arguments, fp32_is_fp32, last_json, rea
 from benchmarks.measuring.harness import Budget, Recorder, Refused, Roofs, load
 from benchmarks.measuring.peers_models import version
 from benchmarks.measuring.train_steps import Job, Reference, measured_roofs, reference, roof_from, work
-from benchmarks.roofline import full_name, gpu_of, hours_for_imagenet, mfu
 from deitfast.errors import DeitfastError
+from deitfast.model.work import full_name, gpu_of, hours_for_imagenet, mfu
 
 MODELS = ("deit_base", "deit_small", "deit_tiny", "deit_base_384")
 BATCHES = {"deit_base": 512, "deit_small": 512, "deit_tiny": 512, "deit_base_384": 128}
@@ -45,17 +45,19 @@ OURS = "ours"
 class Way:
     """One line of the comparison. seconds: what its worker is likely to need on a GPU, for planning.
 
-    models: those it is compared at unless it is chosen; none: all.
+    models: those it is compared at unless it is chosen; none: all. attention: the backend; none: the fastest.
     """
 
     library: str
     seconds: float = 45.0
     compile: str = ""
     models: tuple[str, ...] = ()
+    attention: str = ""
 
 
 PEERS = {
     "timm + compile": Way("timm", 120.0, "default"),
+    "timm + compile, cuDNN attention": Way("timm", 120.0, "default", ("deit_base",), "cudnn"),
     "timm": Way("timm"),
     "torchvision": Way("torchvision", models=("deit_base",)),
     "huggingface": Way("huggingface"),
@@ -103,7 +105,9 @@ def job_of(way: str, model: str, batch: int, device: str, quick: bool) -> Job:
     if way == OURS:
         return base
     if way in PEERS:
-        return replace(base, library=PEERS[way].library, compile=PEERS[way].compile, fused=False, engine="")
+        peer = PEERS[way]
+        own = replace(base, library=peer.library, compile=peer.compile, attention=peer.attention)
+        return replace(own, fused=False, engine="")
     return replace(base, **switches(device)[way])
 
 

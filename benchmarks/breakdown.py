@@ -27,8 +27,9 @@ from benchmarks.bench_train_step import BATCHES, OURS, job_of, ways
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Recorder, Timing, measure, roofs, synchronize, timed_row
 from benchmarks.measuring.train_steps import TrainStep, make_train_step
-from benchmarks.roofline import BUDGET, BUDGET_MODEL, full_name, part_floors
+from benchmarks.roofline import PLANNED_MODEL, plan
 from deitfast.errors import DeitfastError
+from deitfast.model.work import full_name, part_floors
 
 PARTS = {
     "GEMM forward": ("GEMM forward",),
@@ -131,7 +132,7 @@ def rows_of(model: str, batch: int, way: str, device: str, recorder: Recorder, q
     roof = roofs(device, quick)
     recorder.note("roofs", asdict(roof))
     floors = part_floors(model, batch, roof.tflops, roof.gbps) | {"gaps": 0.0}
-    planned = {line.part: line for line in BUDGET} if full_name(model) == BUDGET_MODEL and device == "cuda" else {}
+    planned = plan() if full_name(model) == PLANNED_MODEL and device == "cuda" else {}
     traced(step, device)  # the profiler's own first use
     found = [profile_step(step, device) for _ in range(1 if quick else 2)]
     rows = []
@@ -140,14 +141,14 @@ def rows_of(model: str, batch: int, way: str, device: str, recorder: Recorder, q
         row = timed_row(key, [_once(parts[part]) for parts, _, _ in found])
         row["us_image"] = 1e3 * row["ms"] / batch
         row["floor_us"] = sum(floors[member] for member in members)
-        row["budget_us"] = sum(planned[member].budget for member in members) if planned and members else None
+        row["budget_us"] = sum(planned[member] for member in members) if planned and members else None
         row["over"] = row["budget_us"] is not None and row["us_image"] > row["budget_us"]
         row["kernels"] = [[name, us / batch] for name, us in found[-1][1][part].most_common(6)]
         rows.append(row)
     key = {"op": "breakdown", "model": model, "batch": batch, "way": way, "part": "step"}
     total = timed_row(key, [_once(elapsed) for _, _, elapsed in found])
     total |= {"us_image": 1e3 * total["ms"] / batch, "floor_us": sum(floors.values()), "kernels": []}
-    total["budget_us"] = sum(line.budget for line in planned.values()) if planned else None
+    total["budget_us"] = sum(planned.values()) if planned else None
     total["over"] = bool(planned) and total["us_image"] > total["budget_us"]
     total["unprofiled_us_image"] = 1e3 * timing.median_ms / batch
     return [*rows, total]
@@ -163,7 +164,7 @@ def table(rows: Sequence[dict[str, Any]], markdown: bool = False) -> str:
     head = ["part", "us an image", "floor", "budget", "", "largest kernels"]
     body = []
     for row in rows:
-        budget = "-" if row["budget_us"] is None else f"{row['budget_us']:g}"
+        budget = "-" if row["budget_us"] is None else f"{round(row['budget_us'], 1):g}"
         names = ", ".join(f"{_short(name)} {us:.1f}" for name, us in row["kernels"][:3])
         times = [f"{row['us_image']:.1f}", f"{row['floor_us']:.1f}", budget]
         body.append([row["key"]["part"], *times, "OVER" if row["over"] else "", names])

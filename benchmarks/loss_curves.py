@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder
-from benchmarks.roofline import full_name
+from deitfast.model.work import full_name
 from deitfast.recipe import Recipe
 from deitfast.training.train import train
 

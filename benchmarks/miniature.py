@@ -26,6 +26,7 @@ from pathlib import Path
 
 from benchmarks.measuring.command import fp32_is_fp32
 from benchmarks.paper import rows, table
+from benchmarks.paper.tokens import compare_tokens
 from benchmarks.paper.training import Table, slug, train, write_subset
 from deitfast.errors import DeitfastError, did_you_mean
 from deitfast.guard import guarded
@@ -79,7 +80,7 @@ def chosen(runs: Sequence[rows.Run], names: str) -> list[rows.Run]:
 def write_table(made: Table, seeds: Sequence[int]) -> str:
     """Write table.md and table.png of what has been run, and return the former."""
     results, runs = table.read(made.out), rows.runs(made.recipe)
-    text = table.markdown(results, runs, rows.claims(made.recipe), seeds)
+    text = table.markdown(results, runs, rows.claims(made.recipe), seeds) + table.tokens(made.out)
     (made.out / "table.md").write_text(text)
     if results:
         table.draw(results, runs, seeds, made.out / "table.png")
@@ -110,6 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in seeds:
             for run in chosen(rows.runs(made.recipe), options.rows):
                 train(made, run, seed)
+                if run.distilled:
+                    compare_tokens(
+                        run.name, seed, made.folder(run.name, seed), made.recipe.data,
+                        made.out / f"tokens-{slug(run.name)}-{seed}.json",
+                    )  # fmt: skip
                 write_table(made, seeds)
         print(write_table(made, seeds))
     return 0

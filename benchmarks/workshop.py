@@ -2,7 +2,8 @@
 
 Uses of the public ops launch every kernel at every launch-table entry between them, forward and backward, at sizes
 that DeiTs have; the tensors are made where tensors have no data, and never filled. A batch of 16 makes every size a
-multiple of 16, as in training; one of 3 does not, as at the end of an evaluation.
+multiple of 16, as in training; one of 3 does not, as at the end of an evaluation; one of 512 has rows enough for
+LayerNorm and a linear layer in one kernel.
 
 A site is a kernel at a DeiT shape; the entries to try are what the package offers. It compares with eager PyTorch in
 the same dtype and in float64; its `call` runs one kernel (two for the looping attention backward) through the
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.compile_report import Case, cases_of
-from deitfast.kernels import attention_op, gemm, layernorm
+from deitfast.kernels import attention_op, gemm, layernorm, layernorm_linear
 from deitfast.kernels.catalogue import MODELS, OPS, Draw, Shape, Tensors
 from deitfast.kernels.common import record
 from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Segments
@@ -68,8 +69,8 @@ class Site:
     def cases(self, arch: int) -> list[Case]:
         """The kernels that must compile: those which `call` launches while a candidate is applied."""
         with FakeTensorMode(), record(arch) as launches:
-            # Few samples, of a number that is a multiple of 16 as is that of the measurement.
-            inputs = self.inputs(Draw(0, torch.bfloat16, "cpu"), replace(self.shape, batch=16))
+            # A multiple of 16 as is the measurement's number, and enough for the kernels that want many samples.
+            inputs = self.inputs(Draw(0, torch.bfloat16, "cpu"), replace(self.shape, batch=512))
             launches.clear()
             self.call(inputs)
         return cases_of(launches, arch)
@@ -123,11 +124,17 @@ def _attention_site(kernel: str, model: str, tokens: int, batch: int) -> Site:
 # Matrix products -----------------------------------------------------------------------------------------------------
 
 
+def _gelu_with_derivative(h: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = h.detach().requires_grad_()
+        return F.gelu(h), torch.autograd.grad(F.gelu(leaf).sum(), leaf)[0]
+
+
 def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) -> Site:
     """stage: linear, residual, gelu or gelu_grad; outputs, inputs: in widths of the model."""
     shape = Shape.of(model, 197, batch)
     N, K = outputs * shape.width, inputs * shape.width
-    epilogue = "linear" if stage == "residual" else stage
+    epilogue = {"residual": "linear", "linear": "bias"}.get(stage, stage)
 
     def make(draw: Draw, shape: Shape) -> Tensors:
         tensors = {"a": draw.normal(shape.rows, K)}
@@ -153,9 +160,7 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
             return dh, _wide(dh).sum(0)
         h = F.linear(t["a"], t["weight"], t["bias"])
         if stage == "gelu":
-            with torch.enable_grad():
-                leaf = h.detach().requires_grad_()
-                return F.gelu(h), torch.autograd.grad(F.gelu(leaf).sum(), leaf)[0]
+            return _gelu_with_derivative(h)
         if stage == "residual":
             path_scale = t["path_scale"].to(h.dtype).repeat_interleave(h.shape[0] // t["path_scale"].numel())
             return (t["residual"] + h * path_scale[:, None],)
@@ -171,6 +176,39 @@ def _linear_site(stage: str, model: str, outputs: int, inputs: int, batch: int) 
         eager=eager,
         factor=3.0 if stage == "gelu_grad" else 2.0,
         rival="cuBLAS with its bias epilogue" if stage == "linear" else "",
+    )
+
+
+def _layernorm_linear_site(epilogue: str, model: str, outputs: int, batch: int) -> Site:
+    """LayerNorm and the layer after it, in one kernel or two. outputs: in widths of the model."""
+    shape = Shape.of(model, 197, batch)
+    N = outputs * shape.width
+
+    def call(t: Tensors) -> tuple[Tensor, ...]:
+        arguments = t["x"], t["ln_weight"], t["ln_bias"], EPS, t["weight"], t["bias"]
+        if epilogue == "gelu":
+            return layernorm_linear.layernorm_gelu_fwd(*arguments, save=True)[:2]
+        return (layernorm_linear.layernorm_linear_fwd(*arguments)[0],)
+
+    def eager(t: Tensors) -> tuple[Tensor, ...]:
+        normed = F.layer_norm(t["x"], t["x"].shape[-1:], t["ln_weight"], t["ln_bias"], EPS)
+        h = F.linear(normed, t["weight"], t["bias"])
+        return _gelu_with_derivative(h) if epilogue == "gelu" else (h,)
+
+    return Site(
+        name=f"layernorm_{epilogue} {shape} N={N}",
+        op="layernorm_qkv" if epilogue == "linear" else "layernorm_mlp",
+        shape=shape,
+        selection=lambda arch: selection(
+            layernorm_linear.layernorm_linear_launch, arch, 2, N, shape.width, epilogue, True
+        ),
+        inputs=lambda draw, s: {
+            "x": draw.activations(s.rows, s.width),
+            **draw.norm("ln", s.width),
+            **draw.linear("", N, s.width),
+        },
+        call=call,
+        eager=eager,
     )
 
 
@@ -256,6 +294,7 @@ def sites(batch: int = 256) -> list[Site]:
     for model in reversed(MODELS):
         found += [_linear_site("gelu", model, 4, 1, batch), _linear_site("gelu_grad", model, 4, 1, batch)]
         found += [_attention_site(kernel, model, 197, batch) for kernel in ("fwd_short", "bwd_short")]
+        found += [_layernorm_linear_site("linear", model, 3, batch), _layernorm_linear_site("gelu", model, 4, batch)]
         found += [_linear_site("linear", model, 3, 1, batch), _linear_site("residual", model, 1, 4, batch)]
         found += [_linear_site("residual", model, 1, 1, batch)]
         found += [_layernorm_site("bwd", model, batch), _layernorm_site("fwd", model, batch), _sum_site(model, batch)]
@@ -350,6 +389,9 @@ def _linear_ops() -> None:
         with torch.no_grad():
             _block(odd, "whole", gamma=False)
         _use("layernorm_qkv", shape)
+        _block(replace(shape, batch=512), "scaled", gamma=False)
+    for stream in (BF16, FP32):
+        _block(Shape(768, 12, 197, 512), "subset", gamma=True, stream=stream)
     _block(Shape(1280, 16, 257, 16), "subset", gamma=True)  # DeiT III's largest
     for form in ("whole", "scaled", "subset"):
         _block(Shape(197, 1, 197, 16), form, gamma=form != "whole", halves=mlp)  # rows that are not aligned

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from deitfast.errors import DeitfastError
     from deitfast.model.acceleration import AccelerationReport, accelerate
     from deitfast.model.deit import DeiT
-    from deitfast.model.factory import create_model
+    from deitfast.model.factory import LoadedModel, create_model, load_model
     from deitfast.model.zoo import list_models
     from deitfast.recipe import Recipe
     from deitfast.training.launch import run, train
@@ -24,6 +24,8 @@ _HOMES = {
     "DeitfastError": "deitfast.errors",
     "DeiT": "deitfast.model.deit",
     "create_model": "deitfast.model.factory",
+    "LoadedModel": "deitfast.model.factory",
+    "load_model": "deitfast.model.factory",
     "Classifier": "deitfast.use.predict",
     "get_model": "deitfast.use.predict",
     "inference_model": "deitfast.use.predict",
@@ -38,6 +40,7 @@ __all__ = [
     "Classifier",
     "DeiT",
     "DeitfastError",
+    "LoadedModel",
     "Recipe",
     "Result",
     "accelerate",
@@ -45,6 +48,7 @@ __all__ = [
     "get_model",
     "inference_model",
     "list_models",
+    "load_model",
     "run",
     "train",
 ]

@@ -9,7 +9,7 @@ _RENAMED = {
     "data-path": "--data", "data-dir": "--data", "dataset": "--data", "data-set": "--data", "data-root": "--data",
     "finetune": "--init --weights", "initial-checkpoint": "--init --weights", "load-from": "--init --weights",
     "pretrained": "--init --weights", "checkpoint": "--weights --init", "ckpt": "--weights --init",
-    "model-path": "--weights --init", "weights": "--init", "init": "--weights",
+    "model-path": "--weights --init", "init": "--weights",
     "output-dir": "--out", "output": "--out", "work-dir": "--out", "experiment": "--out", "save-dir": "--out",
     "batch-size": "--batch", "b": "--batch", "train-batch-size": "--batch", "accum-iter": "--micro-batch",
     "grad-accum-steps": "--micro-batch", "gradient-accumulation-steps": "--micro-batch", "bs": "--batch",

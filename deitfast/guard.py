@@ -26,7 +26,7 @@ def guarded(main: Callable[[], None]) -> None:
 
     Under torchrun such an end, and one with exit code 75, is final: the launcher starts nothing again.
     """
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow remarks on, we tell by name where it matters
+    quiet_pillow()
     try:
         main()
         if sys.stdout is not None:
@@ -58,6 +58,11 @@ def guarded(main: Callable[[], None]) -> None:
     finally:
         if _started():
             sys.modules["torch.distributed"].destroy_process_group()
+
+
+def quiet_pillow() -> None:
+    """Keep Pillow's warnings of this process off the screen: what it remarks on, we tell by name where it matters."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def leave_now(code: int, *, final: bool = False) -> None:

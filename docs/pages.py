@@ -1,4 +1,4 @@
-"""Writes the pages that repeat what the code says: recipes.md, kernels.md, api.md.
+"""Writes the pages that repeat what the code says: recipes.md, kernels.md, api.md, the bounds of performance.md.
 
 python docs/pages.py            # rewrites them
 python docs/pages.py --check    # exit status 1 where one is out of date
@@ -19,6 +19,7 @@ from typing import Any
 
 import deitfast
 from deitfast import kernels
+from deitfast.model.work import GPUS, forward_macs, mfu, model_flops, part_floors
 from deitfast.recipe import Recipe
 
 DOCS = Path(__file__).parent
@@ -27,7 +28,7 @@ WRITTEN = "<!-- written by docs/pages.py -->"
 
 KERNELS = (
     ("The block", "layernorm_attention_op layernorm_mlp_op"),
-    ("Its parts", "layernorm_qkv_op attention_op linear_residual_op mlp_gelu_op layernorm gemm"),
+    ("Its parts", "layernorm_qkv_op attention_op linear_residual_op mlp_gelu_op layernorm layernorm_linear gemm"),
     ("Drop-path that skips the compute", "subset_rows row_sums"),
     ("The way in", "input patch_embed_op"),
     ("Loss and update", "loss optimizer"),
@@ -121,6 +122,23 @@ def kernels_page() -> str:
     return "\n".join(lines)
 
 
+# Performance ---------------------------------------------------------------------------------------------------------
+
+
+def performance_page() -> str:
+    """performance.md with the roofline's bounds between its markers."""
+    page, gpu, batch = (DOCS / "performance.md").read_text(), GPUS["h100"], 512
+    rows = ["| model | forward, multiply-adds | training, an image | at most | MFU there |", "|---|---|---|---|---|"]
+    for name in ("deit_tiny", "deit_small", "deit_base", "deit3_large", "deit3_huge_patch14_224"):
+        speed = 1e6 / sum(part_floors(name, batch, gpu.tflops, gpu.gbps).values())
+        macs, flops = forward_macs(name) / 1e9, model_flops(name) / 1e9
+        share = 100 * mfu(speed, name, gpu.tflops)
+        rows.append(f"| {name} | {macs:.2f} G | {flops:.1f} GFLOP | {speed:,.0f} images/s | {share:.0f} % |")
+    before, rest = page.split("<!-- roofline -->")
+    after = rest.split("<!-- /roofline -->")[1]
+    return "\n".join([f"{before}<!-- roofline -->", "", *rows, "", f"<!-- /roofline -->{after}"])
+
+
 # API -----------------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +207,7 @@ def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
 def pages() -> dict[Path, str]:
     """Every written page with its text."""
     written = {"recipes.md": recipes_page(), "kernels.md": kernels_page(), "api.md": api_page()}
+    written["performance.md"] = performance_page()
     return {DOCS / name: text.rstrip() + "\n" for name, text in written.items()}
 
 

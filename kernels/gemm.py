@@ -6,9 +6,10 @@
 Epilogues, on the fp32 accumulator, rounded once when stored:
 
     bias        acc + bias
-    gelu        h = acc + bias; out = gelu(h), and gelu'(h) for the backward where it is wanted
+    gelu        h = acc + bias; out = gelu(h), and gelu'(h) for the backward where it is wanted, both times path_scale
     residual    residual + path_scale * gamma * (acc + bias)    path_scale per sample, gamma per channel, both optional;
                 for some samples only (subset_rows.py), residual and out are those rows of the batch
+    scaled      residual + acc + path_scale * bias, of rows of a that have their factor already
     gelu_grad   acc * gelu'(h), and its sums over each block of rows (the gradient of fc1's bias)
 
 16-bit operands run on the tensor cores, read through tensor descriptors (TMA) on sm_90 and sm_100 wherever base and row
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,16 +88,36 @@ other; 256 columns read less and are for the light epilogues.
 """
 
 
-def _other_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch]:
-    """The chip's other tiles."""
+_MULTIPROCESSORS = {90: 132, 100: 148}
+
+
+def _in_turns(arch: int) -> Iterator[Launch]:
+    """Programs that stay and take tiles in turns, as many as fit the chip (H100, B200): a tile's loads are issued under
+    the epilogue of the one before. A layer of 768 channels has but twelve steps a tile to hide its first loads in."""
+    if arch in _MULTIPROCESSORS:
+        for tile, together in ((_tile(128, 256, 64, 8, 4), 1), (_tile(128, 128, 64, 4, 3), 2)):
+            yield replace(tile, programs=together * _MULTIPROCESSORS[arch])
+
+
+def _other_tiles(
+    arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool
+) -> Iterator[Launch | None]:
+    """Programs that stay; cuBLAS, whose epilogue can add a bias; the chip's other tiles."""
+    if itemsize == 2 and aligned_rows:
+        yield from _in_turns(arch)
+    if epilogue == "bias":
+        yield None
     if itemsize == 2 and aligned_rows:
         yield from (entry for (size, width), entry in LAUNCHES[arch].items() if size == itemsize and width)
 
 
-def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch]:
+def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch | None]:
     """What a search tries, as far as it fits the shared memory of the chip."""
+    if epilogue == "bias":
+        yield None
     if itemsize == 4 or not aligned_rows:
         return
+    yield from _in_turns(arch)
     room = {80: 163, 90: 227, 100: 227}.get(arch, 99) << 10
     tiles = ((128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (128, 64, 4), (64, 128, 4), (64, 256, 4))
     for (m, n, warps), (k, stages) in itertools.product(tiles, ((64, 3), (64, 4), (64, 2), (64, 5), (32, 5), (128, 2))):
@@ -104,17 +126,18 @@ def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_
 
 
 @tunable(_other_tiles, _all_tiles)
-def linear_launch(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Launch:
+def linear_launch(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Launch | None:
     """The widest tile of the chip's table that divides N, at most 128 columns with GELU; else 128.
 
-    aligned_rows: whether the operands' rows are, as `aligned` says.
+    epilogue: the kernel's, and "bias" for a "linear" that adds no more than that; there None is cuBLAS. aligned_rows:
+    whether the operands' rows are, as `aligned` says.
     """
     table = LAUNCHES[arch]
     if itemsize == 4:
         return table[4, 64]
     if not aligned_rows:
         return table[2, 0]
-    limit = 256 if epilogue == "linear" else 128
+    limit = 256 if epilogue in ("linear", "bias") else 128
     widths = (width for size, width in sorted(table, reverse=True) if size == itemsize and 0 < width <= limit)
     return table[itemsize, next((width for width in widths if N % width == 0), 128)]
 
@@ -156,6 +179,17 @@ def _sample_arguments(M: int, path_scale: Tensor | None, subset: SubsetRows | No
     return {"path_scale": path_scale, "subset": None, "rows_per_sample": rows_per_sample, "subset_scale": 1.0}
 
 
+def _aligned_rows(a: Tensor, b: Tensor, N: int) -> bool:
+    """Whether the operands are aligned, and so a contiguous result (M, N)."""
+    return aligned(a) and aligned(b) and N * a.element_size() % 16 == 0
+
+
+def _entry(a: Tensor, b: Tensor, N: int, epilogue: str) -> Launch | None:
+    if INTERPRETED:
+        return INTERPRETER_LAUNCH
+    return linear_launch(architecture(a), a.element_size(), N, a.shape[1], epilogue, _aligned_rows(a, b, N))
+
+
 def _linear(
     a: Tensor,
     b: Tensor,
@@ -168,25 +202,29 @@ def _linear(
     path_scale: Tensor | None = None,
     subset: SubsetRows | None = None,
     derivative: Tensor | None = None,
+    entry: Launch | None = None,
 ) -> Tensor | None:
-    """Fill `out` (and `derivative`); return parts (any number, N) of its column sums for gelu_grad, else None."""
+    """Fill `out` (and `derivative`); return parts (any number, N) of its column sums for gelu_grad, else None.
+
+    entry: None for the epilogue's own choice.
+    """
     (M, K), N = a.shape, out.shape[1]
-    arch = architecture(a)
-    aligned_rows = all(aligned(tensor) for tensor in (a, b, out))
-    descriptors = aligned_rows and arch in (90, 100) and a.element_size() == 2
-    entry = INTERPRETER_LAUNCH if INTERPRETED else linear_launch(arch, a.element_size(), N, K, epilogue, aligned_rows)
+    entry = _entry(a, b, N, "linear" if epilogue == "scaled" else epilogue) if entry is None else entry
+    assert entry is not None
+    descriptors = architecture(a) in (90, 100) and a.element_size() == 2 and _aligned_rows(a, b, N)
     block_m, block_n, block_k = (entry.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
     operands: tuple[Any, Any] = (a, b)
     if descriptors:
         b_block = [block_n, block_k] if transposed else [block_k, block_n]
         operands = (TensorDescriptor.from_tensor(a, [block_m, block_k]), TensorDescriptor.from_tensor(b, b_block))
     tiles_m = triton.cdiv(M, block_m)
+    tiles = tiles_m * triton.cdiv(N, block_n)
     column_sums = None
     if epilogue == "gelu_grad":
         column_sums = torch.empty((tiles_m, N), dtype=torch.float32, device=a.device)
     launch(
         linear_kernel,
-        (tiles_m * triton.cdiv(N, block_n),),
+        (min(tiles, entry.programs) if entry.programs else tiles,),
         entry,
         a=operands[0],
         b=operands[1],
@@ -207,29 +245,45 @@ def _linear(
         DESCRIPTORS=descriptors,
         EPILOGUE=epilogue,
         EXACT_GELU=a.element_size() == 4,
+        FLATTEN=entry.programs > 0,
     )
     return column_sums
 
 
 def linear_fwd(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """a (M, K), weight (N, K), bias (N,) -> a W^T + bias (M, N)."""
-    if not runs_triton(a):
+    entry = _entry(a, weight, weight.shape[0], "bias") if runs_triton(a) else None
+    if entry is None:
         return F.linear(a, weight, bias)
     out = torch.empty((a.shape[0], weight.shape[0]), dtype=a.dtype, device=a.device)
-    _linear(a, weight, out, transposed=True, bias=bias)
+    _linear(a, weight, out, transposed=True, bias=bias, entry=entry)
     return out
 
 
-def linear_gelu_fwd(a: Tensor, weight: Tensor, bias: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
-    """gelu(h) and gelu'(h), (M, N), of h = a W^T + bias: a (M, K), weight (N, K), bias (N,); no gelu' unless `save`."""
+def _rows_of(path_scale: Tensor, M: int) -> Tensor:
+    """path_scale (B,) -> (M, 1): the factor of each row of a branch."""
+    return path_scale.repeat_interleave(M // max(1, path_scale.numel()))[:, None]
+
+
+def linear_gelu_fwd(
+    a: Tensor, weight: Tensor, bias: Tensor | None, save: bool, path_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """gelu(h) and gelu'(h), (M, N), of h = a W^T + bias: a (M, K), weight (N, K), bias (N,); no gelu' unless `save`.
+
+    path_scale (B,): both times the factor of the row's sample.
+    """
     if not runs_triton(a):
         h = F.linear(a, weight, bias).float()
         Phi = 0.5 + 0.5 * torch.erf(h * 0.5**0.5)
-        derivative = Phi + h * torch.exp(-0.5 * h * h) * 0.3989422804014327 if save else h.new_empty(0)
-        return (h * Phi).to(a.dtype), derivative.to(a.dtype)
+        factor = 1.0 if path_scale is None else _rows_of(path_scale, h.shape[0])
+        if not save:
+            return (h * Phi * factor).to(a.dtype), a.new_empty(0)
+        derivative = Phi + h * torch.exp(-0.5 * h * h) * 0.3989422804014327
+        return (h * Phi * factor).to(a.dtype), (derivative * factor).to(a.dtype)
     out = torch.empty((a.shape[0], weight.shape[0]), dtype=a.dtype, device=a.device)
     derivative = torch.empty_like(out) if save else out.new_empty(0)
-    _linear(a, weight, out, transposed=True, epilogue="gelu", bias=bias, derivative=derivative if save else None)
+    given = derivative if save else None
+    _linear(a, weight, out, transposed=True, epilogue="gelu", bias=bias, derivative=given, path_scale=path_scale)
     return out, derivative
 
 
@@ -242,13 +296,20 @@ def linear_residual_fwd(
     path_scale: Tensor | None,
     subset: SubsetRows | None = None,
     out: Tensor | None = None,
+    scaled: bool = False,
 ) -> Tensor:
     """residual + path_scale * gamma * (a W^T + bias).
 
     a (M, K), weight (N, K), residual (M, N), gamma (N,), path_scale (B,). subset: residual has the rows of the batch,
-    and the subset's are written in `out`, contiguous, like it, and returned.
+    and the subset's are written in `out`, contiguous, like it, and returned. scaled: a has been multiplied by
+    path_scale, which is left for the bias, and there is no gamma.
     """
+    assert not scaled or (gamma is None and path_scale is not None)
     if not runs_triton(a):
+        if scaled and path_scale is not None:
+            branch = F.linear(a, weight)
+            branch = branch if bias is None else branch + _rows_of(path_scale, a.shape[0]) * bias
+            return (residual + branch).to(residual.dtype)
         branch = F.linear(a, weight, bias).to(residual.dtype)
         if gamma is not None:
             branch = branch * gamma
@@ -257,13 +318,13 @@ def linear_residual_fwd(
             rows = subset.numbers()
             return out.index_copy_(0, rows, (residual[rows] + branch * subset.scale).to(out.dtype))
         if path_scale is not None:
-            branch = branch * path_scale.repeat_interleave(a.shape[0] // max(1, path_scale.numel()))[:, None]
+            branch = branch * _rows_of(path_scale, a.shape[0])
         return (residual + branch).to(residual.dtype)
     if out is None:
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    _linear(
-        a, weight, out, transposed=True, bias=bias, residual=residual, gamma=gamma, path_scale=path_scale, subset=subset
-    )
+    samples: dict[str, Any] = {"path_scale": path_scale, "subset": subset}
+    epilogue = "scaled" if scaled else "linear"
+    _linear(a, weight, out, True, epilogue, bias=bias, residual=residual, gamma=gamma, **samples)
     return out
 
 
@@ -286,20 +347,23 @@ def scale_and_sum(
     gamma: Tensor | None = None,
     path_scale: Tensor | None = None,
     subset: SubsetRows | None = None,
+    sums_alone: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dout (M, N) contiguous -> dout * path_scale and that * gamma, of `dtype`, and the first's column sums (N,) fp32.
 
     A tensor that would be equal to another is that other, not a copy. subset: dout has the rows of the batch, the
-    results are of the subset's rows, times the factor of the branch.
+    results are of the subset's rows, times the factor of the branch. sums_alone: dout, dout and those sums.
     """
     if not runs_triton(dout):
         exact = dout if subset is None else dout[subset.numbers()] * subset.scale
         if path_scale is not None:
-            exact = exact * path_scale.repeat_interleave(dout.shape[0] // max(1, path_scale.numel()))[:, None]
+            exact = exact * _rows_of(path_scale, dout.shape[0])
+        if sums_alone:
+            return dout, dout, exact.float().sum(0)
         branch = exact.to(dtype)
         return branch, branch if gamma is None else (exact * gamma).to(dtype), exact.float().sum(0)
     M, N = (dout.shape[0] if subset is None else subset.row_count), dout.shape[1]
-    copies = path_scale is not None or subset is not None or dtype != dout.dtype
+    copies = (path_scale is not None or subset is not None or dtype != dout.dtype) and not sums_alone
     branch = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
     scaled = torch.empty_like(branch) if gamma is not None else branch
     entry = sums_launch(N)

@@ -55,17 +55,18 @@ def column_slices(x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def linear_kernel(
-    a,  # (M, K): pointer, or descriptor of blocks (BLOCK_M, BLOCK_K)
-    b,  # (N, K) if TRANSPOSED, else (K, N): pointer, or descriptor of blocks (BLOCK_N, BLOCK_K) or (BLOCK_K, BLOCK_N)
-    bias,  # (N,) or None
-    residual,  # (M, N) or None; all rows of the batch if `subset` is given
-    gamma,  # (N,) or None
-    path_scale,  # (M / rows_per_sample,) or None
-    subset,  # (M / rows_per_sample,) int64 or None
-    derivative,  # (M, N): gelu'(h), written by "gelu" unless None, read by "gelu_grad"
-    out,  # (M, N); all rows of the batch if `subset` is given, of which the subset's are written
-    column_sums,  # (M / BLOCK_M rounded up, N) fp32, written by "gelu_grad"
+def linear_tile(
+    tile,
+    a,
+    b,
+    bias,
+    residual,
+    gamma,
+    path_scale,
+    subset,
+    derivative,
+    out,
+    column_sums,
     stride_a,
     stride_b,
     stride_residual,
@@ -73,19 +74,20 @@ def linear_kernel(
     N,
     K,
     rows_per_sample,
-    subset_scale,  # of the branch, where `subset` is given
+    subset_scale,
     TRANSPOSED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    EPILOGUE: tl.constexpr,  # "linear" (bias, residual, gamma, path_scale, subset as given), "gelu" or "gelu_grad"
+    EPILOGUE: tl.constexpr,
     EXACT_GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EPILOGUE_PARTS: tl.constexpr,  # 1, 2 or 4
+    EPILOGUE_PARTS: tl.constexpr,
 ):
+    """Tile number `tile`, along the rows of tiles: the product and its epilogue; arguments as of `linear_kernel`."""
     tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_m = tl.program_id(0) // tiles_n
-    tile_n = tl.program_id(0) % tiles_n
+    tile_m = tile // tiles_n
+    tile_n = tile % tiles_n
     number = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # to divide: 64 bits are for offsets, and cost a call to divide
     row = number.to(tl.int64)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -122,19 +124,26 @@ def linear_kernel(
         column = tile_n * BLOCK_N + part * WIDTH + tl.arange(0, WIDTH)
         mask = (row < M)[:, None] & (column < N)[None, :]
         offset = row[:, None] * N + column[None, :]
+        if path_scale is not None:
+            factor = tl.load(path_scale + number // rows_per_sample, mask=number < M, other=0.0).to(tl.float32)[:, None]
         if bias is not None:
-            h += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+            added = tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+            if EPILOGUE == "scaled":
+                added *= factor
+            h += added
         if EPILOGUE == "gelu":
             h, slope = gelu_with_derivative(h, EXACT_GELU)
             if derivative is not None:
+                if path_scale is not None:
+                    slope *= factor
                 tl.store(derivative + offset, slope.to(derivative.dtype.element_ty), mask=mask)
         if EPILOGUE == "gelu_grad":
             h *= tl.load(derivative + offset, mask=mask, other=0.0).to(tl.float32)
             tl.store(column_sums + tile_m.to(tl.int64) * N + column, tl.sum(h, 0), mask=column < N)
         if gamma is not None:
             h *= tl.load(gamma + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        if path_scale is not None:
-            h *= tl.load(path_scale + number // rows_per_sample, mask=number < M, other=0.0).to(tl.float32)[:, None]
+        if path_scale is not None and EPILOGUE != "scaled":
+            h *= factor
         if subset is not None:
             h *= subset_scale
             offset = row_out[:, None] * N + column[None, :]
@@ -142,6 +151,46 @@ def linear_kernel(
             offset_residual = row_out[:, None] * stride_residual + column[None, :]
             h += tl.load(residual + offset_residual, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + offset, h.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def linear_kernel(
+    a,  # (M, K): pointer, or descriptor of blocks (BLOCK_M, BLOCK_K)
+    b,  # (N, K) if TRANSPOSED, else (K, N): pointer, or descriptor of blocks (BLOCK_N, BLOCK_K) or (BLOCK_K, BLOCK_N)
+    bias,  # (N,) or None
+    residual,  # (M, N) or None; all rows of the batch if `subset` is given
+    gamma,  # (N,) or None
+    path_scale,  # (M / rows_per_sample,) or None
+    subset,  # (M / rows_per_sample,) int64 or None
+    derivative,  # (M, N): gelu'(h), written by "gelu" unless None, read by "gelu_grad"
+    out,  # (M, N); all rows of the batch if `subset` is given, of which the subset's are written
+    column_sums,  # (M / BLOCK_M rounded up, N) fp32, written by "gelu_grad"
+    stride_a,
+    stride_b,
+    stride_residual,
+    M,
+    N,
+    K,
+    rows_per_sample,
+    subset_scale,  # of the branch, where `subset` is given
+    TRANSPOSED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EPILOGUE: tl.constexpr,  # "linear" (with what is given), "scaled", "gelu" or "gelu_grad": see gemm.py
+    EXACT_GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EPILOGUE_PARTS: tl.constexpr,  # 1, 2 or 4
+    FLATTEN: tl.constexpr,  # programs take several tiles: as one loop, with the next one's loads under an epilogue
+):
+    tl.assume(K > 0)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        linear_tile(
+            tile, a, b, bias, residual, gamma, path_scale, subset, derivative, out, column_sums, stride_a, stride_b,
+            stride_residual, M, N, K, rows_per_sample, subset_scale, TRANSPOSED, DESCRIPTORS, EPILOGUE, EXACT_GELU,
+            BLOCK_M, BLOCK_N, BLOCK_K, EPILOGUE_PARTS,
+        )  # fmt: skip
 
 
 @triton.jit

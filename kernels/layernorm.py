@@ -15,12 +15,10 @@ Where a branch runs for a subset of the samples (subset_rows.py), out, dout, mea
 samples, and x, dresidual and dx those of the batch. The same kernels then copy the other rows: x to the output of the
 branch in the forward, dresidual to dx in the backward.
 
-Why LayerNorm is a pass of its own, not folded into the matrix product that follows. The fold
-rstd * (x W'^T - mean * colsum(W')), W' = weight * W, subtracts two numbers |mean| / std times larger than their
-difference: in fp32, with rows of |mean| / std = 3, its error is 2.8 to 3.6 times eager PyTorch's, where this pass has
-0.96 to 1.13 times; the limit is 2. Normalising a tile on its way into the product is exact too, but repeats the
-arithmetic for every block of columns and moves the same bytes in training, since the weight gradient wants the
-normalised rows in memory anyway. Not yet measured on a GPU.
+Why LayerNorm is not folded into the matrix product that follows (layernorm_linear.py has both in one kernel otherwise).
+The fold rstd * (x W'^T - mean * colsum(W')), W' = weight * W, subtracts two numbers |mean| / std times larger than
+their difference: in fp32, with rows of |mean| / std = 3, its error is 2.8 to 3.6 times eager PyTorch's, where this pass
+has 0.96 to 1.13 times; the limit is 2.
 """
 
 from __future__ import annotations
@@ -85,6 +83,31 @@ def layernorm_launch(stage: str, columns: int) -> Launch:
 
 
 @triton.jit
+def normalise_rows(
+    first, x, weight, bias, subset, out, mean, rstd, stride_x, M, D, rows_per_sample, eps,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows from row `first` on, and their mean and rstd; arguments as of `layernorm_fwd_kernel`."""
+    number = first + tl.arange(0, BLOCK_M)
+    row = number.to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    mask = (row < M)[:, None] & (column < D)[None, :]
+    row_x = row
+    if subset is not None:
+        row_x = subset_row(number, subset, rows_per_sample, number < M)
+    values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    row_mean = tl.sum(values, 1) / D
+    centred = tl.where(mask, values - row_mean[:, None], 0.0)
+    row_rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
+    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
+    normed = centred * row_rstd[:, None] * w[None, :] + b[None, :]
+    tl.store(out + row[:, None] * D + column[None, :], normed.to(out.dtype.element_ty), mask=mask)
+    tl.store(mean + row, row_mean, mask=row < M)
+    tl.store(rstd + row, row_rstd, mask=row < M)
+
+
+@triton.jit
 def layernorm_fwd_kernel(
     x,  # (M, D), or all rows of the batch if `subset` is given
     weight,  # (D,)
@@ -105,23 +128,9 @@ def layernorm_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_M
-    number = first + tl.arange(0, BLOCK_M)
-    row = number.to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
-    mask = (row < M)[:, None] & (column < D)[None, :]
-    row_x = row
-    if subset is not None:
-        row_x = subset_row(number, subset, rows_per_sample, number < M)
-    values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    row_mean = tl.sum(values, 1) / D
-    centred = tl.where(mask, values - row_mean[:, None], 0.0)
-    row_rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
-    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
-    normed = centred * row_rstd[:, None] * w[None, :] + b[None, :]
-    tl.store(out + row[:, None] * D + column[None, :], normed.to(out.dtype.element_ty), mask=mask)
-    tl.store(mean + row, row_mean, mask=row < M)
-    tl.store(rstd + row, row_rstd, mask=row < M)
+    normalise_rows(
+        first, x, weight, bias, subset, out, mean, rstd, stride_x, M, D, rows_per_sample, eps, BLOCK_M, BLOCK_D
+    )
     if subset is not None:
         for start in tl.range(first, other_rows, tl.num_programs(0) * BLOCK_M):
             copy_other_rows(x, other_out, subset, start, stride_x, other_rows, K, D, rows_per_sample, BLOCK_M, BLOCK_D)
@@ -194,7 +203,7 @@ def check_layernorm(op: str, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weig
     check_same_or_fp32(op, weight_name, weight, x=x, ln_weight=ln_weight, ln_bias=ln_bias)
 
 
-def _subset_arguments(x: Tensor, subset: SubsetRows | None) -> dict[str, Any]:
+def subset_arguments(x: Tensor, subset: SubsetRows | None) -> dict[str, Any]:
     """The kernels' arguments about the subset of the samples of x (B * n, D)."""
     if subset is None:
         return {"subset": None, "K": 0, "rows_per_sample": 1, "other_rows": 0}
@@ -233,7 +242,7 @@ def layernorm_fwd(
     out = torch.empty((M, D), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    entry, samples = layernorm_launch("fwd", D), _subset_arguments(x, subset)
+    entry, samples = layernorm_launch("fwd", D), subset_arguments(x, subset)
     launch(
         layernorm_fwd_kernel,
         (triton.cdiv(max(M, samples["other_rows"]), entry.tiles["BLOCK_M"]),),
@@ -282,7 +291,7 @@ def layernorm_bwd(
         return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
     M, D = dout.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    entry, samples = layernorm_launch("bwd", D), _subset_arguments(x, subset)
+    entry, samples = layernorm_launch("bwd", D), subset_arguments(x, subset)
     programs = min(entry.programs, triton.cdiv(max(M, samples["other_rows"]), entry.tiles["BLOCK_M"]))
     parts = torch.empty((2, programs, D), dtype=torch.float32, device=x.device)
     launch(

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from deitfast.kernels.attention_op import attention_bwd, attention_fwd, attention_reference, check_heads
 from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, op, rows
-from deitfast.kernels.gemm import check_linear, linear_fwd, linear_residual_fwd
-from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
+from deitfast.kernels.gemm import check_linear, linear_residual_fwd
+from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd
+from deitfast.kernels.layernorm_linear import layernorm_linear_fwd
 from deitfast.kernels.linear_residual_op import check_residual, linear_residual_bwd, linear_residual_reference
 from deitfast.kernels.replaced import replaceable
 from deitfast.kernels.row_sums import row_sums
@@ -86,12 +87,12 @@ def _layernorm_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     branch_rows, (tokens, width) = subset_rows(x, subset, subset_scale), x.shape[-2:]
     out = None if branch_rows is None else torch.empty((x.shape[:-1].numel(), width), dtype=x.dtype, device=x.device)
-    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, qkv_weight.dtype, branch_rows, out)
     sequences = math.prod(x.shape[:-2] if subset is None else (subset.shape[0], *x.shape[1:-2]))
-    qkv = linear_fwd(normed, qkv_weight, qkv_bias).view(sequences, tokens, 3 * width)
+    qkv, normed = layernorm_linear_fwd(rows(x), ln_weight, ln_bias, eps, qkv_weight, qkv_bias, branch_rows, out)
+    qkv = qkv.view(sequences, tokens, 3 * width)
     attended, lse = attention_fwd(qkv, num_heads, scale)
     out = linear_residual_fwd(rows(attended), proj_weight, proj_bias, rows(x), gamma, path_scale, branch_rows, out)
-    return out.view(x.shape), normed, mean, rstd, qkv, attended, lse
+    return out.view(x.shape), *normed, qkv, attended, lse
 
 
 @op("layernorm_attention_bwd")

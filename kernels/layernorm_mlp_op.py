@@ -10,6 +10,12 @@ subset_scale; the others have out = x and dx = dout (subset_rows.py).
 One op rather than a chain, because its backward can then do what a chain cannot: multiply by gelu' in the epilogue that
 computes the gradient of gelu(h), and add the residual's gradient while the LayerNorm backward writes dx.
 
+Drop-path's factor takes no pass of its own: gelu(h) and gelu'(h) are stored times it. With g = dout, s the factor:
+
+    out = x + (s gelu(h)) W2^T + s b2      dh = (g W2) * (s gelu'(h))      dW2 = g^T (s gelu(h))      db2 = sum_m s g
+
+With LayerScale, or a residual stream in fp32, g * gamma has to be written anyway, and there the factor goes with it.
+
 Saved for the backward: x, mean and rstd (fp32), LayerNorm(x), gelu(h), gelu'(h), all but x for the samples of
 the subset alone; the output is not needed.
 """
@@ -23,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.kernels.common import autocast, needed_gradients, needs_grad, op, rows
-from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_gelu_fwd, linear_residual_fwd
-from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
+from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_residual_fwd
+from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd
+from deitfast.kernels.layernorm_linear import layernorm_gelu_fwd
 from deitfast.kernels.linear_residual_op import check_residual, linear_residual_bwd, linear_residual_reference
 from deitfast.kernels.mlp_gelu_op import check_mlp, mlp_gelu_reference
 from deitfast.kernels.replaced import replaceable
@@ -58,6 +65,11 @@ def layernorm_mlp_reference(
     return linear_residual_reference(gelu, fc2_weight, fc2_bias, x, gamma, path_scale)
 
 
+def _factor_in_gelu(x: Tensor, fc2_weight: Tensor, gamma: Tensor | None, path_scale: Tensor | None) -> bool:
+    """Whether gelu and gelu' carry drop-path's factor."""
+    return path_scale is not None and gamma is None and x.dtype == fc2_weight.dtype
+
+
 @op("layernorm_mlp")
 def _layernorm_mlp(
     x: Tensor,
@@ -78,13 +90,16 @@ def _layernorm_mlp(
     branch_rows = subset_rows(x, subset, subset_scale)
     whole = x.shape[:-1].numel(), x.shape[-1]
     out = None if branch_rows is None else torch.empty(whole, dtype=x.dtype, device=x.device)
-    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, fc1_weight.dtype, branch_rows, out)
-    gelu, derivative = linear_gelu_fwd(normed, fc1_weight, fc1_bias, save)
+    scaled = _factor_in_gelu(x, fc2_weight, gamma, path_scale)
+    factor = path_scale if scaled else None
+    gelu, derivative, normed = layernorm_gelu_fwd(
+        rows(x), ln_weight, ln_bias, eps, fc1_weight, fc1_bias, save, branch_rows, out, factor
+    )
     if residual:
-        out = linear_residual_fwd(gelu, fc2_weight, fc2_bias, rows(x), gamma, path_scale, branch_rows, out)
+        out = linear_residual_fwd(gelu, fc2_weight, fc2_bias, rows(x), gamma, path_scale, branch_rows, out, scaled)
     else:
         out = linear_fwd(gelu, fc2_weight, fc2_bias)
-    return out.view(*x.shape[:-1], fc2_weight.shape[0]), normed, mean, rstd, gelu, derivative
+    return out.view(*x.shape[:-1], fc2_weight.shape[0]), *normed, gelu, derivative
 
 
 @op("layernorm_mlp_bwd")
@@ -109,7 +124,8 @@ def _layernorm_mlp_bwd(
     wanted2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dout, branch_rows = rows(dout).contiguous(), subset_rows(x, subset, subset_scale)
-    fc2 = linear_residual_bwd(dout, gelu, fc2_weight, fc2_bias, gamma, path_scale, branch_rows, wanted2)
+    scaled = _factor_in_gelu(x, fc2_weight, gamma, path_scale)
+    fc2 = linear_residual_bwd(dout, gelu, fc2_weight, fc2_bias, gamma, path_scale, branch_rows, wanted2, scaled=scaled)
     dh, dfc1_bias = linear_gelu_bwd(fc2.dlinear, fc2_weight, derivative, fc1_weight.dtype)
     dfc1_weight = dh.t() @ normed if wanted1 else fc1_weight.new_empty(0)
     dx, dln_weight, dln_bias = layernorm_bwd(

@@ -4,10 +4,10 @@
 
 x (..., D), weight (O, D) with O = 3D for qkv but any width allowed, out (..., O).
 
-Forward, two kernels: the LayerNorm pass writes the normalised rows (why it is a pass of its own: layernorm.py), the
-matrix product adds the bias in its epilogue. Saved for the backward: x, the normalised rows, mean and rstd (fp32). The
-rows are 1/16 of the activations that a block keeps; computing them again would cost one more write of them in the
-backward. With n the normalised rows:
+Forward, one kernel: a program normalises a block of rows and multiplies it by the whole weight, the bias added in the
+epilogue; two, where that is the better bet (layernorm_linear.py). Saved for the backward: x, the normalised rows, mean
+and rstd (fp32). The rows are 1/16 of the activations that a block keeps; computing them again would cost one more write
+of them in the backward. With n the normalised rows:
 
     dn = dout W      dx, dln_weight, dln_bias = LayerNorm backward of dn      dW = dout^T n      dbias = sum_m dout
 """
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.kernels.common import autocast, needed_gradients, op, rows
-from deitfast.kernels.gemm import check_linear, linear_fwd
-from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd, layernorm_fwd
+from deitfast.kernels.gemm import check_linear
+from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd
+from deitfast.kernels.layernorm_linear import layernorm_linear_fwd
 from deitfast.kernels.linear_residual_op import linear_residual_bwd
 
 
@@ -36,9 +37,8 @@ def layernorm_qkv_reference(
 def _layernorm_qkv(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    normed, mean, rstd = layernorm_fwd(rows(x), ln_weight, ln_bias, eps, weight.dtype)
-    out = linear_fwd(normed, weight, bias)
-    return out.view(*x.shape[:-1], weight.shape[0]), normed, mean, rstd
+    out, normed = layernorm_linear_fwd(rows(x), ln_weight, ln_bias, eps, weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0]), *normed
 
 
 @op("layernorm_qkv_bwd")

@@ -80,15 +80,18 @@ def linear_residual_bwd(
     subset: SubsetRows | None = None,
     wanted: bool = True,
     wants_sums: bool = False,
+    scaled: bool = False,
 ) -> LinearGradients:
     """dout (M, N) contiguous, with the rows of the batch where `subset` is given; a (M, K), weight (N, K).
 
     wanted: False where neither weight, bias nor gamma wants a gradient. wants_sums: the column sums of dlinear even so.
+    scaled: a has been multiplied by path_scale: dlinear is dout itself, and the bias gradient alone has a factor.
     """
     changes = gamma is not None or path_scale is not None or subset is not None or weight.dtype != dout.dtype
+    changes = changes and not scaled
     g, dlinear, sums = dout, dout, None
     if wanted or wants_sums or changes:
-        g, dlinear, sums = scale_and_sum(dout, weight.dtype, gamma, path_scale, subset)
+        g, dlinear, sums = scale_and_sum(dout, weight.dtype, gamma, path_scale, subset, sums_alone=scaled)
     scaled_sums = sums if sums is None or gamma is None else gamma * sums
     if not wanted or sums is None or scaled_sums is None:
         return LinearGradients(dlinear, scaled_sums, *(weight.new_empty(0) for _ in range(3)))

@@ -7,8 +7,9 @@ Expected top-1 after the second stage: 83.8 % (README_revenge.md of facebookrese
 published of this one.
 Time on 1 and on 8 H100: not yet measured. Not yet run.
 
-The settings are those of the authors' command (README_revenge.md). Gradients are clipped at norm 1, which the command
-does not say: it is the default of its optimiser, apex's FusedLAMB.
+The settings are those of the authors' command (README_revenge.md at commit b001f95; its first version lacks the test
+crop of 1.0). Gradients are clipped at norm 1, which the command does not say: it is the default of its optimiser,
+apex's FusedLAMB (max_grad_norm in apex/optimizers/fused_lamb.py); timm's `fusedlamb` hands it rate, decay and epsilon.
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node GPUS recipes/deit_tiny_distilled_1000.py --data IMAGENET
 
-Expected top-1: 76.6 % (the DeiT paper, recalled; mean of both heads, crop ratio .875).
+Expected top-1: 76.6 % (the DeiT paper, table 5; mean of both heads, crop ratio .875).
 Time on 1 and on 8 H100: not yet measured. Not yet run.
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """

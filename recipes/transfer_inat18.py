@@ -4,7 +4,7 @@
 
 Data: INAT18/train/<class>/*.jpg, 437,513 images of 8,142 classes, and INAT18/val/<class>/*.jpg, 24,426.
 Starts from the best weights of deit_base.py's run, with a new head.
-Expected top-1: 73.2 % (the DeiT paper, recalled; distilled and at 384 px 80.1 %).
+Expected top-1: 73.2 % (the DeiT paper, table 7; distilled and at 384 px 80.1 %).
 Time on 1 and on 8 H100: not yet measured. Not yet run.
 
 The settings are the authors' answer (facebookresearch/deit, issues 105 and 141). 7.5e-5 is the final learning rate: who

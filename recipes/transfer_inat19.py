@@ -4,7 +4,7 @@
 
 Data: INAT19/train/<class>/*.jpg, 265,240 images of 1,010 classes, and INAT19/val/<class>/*.jpg, 3,003.
 Starts from the best weights of deit_base.py's run, with a new head.
-Expected top-1: 77.7 % (the DeiT paper, recalled; distilled and at 384 px 83.0 %).
+Expected top-1: 77.7 % (the DeiT paper, table 7; distilled and at 384 px 83.0 %).
 Time on 1 and on 8 H100: not yet measured. Not yet run.
 Any setting is a flag; `--help` lists them. `--data digits --smoke` proves the installation in about a minute.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from deitfast.cli.main import main
 from deitfast.errors import DeitfastError
 from deitfast.use import doctor
-from deitfast.use.doctor import BREAKS, NOTE, OK, Finding, table
+from deitfast.use.doctor import BREAKS, NOTE, OK, Finding, examine, table
 from deitfast.verification.verdict import OpVerdict, Verdict
 
 
@@ -43,6 +44,18 @@ def test_without_a_gpu_it_says_why_there_is_no_table_and_nothing_breaks(
         assert words in out
     assert "breaks" not in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "minutes", "told"), [(0, 10, "--tune searches on the GPU"), (1, -1, "-1 minutes"), (1, math.nan, "nan m")]
+)
+def test_a_search_is_refused_where_no_gpu_is_and_for_no_time(
+    gpus: int, minutes: float, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(DeitfastError, match=told):
+        examine("deit_digits_patch4_16", 8, "", tmp_path, print, tune_minutes=minutes)
 
 
 def test_data_that_is_not_there_breaks_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from deitfast.cli.main import main
 from deitfast.data import normalise
 from deitfast.errors import DeitfastError
+from deitfast.model.convert import to_huggingface
 from deitfast.model.factory import LoadedModel, create_model, load_model
 from deitfast.model.fused import fuse
 from deitfast.model.preprocessing import Preprocessing
@@ -85,8 +86,10 @@ def test_transformers_loads_ours_strictly(variety: str, head_dist: bool, kind: s
 
     load_weights(back, folder)
     assert same(back.state_dict(), model.model.state_dict())
-    with pytest.raises(DeitfastError, match=r"exists\. Give a new folder"):
+    with pytest.raises(DeitfastError, match=r"exists\. Give a new name, or --force"):
         export(model, "hf", folder)
+    assert export(model, "hf", folder, force=True) == folder
+    assert same(load_file(folder / "model.safetensors"), to_huggingface(model.model.state_dict())[1])
     with pytest.raises(DeitfastError, match="no DeiT with LayerScale"):
         export(loaded(layer_scale=0.1), "hf", tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
@@ -186,3 +189,18 @@ def test_the_command_exports_with_names(tmp_path: Path, capsys: pytest.CaptureFi
     with safe_open(out, framework="pt") as file:
         assert file.metadata()["model"] == NAME
         assert json.loads(file.metadata()["classes"]) == ["no", "yes"]
+
+
+@pytest.mark.parametrize("format", ["timm", "safetensors", "mmpretrain", "exported"])
+def test_nothing_is_overwritten_unless_asked_for(format: str, tmp_path: Path) -> None:
+    path = export(loaded(), format, tmp_path / "x")
+    before = path.read_bytes()
+    with pytest.raises(DeitfastError, match=r"exists\. Give a new name, or --force \(force=True\) to replace it"):
+        export(loaded(), format, path)
+    assert path.read_bytes() == before
+    export(loaded(), format, path, force=True)
+    with pytest.raises(DeitfastError, match="is a file, and Hugging Face's format a folder"):
+        export(loaded(), "hf", path, force=True)
+    with pytest.raises(DeitfastError, match="is a folder, and no exported model"):
+        export(loaded(), "hf", tmp_path, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -511,3 +511,22 @@ def test_a_heads_rows_follow_the_datas_names(tmp_path):
         create_model(MODEL, weights=tmp_path / "x.pth", classes=["apple", "banana", "cherry", "elm"])
     assert create_model(MODEL, weights=tmp_path / "x.pth", classes=list("abcd"), reset_head=True).num_classes == 4
     assert head_order(["n01440764", "b"], ["b", "tench, Tinca tinca"], "x") == [1, 0]
+
+
+def test_a_models_name_is_told_by_its_weights(tmp_path: Path) -> None:
+    whole = state()
+    save_file(whole, tmp_path / "w.safetensors", metadata={"classes": json.dumps(list(COLOURS))})
+    for given in ({"weights": tmp_path / "w.safetensors"}, {"pretrained": str(tmp_path / "w.safetensors")}):
+        model = create_model(**given, fused=False)
+        assert model.classes == tuple(COLOURS)
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.items())
+    for nothing in ({}, {"pretrained": True}):
+        with pytest.raises(DeitfastError, match=r"neither a model nor weights\. Give a model's name"):
+            create_model(**nothing)
+
+
+def test_training_knows_weights_by_the_name_of_the_other_commands() -> None:
+    from deitfast import Recipe
+    from deitfast.training.launch import parse_flags
+
+    assert parse_flags(Recipe(), ["--weights", "w.pth"]) == parse_flags(Recipe(), ["--init", "w.pth"])

@@ -42,7 +42,7 @@ DISTILLED = {"distillation": "hard", "distillation_alpha": 0.5, "teacher": "regn
 AT_384 = {
     "epochs": 30, "batch": 32 * 16, "lr": 5e-6, "min_lr": 5e-6, "weight_decay": 1e-8, "drop_path": 0, "mix_group": 32,
 }  # fmt: skip
-# README_revenge.md's commands; apex's FusedLAMB clips at 1; the paper's test crop is whole.
+# README_revenge.md's commands at b001f95, test crop 1.0 included; max_grad_norm of apex's fused_lamb.py is 1.
 DEIT3 = DEIT | {
     "optimizer": "lamb", "epochs": 800, "batch": 256 * 8, "lr": 3e-3, "drop_path": 0.2, "clip_norm": 1, "loss": "bce",
     "drop_path_schedule": "constant", "layer_scale": 1e-4, "smoothing": 0, "rand_augment": "three",

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.roofline import CLASSES
 from deitfast.model.deit import LAYER_NORM_EPS
 from deitfast.model.factory import create_model
+from deitfast.model.work import CLASSES
 from deitfast.model.zoo import find_variant
 
 PACKAGES = {"ours": "deitfast", "timm": "timm", "torchvision": "torchvision", "huggingface": "transformers"}

@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.measuring.harness import Refused, Roofs, measure, roofs, synchronize, timed_row
 from benchmarks.measuring.peers_models import build, logits_of, reference_state, version
 from benchmarks.measuring.record import clocks
-from benchmarks.roofline import CLASSES
 from deitfast.data import Batch, Targets, prepare
 from deitfast.data.batch import targets
 from deitfast.distributed import World
@@ -32,6 +31,7 @@ from deitfast.engine.engine import FlatEngine, make_engine
 from deitfast.engine.losses import training_loss
 from deitfast.engine.optim import Ema, make_optimizer
 from deitfast.kernels.loss import mixed_cross_entropy_reference
+from deitfast.model.work import CLASSES
 from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 
@@ -51,6 +51,7 @@ _BACKENDS = {
 class Job:
     """What one worker runs. model: a zoo name. compile: torch.compile's mode, or "" for eager.
 
+    attention: SDPA's backend on a GPU, "" for the fastest.
     engine: graph or flat for a step of `deitfast.engine.engine`, "" for the plain loop.
     launched: `time.time()` when the process was started. quick: few samples.
     """
@@ -65,6 +66,7 @@ class Job:
     drop_path: float = 0.0
     drop_path_form: str = "bernoulli"
     compile: str = ""
+    attention: str = ""
     engine: str = ""
     quick: bool = False
     launched: float = 0.0
@@ -262,7 +264,7 @@ def work(job: Job, expected: Reference | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"version": version(job.library), "attention": "ours" if job.fused else "default"}
     with contextlib.ExitStack() as stack:
         if on_cuda and not job.fused:
-            facts["attention"] = fastest_attention(job)
+            facts["attention"] = job.attention or fastest_attention(job)
             backends = [_BACKENDS[facts["attention"]], SDPBackend.MATH]
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
         start = time.time()

@@ -47,15 +47,21 @@ FACTORS = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the base with `changes`. teacher: of TEACHERS, or none. distilled: a model with the second token.
-    start: the run whose best weights it starts from."""
+    """One training: the base with `changes`.
+
+    teacher: of TEACHERS, or none. distilled: a model with the second token. start: the run whose best weights it starts
+    from. longer: times the base's epochs. share: of the training images one in so many, seen as much oftener. by_timm:
+    by `timm_loop`.
+    """
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = ""
     distilled: bool = False
     start: str = ""
-    longer: int = 1  # times the base's epochs
+    longer: int = 1
+    share: int = 1
+    by_timm: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,16 +91,21 @@ def runs(base: Recipe) -> list[Run]:
     """Every training of the table, those first that say most."""
     hard: dict[str, Any] = {"distillation": "hard"}
     flipped = {f.name: Run(_flipped(f, base), f.off if f.is_on(base) else f.on) for f in FACTORS}
+    mixing = flipped.pop("mixup and cutmix")
     return [
         Run(BASE),
-        flipped.pop("mixup and cutmix"),
+        mixing,
         Run("hard, token", hard, CONVNET, distilled=True),
         Run("hard, class token", hard, CONVNET),
         Run("soft, class token", {"distillation": "soft", "distillation_alpha": 0.1, "distillation_tau": 3.0}, CONVNET),
         Run("second token, no teacher", distilled=True),
         Run("hard, token, transformer", hard, TRANSFORMER, distilled=True),
         Run("hard, token, equal convnet", hard, EQUAL_CONVNET, distilled=True),
+        Run("half the images", share=2),
+        Run(f"half the images, {mixing.name}", mixing.changes, share=2),
         *flipped.values(),
+        Run("timm loop", _TIMM_HAS, by_timm=True),
+        *([Run("timm loop's settings", _TIMM_HAS)] if _changed(base, _TIMM_HAS) else []),
         Run("plain loop", {"engine": "plain"}),
         Run("bf16", {"precision": "bf16"}),
         Run("drop-path as a subset", {"drop_path": 0.1, "drop_path_form": "subset"}),
@@ -104,20 +115,28 @@ def runs(base: Recipe) -> list[Run]:
     ]
 
 
+_TIMM_HAS = {"repeats": 1}
+"""What timm's loop is run with: timm repeats augmentation over processes alone."""
 _FINE_TUNING = {"lr": 1e-4, "min_lr": 1e-4, "weight_decay": 1e-8, "warmup_epochs": 0.0, "drop_path": 0.0}
 
 
 def claims(base: Recipe) -> list[Claim]:
     """What the paper says, and what this engine says of its own choices, in terms of the runs above."""
-    found = [Claim("the average of the weights (EMA) helps", Score(BASE), Score(BASE, "raw"))]
+    found = [
+        Claim(f"the average of the weights (EMA) helps: {run}", Score(run), Score(run, "raw"))
+        for run in (BASE, "hard, token", "hard, class token")
+    ]
     for factor in FACTORS:
         pair = Score(BASE), Score(_flipped(factor, base))
         found.append(Claim(factor.claim, *(pair if factor.is_on(base) else pair[::-1])))
     drop_path = next(f for f in FACTORS if f.name == "drop-path")
     per_image = BASE if drop_path.is_on(base) else _flipped(drop_path, base)
+    mixing = FACTORS[0]
+    fewer = Score("half the images"), Score(f"half the images, {_flipped(mixing, base)}")
     token, alone = Score("hard, token"), Score("hard, class token")
     return [
         *found,
+        Claim(f"{mixing.claim} where images are fewer", *(fewer if mixing.is_on(base) else fewer[::-1])),
         Claim("distillation from a convnet helps", token, Score(BASE)),
         Claim("hard labels beat soft ones", alone, Score("soft, class token")),
         Claim("the token helps over hard labels on the class token alone", token, alone),
@@ -131,6 +150,10 @@ def claims(base: Recipe) -> list[Claim]:
         Claim("longer training helps", Score("twice as long"), Score(BASE)),
         Claim("longer training helps with distillation", Score("hard, token, twice as long"), token),
         Claim("fine-tuning at a larger resolution helps", Score("at twice the size"), Score(BASE)),
+        Claim(
+            "the engine learns like a loop of timm's parts",
+            Score("timm loop's settings" if _changed(base, _TIMM_HAS) else BASE), Score("timm loop"), equal=True,
+        ),
         Claim("the flat engine learns like the plain loop", Score(BASE), Score("plain loop"), equal=True),
         Claim("bf16 learns like fp32", Score(BASE), Score("bf16"), equal=True),
         Claim(
@@ -142,6 +165,10 @@ def claims(base: Recipe) -> list[Claim]:
 
 def _flipped(factor: Factor, base: Recipe) -> str:
     return f"{'without' if factor.is_on(base) else 'with'} {factor.name}"
+
+
+def _changed(base: Recipe, settings: Mapping[str, Any]) -> bool:
+    return any(getattr(base, name) != value for name, value in settings.items())
 
 
 def _image_size(base: Recipe) -> int:

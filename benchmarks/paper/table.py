@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ class Difference:
     error: float | None
     seeds: int
 
+    def __str__(self) -> str:
+        return "" if self.mean is None or self.error is None else f"{self.mean:+.2f} ± {self.error:.2f}"
+
     def verdict(self, claim: Claim) -> str:
         if self.mean is None or self.error is None:
             return NOT_RUN
@@ -74,6 +77,11 @@ def standard_error(sample: Sequence[float]) -> float:
     return statistics.stdev(sample) / math.sqrt(len(sample))
 
 
+def speed_of(seeds: Mapping[int, Mapping[str, Any]]) -> float:
+    """Training images a second of CPU over whole runs, set-up and evaluation included."""
+    return sum(done["images"] for done in seeds.values()) / sum(done["cpu_seconds"] for done in seeds.values())
+
+
 def scores_of(runs: Sequence[Run]) -> list[Score]:
     """The rows: averaged and raw weights of every run, and the heads of a distilled one."""
     rows = []
@@ -85,20 +93,45 @@ def scores_of(runs: Sequence[Run]) -> list[Score]:
 
 def markdown(results: Results, runs: Sequence[Run], claims: Sequence[Claim], seeds: Sequence[int]) -> str:
     """Two tables: every score, and every claim with its verdict."""
-    lines = ["| row | top-1 by seed | mean | spread | standard error |", "|---|---|---|---|---|"]
+    lines = [
+        "| row | top-1 by seed | mean | spread | standard error | images a second of CPU |",
+        "|---|---|---|---|---|---|",
+    ]
     for score in scores_of(runs):
         top1 = list(values(results, score, seeds).values())
         if not top1:
-            lines += [f"| {score} | {NOT_RUN} | | | |"] if score.weights == "ema" and score.head == "top1" else []
+            lines += [f"| {score} | {NOT_RUN} | | | | |"] if score.weights == "ema" and score.head == "top1" else []
             continue
         mean, spread = f"{statistics.mean(top1):.2f}", f"{max(top1) - min(top1):.2f}" if len(top1) > 1 else ""
         error = f"{standard_error(top1):.2f}" if len(top1) > 1 else ""
-        lines.append(f"| {score} | {', '.join(f'{v:.2f}' for v in top1)} | {mean} | {spread} | {error} |")
-    lines += ["", "| claim | difference | standard error | seeds | verdict |", "|---|---|---|---|---|"]
+        speed = f"{speed_of(results[score.run]):.0f}" if score.weights == "ema" and score.head == "top1" else ""
+        lines.append(f"| {score} | {', '.join(f'{v:.2f}' for v in top1)} | {mean} | {spread} | {error} | {speed} |")
+    lines += ["", "| claim | seeds | averaged weights: difference | verdict | raw weights: difference | verdict |"]
+    lines.append("|---|---|---|---|---|---|")
     for claim in claims:
         found = difference(results, claim, seeds)
-        numbers = ["", ""] if found.mean is None else [f"{found.mean:+.2f}", f"{found.error:.2f}"]
-        lines.append(f"| {claim.text} | {numbers[0]} | {numbers[1]} | {found.seeds} | {found.verdict(claim)} |")
+        cells = [claim.text, str(found.seeds), str(found), found.verdict(claim)]
+        if claim.better.weights == claim.worse.weights:
+            raw = replace(claim, better=replace(claim.better, weights="raw"), worse=replace(claim.worse, weights="raw"))
+            found = difference(results, raw, seeds)
+            cells += [str(found), found.verdict(raw)]
+        lines.append(f"| {' | '.join(cells + [''] * (6 - len(cells)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def tokens(folder: Path) -> str:
+    """How alike the two tokens of distilled runs are through depth; empty where nobody has looked."""
+    found: dict[str, list[list[float]]] = {}
+    for path in sorted(folder.glob("tokens-*.json")):
+        done = json.loads(path.read_text())
+        found.setdefault(done["run"], []).append(done["cosines"])
+    if not found:
+        return ""
+    lines = ["", "| cosine of class and distillation token | as learned, then after every block (mean over seeds) |"]
+    lines.append("|---|---|")
+    for run, seeds in found.items():
+        means = [statistics.mean(values) for values in zip(*seeds, strict=True)]
+        lines.append(f"| {run} ({len(seeds)}) | {', '.join(f'{value:.2f}' for value in means)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import deitfast
+from benchmarks import timm_loop
 from benchmarks.measuring.record import facts
 from benchmarks.paper import teacher as convnets
 from benchmarks.paper.rows import BASE, CONVNET, EQUAL_CONVNET, TRANSFORMER, Run
@@ -73,6 +74,13 @@ def write_subset(data: str, folder: Path, train_images: int, val_images: int | N
         write_atomically(folder / f"{split}.tar", partial(_write_shard, manifest, index))
 
 
+def write_share(data: str, folder: Path, share: int) -> None:
+    """The first of every class's training images, one in `share` of them, and all validation images."""
+    train = open_dataset(data, "train", quiet=True).train
+    assert train is not None
+    write_subset(data, folder, len(train) // len(train.classes) // share)
+
+
 def _write_shard(manifest: Manifest, index: np.ndarray, path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for i in index.tolist():
@@ -91,9 +99,13 @@ def recipe_of(table: Table, run: Run, seed: int) -> Recipe:
         changes["model"] = distilled_name(base.model)
     if run.teacher:
         changes["teacher"] = teacher_of(table, run.teacher)
+    if run.share > 1:
+        changes["data"] = str(table.out / "runs" / f"data-{run.share}")
     if run.start:
         changes["init"] = str(table.folder(run.start, seed) / "best")
-    return replace(base, epochs=base.epochs * run.longer, seed=seed, out=str(table.folder(run.name, seed)), **changes)
+    epochs = base.epochs * run.longer * run.share
+    changes["eval_every"] = epochs
+    return replace(base, epochs=epochs, seed=seed, out=str(table.folder(run.name, seed)), **changes)
 
 
 def distilled_name(model: str) -> str:
@@ -110,6 +122,8 @@ def teacher_of(table: Table, teacher: str) -> str:
 
 def make_ready(table: Table, run: Run, seed: int) -> None:
     """Train whatever the run starts from or is taught by and is not there yet."""
+    if run.share > 1:
+        write_share(table.recipe.data, table.out / "runs" / f"data-{run.share}", run.share)
     if run.start and not table.file(run.start, seed).exists():
         train(table, Run(run.start), seed)
     if run.teacher in (TRANSFORMER, EQUAL_CONVNET) and not table.quick and not table.file(BASE, TEACHER_SEED).exists():
@@ -146,13 +160,16 @@ def train_convnet(table: Table, name: str) -> None:
 def train(table: Table, run: Run, seed: int) -> dict[str, Any]:
     """The run's scores and all that belongs to them; read where they are written already.
 
-    A run that was killed goes on from its newest checkpoint. Raises SystemExit(75) when a signal asks to stop.
+    Its seconds are those of all of it, evaluation included, but of the last start alone. A run that was killed goes on
+    from its newest checkpoint. Raises SystemExit(75) when a signal asks to stop.
     """
     path = table.file(run.name, seed)
     if path.exists():
         return json.loads(path.read_text())
     make_ready(table, run, seed)
     recipe = recipe_of(table, run, seed)
+    if run.by_timm:
+        return train_by_timm(table, run, recipe)
     before, cpu, wall = _steps(recipe), time.process_time(), time.monotonic()
     result = deitfast.train(recipe)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
@@ -164,6 +181,23 @@ def train(table: Table, run: Run, seed: int) -> dict[str, Any]:
         "engine": result.engine, "loss": curve(Path(recipe.out)), "facts": facts(),
     }  # fmt: skip
     _write(path, done)
+    return done
+
+
+def train_by_timm(table: Table, run: Run, recipe: Recipe) -> dict[str, Any]:
+    """A run of `timm_loop`, written down like the engine's; one that was killed begins anew."""
+    cpu, wall = time.process_time(), time.monotonic()
+    found = timm_loop.train(recipe, recipe.device if recipe.device != "auto" else "cpu")
+    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+    images = found.steps * recipe.batch
+    done = {
+        "run": run.name, "seed": recipe.seed, "steps": found.steps,
+        "command": f"python -m benchmarks.timm_loop --recipe {table.name} --data {recipe.data} --seed {recipe.seed}",
+        "scores": {"raw": {"top1": found.raw}, "ema": {"top1": found.ema}}, "images": images,
+        "cpu_seconds": cpu, "wall_seconds": wall, "images_per_cpu_second": images / cpu,
+        "engine": "plain loop of timm's parts", "loss": found.loss, "facts": facts(),
+    }  # fmt: skip
+    _write(table.file(run.name, recipe.seed), done)
     return done
 
 

@@ -8,7 +8,9 @@ from typing import NoReturn
 
 from deitfast.cli.data import add_data
 from deitfast.cli.doctor import add_doctor
+from deitfast.cli.estimate import add_estimate
 from deitfast.cli.model import add_use
+from deitfast.cli.report import add_report
 from deitfast.cli.train import add_train
 from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded
@@ -32,6 +34,8 @@ def command_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersActio
     add_use(commands)
     add_data(commands)
     add_doctor(commands)
+    add_report(commands)
+    add_estimate(commands)
     return parser, commands
 
 
@@ -41,7 +45,7 @@ def _dispatch(arguments: Sequence[str] | None) -> None:
     if known.command is None:
         parser.print_help()
         return
-    if unknown and known.command not in ("train", "data"):  # these name wrong flags themselves
+    if unknown and known.command not in ("train", "data", "estimate"):  # these name wrong flags themselves
         flags = [s for action in commands.choices[known.command]._actions for s in action.option_strings]
         raise unknown_argument(unknown[0], flags)
     known.run(known, unknown)

@@ -189,6 +189,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "--format", required=True, choices=["timm", "hf", "mmpretrain", "safetensors", "onnx", "exported"],
         help="exported: a torch.export program",
     )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace what is at OUT")
     parser.set_defaults(run=_export)
 
 
@@ -198,7 +199,7 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
 
     if args.model is None and args.weights is None:
         raise DeitfastError("nothing to export. Give --model NAME, --weights FILE, or both")
-    print(export(_load(args, fused=False), args.format, args.out))
+    print(export(_load(args, fused=False), args.format, args.out, force=args.force))
 
 
 # test ----------------------------------------------------------------------------------------------------------------

@@ -123,6 +123,27 @@ class Manifest:
         return as_ppm(self.rgb(i))
 
 
+def most_pixels() -> int:
+    """The most pixels that an image may have: Pillow's own bound or, where it is set, DEITFAST_MAX_PIXELS.
+
+    The bound is there against files of a few bytes that fill the memory; Pillow's is raised with ours. Raises
+    DeitfastError for a value that is no number of pixels.
+    """
+    named = os.environ.get("DEITFAST_MAX_PIXELS")
+    if not named:
+        return MAX_PIXELS
+    from PIL import Image
+
+    try:
+        most = int(float(named))
+    except (ValueError, OverflowError):
+        most = 0
+    if most < 1:
+        raise DeitfastError(f"DEITFAST_MAX_PIXELS is {named!r}, must be a number of pixels, such as 4e8")
+    Image.MAX_IMAGE_PIXELS = most  # it warns there, and refuses twice as many
+    return most
+
+
 def to_rgb(image: PILImage) -> PILImage:
     """A PIL image in RGB, as PIL's own conversion gives it, without its warning about palettes with transparency."""
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
@@ -223,6 +244,8 @@ def digest(root: Path, paths: Sequence[str], classes: Sequence[str] = ()) -> str
     """
     h = hashlib.blake2b(digest_size=16)
     h.update(repr((_VERSION, str(root), tuple(classes))).encode())
+    if most_pixels() != MAX_PIXELS:  # what is too large depends on it
+        h.update(repr(most_pixels()).encode())
     for path in paths:
         try:
             stat = os.stat(root / path)
@@ -342,5 +365,5 @@ def _sound(m: Manifest) -> bool:
         and int(m.file_id.max()) < len(m.files)
         and int(m.label.max()) < len(m.classes)
         and int(m.format.max()) < len(FORMATS)
-        and bool((m.width <= MAX_PIXELS // m.height).all())
+        and bool((m.width <= most_pixels() // m.height).all())
     )

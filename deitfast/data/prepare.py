@@ -35,6 +35,7 @@ from deitfast.data.manifest import FORMATS, PER_IMAGE, Manifest, checksum, read_
 from deitfast.data.sources import Dataset
 from deitfast.errors import DeitfastError, say
 from deitfast.files import write_atomically
+from deitfast.guard import quiet_pillow
 
 _SUFFIX = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp"}
 _SETTINGS = "prepare.json"
@@ -140,7 +141,7 @@ def _prepare_split(split: str, manifest: Manifest, out: Path, settings: Settings
             # A server that forks: workers begin with the package imported and without this process's threads.
             context = get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+            with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context, initializer=quiet_pillow) as pool:
                 for future in as_completed([pool.submit(_make_shard, *job) for job in jobs]):
                     future.result()
                     tick()

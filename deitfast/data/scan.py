@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from deitfast.data.cores import cores
-from deitfast.data.manifest import FORMATS, MAX_BYTES, MAX_PIXELS, Manifest, checksum, name_of, strings
+from deitfast.data.manifest import FORMATS, MAX_BYTES, Manifest, checksum, most_pixels, name_of, strings
 from deitfast.data.parquet import read_row
 from deitfast.errors import say
 
@@ -61,11 +61,12 @@ def inspect_image(data: bytes, whole: bool = True) -> Facts:
 
     if not data:
         raise ValueError("empty file")
-    too_many = f"more than {MAX_PIXELS // 10**6} million pixels. Reduce it"
+    most = most_pixels()
+    too_many = f"more than {most / 1e6:.4g} million pixels. Reduce it, or set DEITFAST_MAX_PIXELS"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
+            if width * height > most:
                 raise ValueError(f"{width} x {height} pixels: {too_many}")
             deep = image.format == "PNG" and data[24] == 16  # the header's bit depth, which PIL's mode may hide
             kind = image.format if image.format in FORMATS else "JPEG"  # MPO is JPEG with further images behind

@@ -31,12 +31,20 @@ def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool) 
     return parameters * (4 * fp32 + gradients)
 
 
-def image_bytes(model: DeiT, recipe: Recipe, bf16: bool) -> int:
-    """Bytes that one image of a micro-batch needs while its gradients are computed."""
+def image_bytes(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = None) -> int:
+    """Bytes that one image of a micro-batch needs while its gradients are computed.
+
+    kernels: whether fused blocks run their ops; None: as they do here.
+    """
+    return sum(image_parts(model, recipe, bf16, kernels).values())
+
+
+def image_parts(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = None) -> dict[str, int]:
+    """`image_bytes` by what they are for."""
     block: Any = model.blocks[0]
     itemsize, width, hidden, depth = (2 if bf16 else 4), model.width, block.mlp.fc1.out_features, len(model.blocks)
     tokens = model.pos_embed.shape[1]
-    if isinstance(block, FusedBlock) and runs_kernels():
+    if isinstance(block, FusedBlock) and (runs_kernels() if kernels is None else kernels):
         saved, last = saved_bytes_per_token(width, hidden, itemsize), saved_bytes_of_keys_and_values(width, itemsize)
     else:
         saved, last = (channels * width * itemsize for channels in (_EAGER_CHANNELS, _EAGER_LAST_CHANNELS))
@@ -48,7 +56,11 @@ def image_bytes(model: DeiT, recipe: Recipe, bf16: bool) -> int:
         of_blocks = tokens * depth * saved
     backward = (2 * hidden + 4 * width) * itemsize  # gradients alive at once inside a block
     pixels = 3 * model.image_size**2
-    return of_blocks + tokens * backward + pixels * (1 + itemsize) + 16 * model.num_classes
+    return {
+        "kept for the backward": of_blocks,
+        "gradients inside a block": tokens * backward,
+        "images and logits": pixels * (1 + itemsize) + 16 * model.num_classes,
+    }
 
 
 def evaluated_image_bytes(model: DeiT, bf16: bool) -> int:
@@ -72,9 +84,22 @@ def largest_micro_batch(model: DeiT, recipe: Recipe, world: World, bf16: bool, t
     """
     if world.device.type != "cuda":
         return LARGEST_ON_CPU
+    return images_that_fit(free_bytes(world.device), model, recipe, bf16, world.size, teacher_image_bytes)
+
+
+def images_that_fit(
+    free: float,
+    model: DeiT,
+    recipe: Recipe,
+    bf16: bool,
+    processes: int,
+    teacher_image_bytes: int = 0,
+    kernels: bool | None = None,
+) -> int:
+    """Images that a GPU with `free` bytes holds at once, at least 1."""
     parameters = sum(p.numel() for p in model.parameters())
-    left = _USABLE * free_bytes(world.device) - state_bytes(parameters, recipe, bf16, accumulates=True)
-    trained = max(image_bytes(model, recipe, bf16), teacher_image_bytes)
+    left = _USABLE * free - state_bytes(parameters, recipe, bf16, accumulates=True)
+    trained = max(image_bytes(model, recipe, bf16, kernels), teacher_image_bytes)
     # Evaluation comes beside the step's memory, which a graph keeps.
     evaluated = evaluated_image_bytes(model, bf16)
     left -= 2 * parameters * bf16  # the weights as autocast casts them

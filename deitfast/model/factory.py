@@ -21,7 +21,7 @@ from deitfast.recipe import Recipe
 
 
 def create_model(
-    name: str,
+    name: str | None = None,
     pretrained: bool | str | Path = False,
     *,
     weights: str | Path | None = None,
@@ -37,6 +37,7 @@ def create_model(
 ) -> DeiT:
     """A DeiT by timm's name.
 
+    name: as `deitfast models` lists them; None to tell it from the weights.
     weights: what `read_weights` takes: a file, a run's folder, a URL; None for fresh ones. pretrained: the same under
         timm's and mmpretrain's name; True for the authors' published weights (downloaded once and checked against the
         hash in their name).
@@ -52,13 +53,18 @@ def create_model(
         model runs: fused on CUDA, eager on CPU.
     Raises DeitfastError for an unknown name and for a weight file that is another model's.
     """
-    variant = find_variant(name)
     if weights is not None and pretrained:
         raise DeitfastError("weights and pretrained are the same. Give one of them")
-    source = weights if weights is not None else published_weights(name) if pretrained is True else pretrained
+    if name is None and (pretrained is True or not (weights or pretrained)):
+        raise DeitfastError("neither a model nor weights. Give a model's name (`deitfast models`) or a weight file")
+    if name is not None:
+        find_variant(name)  # before anything is read
+    source = weights if weights is not None else published_weights(str(name)) if pretrained is True else pretrained
     file = read_weights(source) if source else None
     state = to_ours(file.tensors) if file else {}
     shapes = shapes_of(state)
+    name = name or _told_by(file, shapes)
+    variant = find_variant(name)
     if num_classes is None:
         trained = None if reset_head else shapes.get("head.weight")
         num_classes = len(classes) if classes is not None else trained[0] if trained else 1000
@@ -80,6 +86,15 @@ def create_model(
     if fused or (fused is None and torch.cuda.is_available()):
         fuse(model, on_cpu=bool(fused))
     return model
+
+
+def _told_by(file: WeightFile | None, shapes: dict[str, tuple[int, ...]]) -> str:
+    """The name of the model that a file is of: as it states, or by its shapes. Raises DeitfastError where neither."""
+    assert file is not None
+    name = file.model or recognise(shapes)
+    if name is None:
+        raise DeitfastError(f"{file.path} holds weights of no model of the list. Give the model's name")
+    return name
 
 
 def model_of(recipe: Recipe, classes: Sequence[str], depth: int | None = None) -> DeiT:
@@ -108,7 +123,8 @@ def _size_stated(file: WeightFile | None, variant: Variant) -> int | None:
 class LoadedModel:
     """A model in evaluation mode with what is needed to use it.
 
-    classes: names in index order, for a reader. stored: those that the weights hold, as they hold them, or None.
+    model: on the CPU. name: of the model, timm's. classes: names in index order, for a reader. preprocessing: how its
+    images are resized, cut and normalised. stored: class names that the weights hold, as they hold them, or None.
     """
 
     model: DeiT
@@ -119,6 +135,7 @@ class LoadedModel:
 
     @property
     def crop_ratio(self) -> float:
+        """Share of the resized image's side that the centre crop keeps."""
         return self.preprocessing.crop_ratio
 
 
@@ -140,7 +157,8 @@ def load_model(
     """A model ready for use, on the CPU.
 
     name: as for `create_model`; None to tell it from the file. weights: what `read_weights` takes; None for the
-    published ones of `name`. num_classes, image_size: the file's where None; a file that does not state its
+    published ones of `name`. ema: the averaged weights, where a run keeps both. fused: as for `create_model`.
+    num_classes, image_size: the file's where None; a file that does not state its
     image size has `name`'s where a name is given. Raises DeitfastError for weights that do not fit.
     """
     if weights is None:
@@ -150,9 +168,7 @@ def load_model(
     file = read_weights(weights, ema=ema)
     state = to_ours(file.tensors)
     shapes = shapes_of(state)
-    known = name or file.model or recognise(shapes)
-    if known is None:
-        raise DeitfastError(f"{file.path} holds weights of no model of the list. Give the model's name")
+    known = name or _told_by(file, shapes)
     variant = find_variant(known)
     image_size = image_size or _size_stated(file, variant)
     if name is None and image_size is None and len(shapes.get("pos_embed", ())) == 3:

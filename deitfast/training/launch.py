@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from deitfast.training.train import Result
 
 
+_SECTIONS = {
+    "model": "what is trained", "optimizer": "optimisation", "drop_path": "regularisation",
+    "distillation": "distillation", "repeats": "augmentation", "eval_crop_ratio": "evaluation", "out": "this machine",
+}  # fmt: skip
+"""The first field of each of the recipe's sections, and its heading in --help."""
+_ALSO = {"init": ("--weights",)}
+"""Second names of flags: what weights are called in every other command."""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises DeitfastError, in one line, with the nearest flag's name."""
 
@@ -28,34 +37,46 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", description: str = "") -> Recipe:
     """`base` with the fields given as flags replaced, checked.
 
-    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Two more are the command's:
-    `--scale-lr` gives the batch the learning rate that belongs to it, `--smoke` is for `run`. Unknown and mistyped ones
-    raise DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
+    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Three more are the command's:
+    `--scale-lr` gives the batch the learning rate that belongs to it, `--smoke` and `--profile` are for `run`. Unknown
+    and mistyped ones raise DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
     """
     return _applied(_flags_of(base, prog, description), base, arguments)[0]
 
 
 def _flags_of(base: Recipe, prog: str = "", description: str = "") -> _Parser:
     parser = _Parser(
-        prog=prog or None, description=description, allow_abbrev=False,
+        prog=prog or None, usage="%(prog)s [--flag VALUE ...]", description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    section: argparse._ActionsContainer = parser
     for f in fields(Recipe):
+        if f.name in _SECTIONS:
+            section = parser.add_argument_group(_SECTIONS[f.name])
         value = getattr(base, f.name)
         text = f"{f.metadata['help']} [{value if value != '' else 'none'}]".replace("%", "%%")
         if isinstance(value, bool):
-            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=value, help=text)
+            section.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, default=value, help=text)
         else:
-            parser.add_argument(flag(f.name), type=type(f.default), default=value, help=text, metavar="")
-    parser.add_argument(
+            names = [flag(f.name), *_ALSO.get(f.name, ())]
+            section.add_argument(*names, type=type(f.default), default=value, help=text, metavar="", dest=f.name)
+    command = parser.add_argument_group("this command")
+    command.add_argument(
         "--scale-lr",
         action="store_true",
         help=f"lr {base.lr:g} x batch / {base.batch} (for LAMB x the square root), instead of --lr",
     )
-    parser.add_argument(
+    command.add_argument(
         "--smoke",
         action="store_true",
         help="prove the installation: 3 small steps, save, resume, evaluate; leaves nothing behind",
+    )
+    command.add_argument(
+        "--profile",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="trace a few steps into DIR, as a Chrome trace and a table, and end; trains nothing",
     )
     return parser
 
@@ -133,7 +154,13 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
         share_cores_politely()
         from deitfast.training.train import smoke, train
 
-        if said.smoke:
+        if said.profile:
+            from deitfast.training.profiling import profile
+
+            table = profile(chosen, said.profile)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{table}\n{said.profile}/trace.json opens in chrome://tracing or Perfetto")
+        elif said.smoke:
             smoke(chosen)
         else:
             train(chosen, stated=recipe)

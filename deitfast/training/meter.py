@@ -82,20 +82,22 @@ class Meter:
         stall = round(run.saver.stall, 3) if run.saver else 0.0
         waiting = max(waits)
         by_process = {"data_waits": [round(w, 4) for w in waits]} if len(waits) > 1 else {}
-        folder.metrics(
-            step=step, epoch=round(epoch, 4), **loss, lr=lr, images_per_second=round(speed, 2),
-            data_wait=round(waiting, 4), **by_process, save_stall=stall, skipped=self.skipped, bad_files=self.bad_files,
-        )  # fmt: skip
-        slowest = f" (process {waits.index(waiting)})" if len(waits) > 1 and waiting > 0.05 else ""
-        faults = run.faults.summary()
-        remaining = (run.total_steps - step) * self.recipe.batch / max(self.images_per_second, 1e-9)
-        memory = ""
+        memory, held = "", {}
         if self.world.device.type == "cuda":
             used, total = (
                 torch.cuda.max_memory_reserved(),
                 torch.cuda.get_device_properties(self.world.device).total_memory,
             )
             memory = f" mem {used / 2**30:.0f}/{total / 2**30:.0f}G"
+            held = {"memory_gib": round(used / 2**30, 2)}
+        folder.metrics(
+            step=step, epoch=round(epoch, 4), **loss, lr=lr, images_per_second=round(speed, 2),
+            data_wait=round(waiting, 4), **by_process, save_stall=stall, skipped=self.skipped, bad_files=self.bad_files,
+            **held,
+        )  # fmt: skip
+        slowest = f" (process {waits.index(waiting)})" if len(waits) > 1 and waiting > 0.05 else ""
+        faults = run.faults.summary()
+        remaining = (run.total_steps - step) * self.recipe.batch / max(self.images_per_second, 1e-9)
         done = 100 * step / run.total_steps
         accuracy = f" | top1 {best['top1']:.1f}@{best['epoch']}" if best else ""
         folder.progress(

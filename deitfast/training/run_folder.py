@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 import sys
 import time
@@ -22,6 +24,8 @@ from deitfast.training.progress import Progress
 
 _LOCK_PATIENCE_S = 10.0
 _PLAIN_INTERVAL_S = 10.0
+_DISPENSABLE = (r" step \d+/\d+", r" lr \S+", r" mem \S+", r" wait [^|]*%( \(process \d+\))?", r" \| top1 \S+")
+"""Parts of the progress line that a narrow terminal does without, the first first."""
 
 
 class RunFolder:
@@ -127,7 +131,7 @@ class RunFolder:
         """The progress line: in place on a terminal; elsewhere a plain line at most every ten seconds."""
         now = time.monotonic()
         if sys.stdout.isatty() and not self.quiet:
-            _print(f"\r\x1b[2K{text}")
+            _print(f"\r\x1b[2K{fitted(text, shutil.get_terminal_size().columns)}")
             self._last_progress = now
         elif last or now - self._last_progress >= _PLAIN_INTERVAL_S:
             self._last_progress = now
@@ -151,6 +155,15 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
+
+
+def fitted(line: str, columns: int) -> str:
+    """The progress line for a terminal of so many columns: a line that wraps could not be written over in place."""
+    for part in _DISPENSABLE:
+        if len(line) < columns:
+            break
+        line = re.sub(part, "", line, count=1)
+    return line[: columns - 1]
 
 
 def duration(seconds: float) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from deitfast.data.decoder import gpu_problem
 from deitfast.errors import DeitfastError, first_line
 from deitfast.model.factory import create_model
 from deitfast.model.fused import question_about
-from deitfast.verification.verdict import Verdict, driver
-from deitfast.verification.verify import TRAINING_OPS, verify
+from deitfast.verification.verdict import Verdict, driver, machine
+from deitfast.verification.verify import TRAINING_OPS, search, verify
 
 OK, NOTE, BREAKS = "ok", "note", "breaks"
 _GPU_CORES = 4
@@ -47,28 +48,39 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """All findings, and the verdict on the kernels; None where no GPU is."""
+    """All findings, and the verdict on the kernels; None where no GPU is. machine: what that verdict is about."""
 
     findings: list[Finding]
     kernels: Verdict | None
+    machine: dict[str, str] = field(default_factory=dict)
 
     @property
     def breaks(self) -> bool:
         return any(finding.level == BREAKS for finding in self.findings)
 
 
-def examine(model: str, batch: int, data: str, out: Path, say: Callable[[str], None]) -> Examination:
-    """Look at everything. model, batch: what the kernels are verified for; data: images, or empty; out: for runs."""
+def examine(
+    model: str, batch: int, data: str, out: Path, say: Callable[[str], None], *, tune_minutes: float = 0
+) -> Examination:
+    """Look at everything. model, batch: what the kernels are verified for; data: images, or empty; out: for runs.
+
+    tune_minutes: of a search of the kernels' launch constants; DeitfastError where it cannot be.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if tune_minutes and not gpus:
+        raise DeitfastError("--tune searches on the GPU that the kernels run on, and there is none here. Leave it out")
+    if tune_minutes < 0 or not math.isfinite(tune_minutes):
+        raise DeitfastError(f"--tune is {tune_minutes:g} minutes. Give a number above 0")
     findings = [*_versions(), *_gpus(gpus), *_compiler(gpus), *_cores(max(gpus, 1)), *_disk(out), *_shared_memory(gpus)]
     findings += [*_nccl(gpus), *_dali(gpus), *_data(data, gpus)]
     if not gpus:
         words = "no table of kernels: they are verified on the GPU that they run on, and there is none here"
         return Examination([*findings, Finding(NOTE, words)], None)
-    kernels = verify(
-        question_about(create_model(model), TRAINING_OPS, batch, torch.bfloat16), torch.device("cuda", 0), say
-    )
-    return Examination([*findings, *_kernels(kernels)], kernels)
+    question, device = question_about(create_model(model), TRAINING_OPS, batch, torch.bfloat16), torch.device("cuda", 0)
+    if tune_minutes:
+        findings += _searched(search(question, device, say, tune_minutes))
+    kernels = verify(question, device, say)
+    return Examination([*findings, *_kernels(kernels)], kernels, machine(device))
 
 
 def table(kernels: Verdict) -> str:
@@ -216,6 +228,17 @@ def _data(data: str, gpus: int) -> Iterator[Finding]:
         problem = gpu_problem(found.train, 224, torch.device("cuda", 0), thread_count(0))
         remedy = "--decode auto takes the CPU"
         yield Finding(NOTE, problem, remedy) if problem else Finding(OK, "the GPU decodes these images as libjpeg does")
+
+
+def _searched(found: Verdict) -> Iterator[Finding]:
+    if found.unverified:
+        yield Finding(NOTE, f"the launch constants could not be searched: {found.unverified}", "Run this again")
+    tried = sum(len(times) - 1 for op in found.ops for times in op.tried.values())
+    faster = [f"{op.op}, {selection}: {entry}" for op in found.ops for selection, entry in op.faster.items()]
+    yield Finding(
+        OK, f"{tried} entries ran beside the launch tables'; {len(faster)} are faster here, and kept for runs"
+    )
+    yield from (Finding(OK, line) for line in faster)
 
 
 def _kernels(kernels: Verdict) -> Iterator[Finding]:

@@ -42,17 +42,24 @@ FORMATS = {
 _ONNX_PARAMETERS = (1 << 31) // 4 - (1 << 20)
 
 
-def export(loaded: LoadedModel, format: str, path: str | Path) -> Path:
+def export(loaded: LoadedModel, format: str, path: str | Path, *, force: bool = False) -> Path:
     """Write the model at `path` (whole, or not at all) and return it. Raises DeitfastError for what cannot be written.
 
     format: `timm` and `safetensors` (timm's names; the latter also states the model's and its classes' names), `hf` (a
     folder for from_pretrained), `mmpretrain`, `onnx` (wants the extra deitfast[onnx]), `exported` (torch.export).
+    force: replace what is at `path`, a file, or a folder that holds such an export.
     """
     if format not in FORMATS:
         raise DeitfastError(f"format {format!r} unknown. Use {', '.join(FORMATS)}")
     path = Path(path)
     if path.suffix != FORMATS[format] and FORMATS[format] and not path.suffix:
         path = path.with_name(path.name + FORMATS[format])
+    if path.exists() and not force:
+        raise DeitfastError(f"{path} exists. Give a new name, or --force (force=True) to replace it")
+    if path.is_dir() and not (format == "hf" and (path / "config.json").is_file()):
+        raise DeitfastError(f"{path} is a folder, and no exported model. Give a new name")
+    if format == "hf" and path.is_file():
+        raise DeitfastError(f"{path} is a file, and Hugging Face's format a folder. Give a new name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(loaded, format, path)
@@ -96,9 +103,7 @@ def _facts(loaded: LoadedModel) -> dict[str, str]:
 
 
 def _write_huggingface(loaded: LoadedModel, state: dict[str, Tensor], path: Path) -> None:
-    """A folder of config.json, preprocessor_config.json and model.safetensors; it must not exist yet."""
-    if path.exists():
-        raise DeitfastError(f"{path} exists. Give a new folder")
+    """A folder of config.json, preprocessor_config.json and model.safetensors, in the place of one that is there."""
     kind, tensors = to_huggingface(state)
     block: Any = loaded.model.blocks[0]
     size, wants = loaded.model.image_size, loaded.preprocessing
@@ -141,6 +146,8 @@ def _write_huggingface(loaded: LoadedModel, state: dict[str, Tensor], path: Path
         (temporary / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
         save_weights(temporary / "model.safetensors", tensors, {"format": "pt"})
         temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -26,7 +26,7 @@ from deitfast.data import EvalLoader, Manifest
 from deitfast.data.cores import thread_count
 from deitfast.data.eval_loader import eval_geometry, is_long, middle
 from deitfast.data.files import images_below, is_image
-from deitfast.data.manifest import FORMATS, MAX_PIXELS, strings, to_rgb
+from deitfast.data.manifest import FORMATS, most_pixels, strings, to_rgb
 from deitfast.data.scan import inspect_image
 from deitfast.errors import DeitfastError, did_you_mean
 from deitfast.model.download import TIMEOUT_S, is_url, offline
@@ -70,7 +70,8 @@ def name_of(source: Any, i: int = 0) -> str:
 def open_image(source: Any, name: str = "") -> PILImage:
     """The image as RGB. source: path, URL, encoded bytes, PIL image, or uint8 array (H, W, 3), RGB, or (H, W), grey.
 
-    Raises DeitfastError, with the name, for what is no readable image of at most 178 million pixels.
+    Raises DeitfastError, with the name, for what is no readable image of at most 178 million pixels, or as many as
+    DEITFAST_MAX_PIXELS says.
     """
     from PIL import Image
 
@@ -83,20 +84,22 @@ def open_image(source: Any, name: str = "") -> PILImage:
             what = f"{name} is an array {array.shape} of {array.dtype}"
             raise DeitfastError(f"{what}. Give uint8, (height, width, 3) in RGB, or (height, width) in grey")
         return Image.fromarray(array.squeeze(-1) if array.shape[-1:] == (1,) else array).convert("RGB")
+    most = most_pixels()
+    too_many = f"more than {most:,} pixels. Reduce it, or set DEITFAST_MAX_PIXELS"
     try:
         data: Any = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
         if is_url(source):
             data = io.BytesIO(_download(source))
         with Image.open(data, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DeitfastError(f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            if image.width * image.height > most:
+                raise DeitfastError(f"{name} has {image.width} x {image.height} pixels, {too_many}")
             return to_rgb(image)
     except DeitfastError:
         raise
     except Image.UnidentifiedImageError:
         raise DeitfastError(f"{name} is not a JPEG, PNG, BMP or WebP image") from None
     except Image.DecompressionBombError:
-        raise DeitfastError(f"{name} has more than {MAX_PIXELS:,} pixels") from None
+        raise DeitfastError(f"{name} has {too_many}") from None
     except OSError as error:
         raise DeitfastError(f"{name} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # Pillow's decoders raise many kinds; each of them means the file is not usable

@@ -30,7 +30,7 @@ Prediction = dict[str, Any]
 
 
 class Classifier:
-    """A loaded model that predicts; the parts of `inference_model`, for those who call it often."""
+    """A model of `load_model` that predicts; the parts of `inference_model`, for those who call it often."""
 
     def __init__(
         self, loaded: LoadedModel, device: str | torch.device = "auto", precision: str = "auto", batch: int = 0

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import miniature
+from benchmarks import miniature, timm_loop
 from benchmarks.paper import rows, table, teacher, training
 from benchmarks.paper.rows import Claim, Score
+from benchmarks.paper.tokens import cosines
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
+from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 from deitfast.recipes.mini_cifar10 import RECIPE as WHOLE
 from deitfast.recipes.mini_cifar10_cpu import RECIPE as ON_CPU
@@ -150,3 +152,25 @@ def test_a_table_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest
     assert done["images"] == 3 * 32  # of the last start
     assert "| bf16, ema |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.png").exists()
+
+
+def test_the_tokens_are_compared_as_timm_has_them(timm, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = create_model("deit_micro_distilled_patch4_32", num_classes=3, image_size=16).eval()
+    theirs = timm.models.deit.VisionTransformerDistilled(
+        img_size=16, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=3
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(6, 3, 16, 16)
+    outputs = theirs.get_intermediate_layers(images, n=4, return_prefix_tokens=True)
+    expected = [torch.cosine_similarity(prefix[:, 0], prefix[:, 1], dim=-1).mean().item() for _, prefix in outputs]
+    assert cosines(ours, images)[1:] == pytest.approx(expected, abs=1e-5)
+    learned = torch.cosine_similarity(ours.cls_token.flatten(), ours.dist_token.flatten(), dim=0)
+    assert cosines(ours, images)[0] == pytest.approx(learned.item(), abs=1e-6)
+
+
+def test_timms_loop_trains_a_network_of_the_same_tensors_and_refuses_what_timm_has_not() -> None:
+    ours, theirs = create_model(ON_CPU.model, num_classes=3, image_size=16), timm_loop.network(ON_CPU, 3)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    with pytest.raises(DeitfastError, match="has no repeats 3"):
+        timm_loop.train(replace(ON_CPU, repeats=3))

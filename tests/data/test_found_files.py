@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deitfast.data import open_dataset
+from deitfast.data import EvalLoader, TrainLoader, open_dataset
 from deitfast.data.check import check_dataset
 from deitfast.data.files import begins_as_image
 from deitfast.data.scan import inspect_image
 from deitfast.errors import DeitfastError
-from deitfast.use.images import find_images, open_image
+from deitfast.model.preprocessing import Preprocessing
+from deitfast.recipe import Recipe
+from deitfast.use.images import centre_crop, find_images, open_image
 
 
 @pytest.fixture(autouse=True)
@@ -220,3 +222,45 @@ def test_one_class_and_a_class_without_validation_images_are_told(tmp_path, caps
     assert check_dataset(data).lines()[-1] == "1 of 2 classes have no validation image: bat"
     open_dataset(str(classes(tmp_path / "b", ("ape",))))
     assert "has one class only, ape: any answer will be right" in capsys.readouterr().err
+
+
+def test_the_bound_of_pixels_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above Pillow's own bound, too: it is made small here, for the memory of the test."""
+    root = classes(tmp_path / "d")
+    large = root / "train/ape/large.png"
+    picture(9, (50, 40)).save(large)
+    monkeypatch.setattr("deitfast.data.manifest.MAX_PIXELS", 1_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses twice as many
+    data = open_dataset(str(root), quiet=True)
+    assert data.train is not None
+    why = "more than 0.001 million pixels. Reduce it, or set DEITFAST_MAX_PIXELS"
+    assert [(Path(name).name, what) for name, what in data.train.bad] == [("large.png", why)]
+    with pytest.raises(DeitfastError, match=r"1,000 pixels\. Reduce it, or set DEITFAST_MAX_PIXELS"):
+        open_image(large)
+    monkeypatch.setenv("DEITFAST_MAX_PIXELS", "2e3")
+    again = open_dataset(str(root), quiet=True)  # not the manifest of before
+    assert again.train is not None
+    assert not again.train.bad
+    assert np.array_equal(np.asarray(open_image(large)), np.asarray(picture(9, (50, 40))))
+    monkeypatch.setenv("DEITFAST_MAX_PIXELS", "many")
+    with pytest.raises(DeitfastError, match="DEITFAST_MAX_PIXELS is 'many', must be a number of pixels"):
+        open_dataset(str(root), quiet=True)
+
+
+@pytest.mark.parametrize("size", [(1, 9_000), (9_000, 1), (3, 4_000)], ids=str)
+def test_a_long_thin_image_loses_no_other(size: tuple[int, int], tmp_path: Path) -> None:
+    root = classes(tmp_path / "d")
+    for split in ("train", "val"):
+        picture(5, size).save(root / split / "ape/thin.png")
+    data = open_dataset(str(root), quiet=True)
+    assert data.train is not None
+    assert data.val is not None
+    settings = Recipe(data=str(root), batch=4, repeats=1, mix_group=2, workers=1, rand_augment="none")
+    with TrainLoader(data.train, settings, 32, 4, stop_step=5) as loader:
+        seen = {int(i) for batch in loader for i in batch.index}
+        assert seen == set(range(5))
+        assert not loader.quarantined
+    evaluation = EvalLoader(data.val, 32, 0.875, 4)
+    assert sum(len(images) for images, _ in evaluation) == 5
+    assert not evaluation.quarantined
+    assert centre_crop(open_image(root / "val/ape/thin.png"), 32, Preprocessing(crop_ratio=0.875)).shape == (32, 32, 3)

@@ -103,8 +103,9 @@ def test_damaged_files_are_named_and_left_out(make_folder, cache, capsys):
     assert len(data.train) == 9
     assert {Path(name).name for name, _ in data.train.bad} == expected
     reasons = {Path(name).name: reason for name, reason in data.train.bad}
-    assert reasons["large.jpg"] == "17850 x 10000 pixels: more than 178 million pixels. Reduce it"
-    assert reasons["huge.jpg"] == "more than 178 million pixels. Reduce it"
+    too_many = "more than 178 million pixels. Reduce it, or set DEITFAST_MAX_PIXELS"
+    assert reasons["large.jpg"] == f"17850 x 10000 pixels: {too_many}"
+    assert reasons["huge.jpg"] == too_many
     assert reasons["empty.jpeg"] == "empty file"
     assert "truncated" in reasons["truncated.jpg"]
     assert reasons["text.jpg"] == reasons["moving.gif"] == "not a JPEG, PNG, BMP or WebP image"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deitfast.kernels import gemm, layernorm, row_sums
+from deitfast.kernels import gemm, layernorm, layernorm_linear, row_sums
 from deitfast.kernels.catalogue import Draw
-from deitfast.kernels.common import INTERPRETED, Launch
+from deitfast.kernels.common import INTERPRETED, Launch, record
 from deitfast.kernels.gemm_kernels import gelu_with_derivative
+from deitfast.kernels.tunable import picked, selection
 from tests.kernels.linear_ops import OPS, check
+from tests.ptx.kernels import compiled_kernels, needs_engine
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -32,7 +36,8 @@ def test_every_launch_table(monkeypatch, name, arch, tile):
     itemsize, columns = tile
     monkeypatch.setattr(gemm, "INTERPRETED", False)
     monkeypatch.setattr(gemm, "architecture", lambda x: arch)
-    monkeypatch.setattr(layernorm, "INTERPRETED", False)
+    for module in (layernorm, layernorm_linear):  # which on a chip that it does not know takes two kernels
+        monkeypatch.setattr(module, "INTERPRETED", False)
     used: list[Launch] = []
     choose = gemm.linear_launch
     monkeypatch.setattr(gemm, "linear_launch", lambda *arguments: (used.append(choose(*arguments)), used[-1])[1])
@@ -65,6 +70,34 @@ def test_tables_fit_the_chips():
 )
 def test_launch_choice(arguments, tile):
     assert gemm.linear_launch(*arguments) == gemm.LAUNCHES[arguments[0]][tile]
+
+
+@needs_engine
+def test_programs_that_take_tiles_in_turns(monkeypatch):
+    """Every epilogue as compiled code for sm_90, by two programs for four tiles or more, without a race."""
+    tile = replace(gemm.LAUNCHES[90][2, 64], programs=2)
+    monkeypatch.setattr(gemm, "linear_launch", lambda *arguments: tile)
+    with compiled_kernels(90, races=True) as gpu:
+        check(OPS["layernorm_mlp"], OPS["layernorm_mlp"].inputs(Draw(0, torch.bfloat16), (2, 66), 96, 192))
+    assert {launch.grid[0] for launch in gpu.launches if launch.kernel == "linear_kernel"} == {2}
+
+
+def test_cublas_is_offered_where_a_bias_is_all():
+    """And taken where it is picked; it launches none of our kernels."""
+    found = selection(gemm.linear_launch, 90, 2, 2304, 768, "bias", True)
+    assert None in found.others
+    assert None not in selection(gemm.linear_launch, 90, 2, 2304, 768, "linear", True).others
+
+    def launches() -> list[Any]:
+        a, weight, bias = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((64, 768), (2304, 768), (2304,)))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, record(90) as recorded:
+            gemm.linear_fwd(*(mode.from_tensor(x) for x in (a, weight, bias)))
+        return recorded
+
+    if not INTERPRETED:
+        assert len(launches()) == 1
+        with picked({found.name: None}):
+            assert not launches()
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deitfast.kernels import gemm, layernorm, layernorm_mlp_op, mlp_gelu_op
+from deitfast.kernels import gemm, layernorm, layernorm_linear, layernorm_mlp_op, mlp_gelu_op
 from deitfast.kernels.catalogue import Draw, Inputs
 from deitfast.kernels.common import INTERPRETED
 from tests.kernels.linear_ops import OPS, Op, check, outputs_and_gradients
@@ -154,14 +156,16 @@ def test_same_bits_in_every_run(op, device, dtype):
 def test_without_gradients_nothing_more_is_written(op, device, monkeypatch):
     """Under no_grad, and where no input wants a gradient, gelu' is not allocated; inputs are never changed."""
     saves: list[bool] = []
-    original = gemm.linear_gelu_fwd
 
-    def recorded(a: Tensor, weight: Tensor, bias: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
-        saves.append(save)
-        return original(a, weight, bias, save)
+    def recorded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            saves.append(inspect.signature(original).bind(*arguments).arguments["save"])
+            return original(*arguments)
 
-    for module in (mlp_gelu_op, layernorm_mlp_op):
-        monkeypatch.setattr(module, "linear_gelu_fwd", recorded)
+        return run
+
+    for module, name in ((mlp_gelu_op, "linear_gelu_fwd"), (layernorm_mlp_op, "layernorm_gelu_fwd")):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name)))
     inputs = op.inputs(Draw(7, torch.float32, device), (2, 3), 24, 40)
     before = {name: None if tensor is None else tensor.clone() for name, tensor in inputs.items()}
     assert op.function(**inputs, **op.options).grad_fn is None
@@ -201,6 +205,7 @@ def test_triton_kernels_run_exactly_where_they_should(op, device, monkeypatch):
     for module, names in (
         (gemm, ("linear_kernel", "scale_and_sum_kernel")),
         (layernorm, ("layernorm_fwd_kernel", "layernorm_bwd_kernel")),
+        (layernorm_linear, ("layernorm_linear_kernel",)),
     ):
         for name in names:
             spies[name] = Spy(getattr(module, name))
@@ -210,9 +215,10 @@ def test_triton_kernels_run_exactly_where_they_should(op, device, monkeypatch):
     op.function(**leaves, **op.options).sum().backward()
     norms, gelus = int("ln_weight" in inputs), int("fc1_weight" in inputs)
     expected = {
-        "linear_kernel": 1 + 2 * gelus,  # two layers forward and the one product of the backward that has an epilogue
+        "layernorm_linear_kernel": norms,  # a LayerNorm and the layer after it
+        "linear_kernel": 1 + 2 * gelus - norms,  # the other layers, and the product of the backward with an epilogue
         "scale_and_sum_kernel": 1,
-        "layernorm_fwd_kernel": norms,
+        "layernorm_fwd_kernel": 0,  # not on the chip that the interpreter stands for
         "layernorm_bwd_kernel": norms,
     }
     ran = INTERPRETED or device.type == "cuda"

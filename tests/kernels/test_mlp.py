@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deitfast.kernels.catalogue import Draw, layernorm_mlp_inputs, linear_residual_inputs, mlp_gelu_inputs
+from deitfast.kernels.common import INTERPRETED, record
+from deitfast.kernels.gemm_kernels import scale_and_sum_kernel
 from deitfast.kernels.layernorm_mlp_op import layernorm_mlp
 from deitfast.kernels.linear_residual_op import linear_residual
 from deitfast.kernels.mlp_gelu_op import mlp_gelu
@@ -48,6 +51,21 @@ def test_layer_scale_of_zero_still_learns(device):
         results = outputs_and_gradients(op.function, inputs, torch.ones_like(stream), **op.options)
         assert torch.equal(results["out"], stream)
         assert results["dgamma"].abs().min() > 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has launches of its own")
+@pytest.mark.parametrize(("gamma", "written"), [(False, False), (True, True)])
+def test_drop_path_alone_writes_no_gradient_once_more(gamma, written):
+    """Its factor lies in gelu and gelu': of the incoming gradient only sums are taken. LayerScale wants it written."""
+    inputs = layernorm_mlp_inputs(Draw(6, torch.bfloat16), (16, 5), 64, 256) | ({} if gamma else {"gamma": None})
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, record(90) as launches:
+        leaves = {
+            name: None if x is None else mode.from_tensor(x).detach().requires_grad_(name != "path_scale")
+            for name, x in inputs.items()
+        }
+        layernorm_mlp(**leaves, residual=True).sum().backward()
+    (sums,) = (launch.arguments for launch in launches if launch.kernel is scale_and_sum_kernel)
+    assert (sums["branch"] is not None, sums["scaled"] is not None) == (written, written)
 
 
 def test_dropped_samples_pass_through(device):
