@@ -252,8 +252,8 @@ def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = 
     lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
     if qkv.numel():
         kernel, entry = _forward_launch(arch, qkv.itemsize, head_dim, tokens)
-        tensors = {"q": qkv, "kv": qkv, "kv1": qkv, "kv2": qkv, "out": out, "lse": lse}
-        tensors["kv3"] = qkv if entry.tiles.get("KEYS3") else None
+        pieces = {"kv": qkv, "kv1": qkv, "kv2": qkv, "kv3": qkv if entry.tiles.get("KEYS3") else None}
+        tensors = {"q": qkv, "out": out, "lse": lse} | pieces
         _run(kernel, entry, num_heads, head_dim, scale, tensors)
     return out, lse
 
