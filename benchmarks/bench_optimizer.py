@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring.command import arguments, ready
 from benchmarks.measuring.harness import Budget, Recorder, Refused, Roofs, in_turns, roofs, timed_row, verify
-from benchmarks.micro import PEER_FACTOR
+from benchmarks.measuring.peers_ops import PEER_FACTOR
 from deitfast.engine.flat import FlatState
 from deitfast.engine.optim import Ema, parameter_groups
 from deitfast.model.factory import create_model

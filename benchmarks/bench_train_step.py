@@ -45,17 +45,19 @@ OURS = "ours"
 class Way:
     """One line of the comparison. seconds: what its worker is likely to need on a GPU, for planning.
 
-    models: those it is compared at unless it is chosen; none: all.
+    models: those it is compared at unless it is chosen; none: all. attention: the backend; none: the fastest.
     """
 
     library: str
     seconds: float = 45.0
     compile: str = ""
     models: tuple[str, ...] = ()
+    attention: str = ""
 
 
 PEERS = {
     "timm + compile": Way("timm", 120.0, "default"),
+    "timm + compile, cuDNN attention": Way("timm", 120.0, "default", ("deit_base",), "cudnn"),
     "timm": Way("timm"),
     "torchvision": Way("torchvision", models=("deit_base",)),
     "huggingface": Way("huggingface"),
@@ -103,7 +105,9 @@ def job_of(way: str, model: str, batch: int, device: str, quick: bool) -> Job:
     if way == OURS:
         return base
     if way in PEERS:
-        return replace(base, library=PEERS[way].library, compile=PEERS[way].compile, fused=False, engine="")
+        peer = PEERS[way]
+        own = replace(base, library=peer.library, compile=peer.compile, attention=peer.attention)
+        return replace(own, fused=False, engine="")
     return replace(base, **switches(device)[way])
 
 

@@ -10,9 +10,9 @@ as the host launches it ("stream"), and then the fused op is too, so that like i
 
     python -m benchmarks.micro [OP ...] [--device cpu --quick] [--out FILE] [--minutes 8]
 
-Attention's baselines are eager, torch.compile, every SDPA backend and flash-attn: they take the same packed tensor and
-give the same layout, so that they pay for the views and copies that a block around them pays for. LayerNorm has Liger's
-beside it.
+Attention's baselines are eager, torch.compile, every SDPA backend (cuDNN's by its name) and FlashAttention 2, 3 and 4:
+they take the same packed tensor and give the same layout, so that they pay for the views and copies that a block around
+them pays for. LayerNorm, its products and the MLP have Liger, QuACK and TransformerEngine (bf16 and FP8) beside them.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ from benchmarks.measuring.harness import (
     timed_row,
     verify,
 )
-from benchmarks.measuring.ops import COMPILED, FUSED, OPS, WORK, Absent, Way, ways
+from benchmarks.measuring.ops import OPS, WORK, Way
+from benchmarks.measuring.peers_ops import COMPILED, FUSED, Absent, factor_of, ways
 from deitfast.errors import did_you_mean, first_line
 from deitfast.kernels.catalogue import MODELS, Draw, Op, Shape, Tensors
 
 FORWARD, BOTH = "forward", "forward+backward"
 FROM_HOST = f"{FUSED}, from the host"
 OURS = (FUSED, FROM_HOST)
-PEER_FACTOR = 10.0
-"""How much farther than eager a baseline may be from float64: enough to tell another rounding from another function."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def time_case(
     for name, way in list(present.items()):
         try:
             if name != FUSED:
-                case.check(way, inputs, exact, eager, (PEER_FACTOR, PEER_FACTOR))
+                case.check(way, inputs, exact, eager, (factor_of(name), factor_of(name)))
         except Exception as problem:  # other people's code: an SDPA backend that does not take this shape, say
             _report(recorder, {"key": {**key, "way": name}, "failed": first_line(problem)})
             del present[name]

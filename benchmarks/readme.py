@@ -47,7 +47,7 @@ def section(path: Path | None) -> str:
         f"Measured on one {facts['gpu']}, {facts['date'][:10]}, torch {facts['torch']}, commit {facts['commit']}; "
         f"written by `python -m benchmarks.readme` from [{page}]({page}), which has everything else.",
         "",
-        goal_table(timed),
+        goal_table(data["rows"], facts["gpu"] or ""),
         "",
         step_table(timed),
     ]

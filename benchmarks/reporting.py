@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import bench_loader, breakdown, loss_curves
 from benchmarks.bench_train_step import OURS, PEERS, best, ratios
-from benchmarks.micro import FUSED
+from benchmarks.measuring.peers_ops import FUSED
 from deitfast.model.work import short_name
 
 Row = dict[str, Any]
@@ -20,6 +20,11 @@ TIMES_BEST_PEER = 1.5
 FIRST_STEP_SECONDS = 20.0
 MEMORY_SHARE = 0.7
 MEMORY_PEER = "timm + compile"
+ATTENTION_TIMES = {"H100": (1.2, "sdpa cudnn"), "H200": (1.2, "sdpa cudnn"), "A100": (1.5, "sdpa flash")}
+"""GPU -> how many times as fast as whom attention is to be, forward and backward, at DeiT-B's shape."""
+INFERENCE_TIMES, INFERENCE_PEER = 1.3, "timm + compile"
+EIGHT_GPUS = 25_400
+"""images/s of DeiT-B, data included: 1.5 times the best that is published."""
 
 
 def rows_of(results: dict[str, Any], op: str) -> list[Row]:
@@ -34,7 +39,16 @@ def write_page(results: dict[str, Any], plots: Iterable[str] = ()) -> str:
     if not on_gpu:
         lines += ["A rehearsal on CPU: it shows that everything runs, and says nothing of a GPU.", ""]
     lines += ["## Is it right?", "", *tests_told(rows_of(results, "tests")), *answers(rows_of(results, "smoke")), ""]
-    lines += ["## Goals", "", goal_table(steps if on_gpu else []), "", "## Training step", "", step_table(steps), ""]
+    lines += [
+        "## Goals",
+        "",
+        goal_table(results["rows"] if on_gpu else [], facts["gpu"] or ""),
+        "",
+        "## Training step",
+        "",
+        step_table(steps),
+        "",
+    ]
     lines += [f"{text}." for text in ratios(steps)] + [""]
     lines += ["Every way of a model takes the same weights, batch, loss, optimiser and average, without drop-path,"]
     lines += ["and was compared with eager fp32 before it was timed. First step: from the start of the process.", ""]
@@ -205,9 +219,9 @@ class Goal:
     met: bool | None
 
 
-def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
-    """The table from the rows of `bench_train_step` on a GPU."""
-    lines = []
+def goals(results: Sequence[Row], gpu: str = "") -> list[Goal]:
+    """The table from the rows of a suite on a GPU; gpu: its name."""
+    lines, rows = [], [row for row in results if row["key"].get("op") == "train_step"]
     for model, target in IMAGES_PER_SECOND.items():
         ours, peer = best(rows, model, [OURS]), best(rows, model, PEERS)
         speed = ours["images_per_second"] if ours else None
@@ -221,7 +235,42 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
         measured = NOT_MEASURED if ratio is None else f"{ratio:.2f} x"
         lines.append(Goal(f"{short_name(model)}, times the best peer", f"{TIMES_BEST_PEER:g} x", measured, "", met))
         lines += [_first_step(model, ours, peer), _memory(model, ours, best(rows, model, [MEMORY_PEER]))]
+    lines += [*_attention(results, gpu), _inference(results)]
+    lines.append(Goal("deit_base on 8 GPUs, with data, images/s", f"{EIGHT_GPUS:,}", NOT_MEASURED, "", None))
+    lines.append(Goal("deit_base, hours to the paper's accuracy", "24", NOT_MEASURED, "", None))
     return lines
+
+
+def _times(name: str, goal: float, peer: str, ratio: float | None) -> Goal:
+    measured = NOT_MEASURED if ratio is None else f"{ratio:.2f} x"
+    return Goal(name, f"{goal:g} x {peer}", measured, "", None if ratio is None else ratio >= goal)
+
+
+def _attention(results: Sequence[Row], gpu: str) -> list[Goal]:
+    """A line for this GPU, and for each where it is none of them."""
+    known = [chip for chip in ATTENTION_TIMES if chip in gpu]
+    lines = []
+    for chip in known or ATTENTION_TIMES:
+        goal, peer = ATTENTION_TIMES[chip]
+        found = [
+            row["fused_speedup"]
+            for row in results
+            if row["key"].get("op") == "attention" and row["key"].get("way") == peer and row["key"].get("model") == "B"
+            and row["key"].get("pass") == "forward+backward" and "fused_speedup" in row
+        ]  # fmt: skip
+        lines.append(_times(f"attention on {chip}", goal, peer, min(found) if found and known else None))
+    return lines
+
+
+def _inference(results: Sequence[Row]) -> Goal:
+    """At DeiT-B's largest batch that both were measured at."""
+    speeds: dict[str, dict[int, float]] = {}
+    for row in rows_of({"rows": results}, "inference"):
+        if "images_per_second" in row and row["key"]["model"].startswith("deit_base"):
+            speeds.setdefault(row["key"]["way"], {})[row["key"]["batch"]] = row["images_per_second"]
+    both = speeds.get(OURS, {}).keys() & speeds.get(INFERENCE_PEER, {}).keys()
+    ratio = speeds[OURS][max(both)] / speeds[INFERENCE_PEER][max(both)] if both else None
+    return _times("deit_base, inference", INFERENCE_TIMES, INFERENCE_PEER, ratio)
 
 
 def _first_step(model: str, ours: dict[str, Any] | None, peer: dict[str, Any] | None) -> Goal:
@@ -241,11 +290,11 @@ def _memory(model: str, ours: dict[str, Any] | None, peer: dict[str, Any] | None
     return Goal(name, goal, f"{share:.2f} x", beside, share <= MEMORY_SHARE)
 
 
-def goal_table(rows: Sequence[dict[str, Any]]) -> str:
+def goal_table(rows: Sequence[Row], gpu: str = "") -> str:
     """Markdown."""
     lines = ["| | goal | measured | beside the best peer | met |", "|---|--:|--:|---|---|"]
     words = {True: "yes", False: "no", None: ""}
-    for line in goals(rows):
+    for line in goals(rows, gpu):
         lines.append(f"| {line.name} | {line.goal} | {line.measured} | {line.peer} | {words[line.met]} |")
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
 from deitfast.kernels.common import Launch
@@ -88,6 +88,16 @@ def selection(select: Callable[Arguments, Pick], *args: Arguments.args, **kwargs
     assert isinstance(select, Tunable)
     assert not kwargs
     return select.selection(*args)
+
+
+def recorded(entry: Pick) -> dict[str, Any] | None:
+    """For JSON."""
+    return None if entry is None else {**asdict(entry), "tiles": dict(entry.tiles)}
+
+
+def entry_of(record: dict[str, Any] | None) -> Pick:
+    """Of what `recorded` gave; TypeError for what it did not give."""
+    return None if record is None else Launch(**record)
 
 
 def described(entry: Pick) -> str:

@@ -51,6 +51,7 @@ _BACKENDS = {
 class Job:
     """What one worker runs. model: a zoo name. compile: torch.compile's mode, or "" for eager.
 
+    attention: SDPA's backend on a GPU, "" for the fastest.
     engine: graph or flat for a step of `deitfast.engine.engine`, "" for the plain loop.
     launched: `time.time()` when the process was started. quick: few samples.
     """
@@ -65,6 +66,7 @@ class Job:
     drop_path: float = 0.0
     drop_path_form: str = "bernoulli"
     compile: str = ""
+    attention: str = ""
     engine: str = ""
     quick: bool = False
     launched: float = 0.0
@@ -262,7 +264,7 @@ def work(job: Job, expected: Reference | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"version": version(job.library), "attention": "ours" if job.fused else "default"}
     with contextlib.ExitStack() as stack:
         if on_cuda and not job.fused:
-            facts["attention"] = fastest_attention(job)
+            facts["attention"] = job.attention or fastest_attention(job)
             backends = [_BACKENDS[facts["attention"]], SDPBackend.MATH]
             stack.enter_context(sdpa_kernel(backends, set_priority=True))
         start = time.time()

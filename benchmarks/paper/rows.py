@@ -122,7 +122,10 @@ _FINE_TUNING = {"lr": 1e-4, "min_lr": 1e-4, "weight_decay": 1e-8, "warmup_epochs
 
 def claims(base: Recipe) -> list[Claim]:
     """What the paper says, and what this engine says of its own choices, in terms of the runs above."""
-    found = [Claim("the average of the weights (EMA) helps", Score(BASE), Score(BASE, "raw"))]
+    found = [
+        Claim(f"the average of the weights (EMA) helps: {run}", Score(run), Score(run, "raw"))
+        for run in (BASE, "hard, token", "hard, class token")
+    ]
     for factor in FACTORS:
         pair = Score(BASE), Score(_flipped(factor, base))
         found.append(Claim(factor.claim, *(pair if factor.is_on(base) else pair[::-1])))

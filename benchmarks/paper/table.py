@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ class Difference:
     mean: float | None
     error: float | None
     seeds: int
+
+    def __str__(self) -> str:
+        return "" if self.mean is None or self.error is None else f"{self.mean:+.2f} ± {self.error:.2f}"
 
     def verdict(self, claim: Claim) -> str:
         if self.mean is None or self.error is None:
@@ -103,11 +106,16 @@ def markdown(results: Results, runs: Sequence[Run], claims: Sequence[Claim], see
         error = f"{standard_error(top1):.2f}" if len(top1) > 1 else ""
         speed = f"{speed_of(results[score.run]):.0f}" if score.weights == "ema" and score.head == "top1" else ""
         lines.append(f"| {score} | {', '.join(f'{v:.2f}' for v in top1)} | {mean} | {spread} | {error} | {speed} |")
-    lines += ["", "| claim | difference | standard error | seeds | verdict |", "|---|---|---|---|---|"]
+    lines += ["", "| claim | seeds | averaged weights: difference | verdict | raw weights: difference | verdict |"]
+    lines.append("|---|---|---|---|---|---|")
     for claim in claims:
         found = difference(results, claim, seeds)
-        numbers = ["", ""] if found.mean is None else [f"{found.mean:+.2f}", f"{found.error:.2f}"]
-        lines.append(f"| {claim.text} | {numbers[0]} | {numbers[1]} | {found.seeds} | {found.verdict(claim)} |")
+        cells = [claim.text, str(found.seeds), str(found), found.verdict(claim)]
+        if claim.better.weights == claim.worse.weights:
+            raw = replace(claim, better=replace(claim.better, weights="raw"), worse=replace(claim.worse, weights="raw"))
+            found = difference(results, raw, seeds)
+            cells += [str(found), found.verdict(raw)]
+        lines.append(f"| {' | '.join(cells + [''] * (6 - len(cells)))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,10 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "--model", default="deit_base_patch16_224", help="whose shapes to verify the kernels at [deit_base_patch16_224]"
     )
     parser.add_argument("--batch", type=int, default=64, help="images at once to verify the kernels at [64]")
+    parser.add_argument(
+        "--tune", type=float, nargs="?", const=10.0, default=0.0, metavar="MINUTES",
+        help="search the kernels' launch constants first, for so long [10]; later runs use what is found",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="JSON, which a recipe's --fused takes, too")
     parser.set_defaults(run=_doctor)
 
@@ -32,11 +36,12 @@ def _doctor(args: argparse.Namespace, _: list[str]) -> None:
     from deitfast.training.environment import environment
     from deitfast.use.doctor import examine, table
 
-    found = examine(args.model, args.batch, args.data, args.out, say)
+    found = examine(args.model, args.batch, args.data, args.out, say, tune_minutes=args.tune)
     if args.json:
         kernels = None if found.kernels is None else found.kernels.record()
         findings = [asdict(finding) for finding in found.findings]
-        print(json.dumps({"environment": environment(), "findings": findings, "kernels": kernels}, indent=1))
+        told = {"environment": environment(), "findings": findings, "kernels": kernels, "machine": found.machine}
+        print(json.dumps(told, indent=1))
     else:
         print("\n".join(map(str, found.findings)))
         if found.kernels is not None:

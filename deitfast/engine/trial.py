@@ -44,6 +44,7 @@ def capture_problem(
     job = {
         "recipe": told, "classes": classes, "image_size": image_size, "micro_batch": micro_batch,
         "accumulation": accumulation, "bf16": bf16, "forms": verdict.forms,
+        "launches": {op.op: op.launches for op in verdict.ops},
     }  # fmt: skip
 
     def find() -> dict[str, Any]:

@@ -48,7 +48,7 @@ def trust_kernels(
         if not world.is_main:
             return None
         if recipe.choices:
-            return read_choices(Path(recipe.choices))
+            return read_choices(Path(recipe.choices), world.device)
         if world.device.type != "cuda" or recipe.fused == "no":
             return Verdict()
         if before.get("machine") == machine(world.device):
@@ -65,12 +65,25 @@ def trust_kernels(
     return verdict
 
 
-def read_choices(path: Path) -> Verdict:
-    """The forms of ops that another run recorded in its env.json, or that `deitfast doctor --json` printed."""
+def read_choices(path: Path, device: torch.device) -> Verdict:
+    """The forms of ops that another run recorded in its env.json, or that `deitfast doctor --json` printed.
+
+    Entries of launch tables are for the GPU and the code that they were found with, and are left out elsewhere.
+    """
     try:
         found = json.loads(path.read_text())
-        ops = found.get("choices", found)["kernels"]["ops"]
-        return Verdict([OpVerdict(op["op"], op["form"], op["why"]) for op in ops])
+        choices = found.get("choices", found)
+        same = device.type == "cuda" and choices.get("machine") == machine(device)
+        ops = [
+            OpVerdict(
+                op["op"], op["form"], op["why"], ms=op.get("ms", {}) if same else {},
+                launches=op.get("launches", {}) if same else {}, faster=op.get("faster", {}) if same else {},
+            )
+            for op in choices["kernels"]["ops"]
+        ]  # fmt: skip
+        verdict = Verdict(ops)
+        assert verdict.launches is not None  # every entry can be read
+        return verdict
     except OSError as error:
         raise DeitfastError(f"--fused {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from deitfast.compiler import missing_for_triton
-from deitfast.data import open_dataset
+from deitfast.data import Manifest, TrainLoader, open_dataset
 from deitfast.data.cores import cores, thread_count
 from deitfast.data.dali import check_build, dali_version
 from deitfast.data.decoder import gpu_problem
 from deitfast.errors import DeitfastError, first_line
 from deitfast.model.factory import create_model
 from deitfast.model.fused import question_about
-from deitfast.verification.verdict import Verdict, driver
-from deitfast.verification.verify import TRAINING_OPS, verify
+from deitfast.recipe import Recipe
+from deitfast.verification.verdict import Verdict, driver, machine
+from deitfast.verification.verify import TRAINING_OPS, search, verify
 
 OK, NOTE, BREAKS = "ok", "note", "breaks"
 _GPU_CORES = 4
@@ -31,6 +33,7 @@ _SHARED_MEMORY = 64 << 20
 """Docker's default for /dev/shm, in which NCCL's processes of one machine meet: too little for several GPUs."""
 _SLOW_DISK = 100e6  # bytes a second: below, a checkpoint of DeiT-B (1.4 GB) holds training up for over ten seconds
 _FULL_DISK = 10e9
+_LOADING_SECONDS, _LOADED_AT_ONCE = 10.0, 32
 
 
 @dataclass(frozen=True)
@@ -47,28 +50,39 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """All findings, and the verdict on the kernels; None where no GPU is."""
+    """All findings, and the verdict on the kernels; None where no GPU is. machine: what that verdict is about."""
 
     findings: list[Finding]
     kernels: Verdict | None
+    machine: dict[str, str] = field(default_factory=dict)
 
     @property
     def breaks(self) -> bool:
         return any(finding.level == BREAKS for finding in self.findings)
 
 
-def examine(model: str, batch: int, data: str, out: Path, say: Callable[[str], None]) -> Examination:
-    """Look at everything. model, batch: what the kernels are verified for; data: images, or empty; out: for runs."""
+def examine(
+    model: str, batch: int, data: str, out: Path, say: Callable[[str], None], *, tune_minutes: float = 0
+) -> Examination:
+    """Look at everything. model, batch: what the kernels are verified for; data: images, or empty; out: for runs.
+
+    tune_minutes: of a search of the kernels' launch constants; DeitfastError where it cannot be.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if tune_minutes and not gpus:
+        raise DeitfastError("--tune searches on the GPU that the kernels run on, and there is none here. Leave it out")
+    if tune_minutes < 0 or not math.isfinite(tune_minutes):
+        raise DeitfastError(f"--tune is {tune_minutes:g} minutes. Give a number above 0")
     findings = [*_versions(), *_gpus(gpus), *_compiler(gpus), *_cores(max(gpus, 1)), *_disk(out), *_shared_memory(gpus)]
     findings += [*_nccl(gpus), *_dali(gpus), *_data(data, gpus)]
     if not gpus:
         words = "no table of kernels: they are verified on the GPU that they run on, and there is none here"
         return Examination([*findings, Finding(NOTE, words)], None)
-    kernels = verify(
-        question_about(create_model(model), TRAINING_OPS, batch, torch.bfloat16), torch.device("cuda", 0), say
-    )
-    return Examination([*findings, *_kernels(kernels)], kernels)
+    question, device = question_about(create_model(model), TRAINING_OPS, batch, torch.bfloat16), torch.device("cuda", 0)
+    if tune_minutes:
+        findings += _searched(search(question, device, say, tune_minutes))
+    kernels = verify(question, device, say)
+    return Examination([*findings, *_kernels(kernels)], kernels, machine(device))
 
 
 def table(kernels: Verdict) -> str:
@@ -216,6 +230,45 @@ def _data(data: str, gpus: int) -> Iterator[Finding]:
         problem = gpu_problem(found.train, 224, torch.device("cuda", 0), thread_count(0))
         remedy = "--decode auto takes the CPU"
         yield Finding(NOTE, problem, remedy) if problem else Finding(OK, "the GPU decodes these images as libjpeg does")
+    if found.train is not None:
+        yield from _loading(found.train, torch.device("cuda", 0) if gpus else torch.device("cpu"))
+
+
+def _loading(images: Manifest, device: torch.device) -> Iterator[Finding]:
+    """How fast these images come out of the training loader, with the paper's augmentation at 224 px."""
+    batch = min(_LOADED_AT_ONCE, len(images) // 2 * 2)
+    if batch < 2:
+        return
+    count, begun, started = 0, time.perf_counter(), None
+    try:
+        recipe = Recipe(batch=batch, mix_group=batch)
+        with TrainLoader(images, recipe, 224, batch, device=device, stop_step=10**6) as loader:
+            for _ in loader:
+                if started is None:  # the first one waits for everything to start
+                    started = time.perf_counter()
+                    continue
+                count += batch
+                if time.perf_counter() - begun > _LOADING_SECONDS:
+                    break
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    except DeitfastError as error:
+        yield Finding(BREAKS, str(error))
+        return
+    seconds = time.perf_counter() - (started or begun)
+    speed = f"{count / seconds:,.0f} images/s in {seconds:.1f} s"
+    yield Finding(OK, f"one process reads, decodes and augments {speed}: training cannot be faster than that a process")
+
+
+def _searched(found: Verdict) -> Iterator[Finding]:
+    if found.unverified:
+        yield Finding(NOTE, f"the launch constants could not be searched: {found.unverified}", "Run this again")
+    tried = sum(len(times) - 1 for op in found.ops for times in op.tried.values())
+    faster = [f"{op.op}, {selection}: {entry}" for op in found.ops for selection, entry in op.faster.items()]
+    yield Finding(
+        OK, f"{tried} entries ran beside the launch tables'; {len(faster)} are faster here, and kept for runs"
+    )
+    yield from (Finding(OK, line) for line in faster)
 
 
 def _kernels(kernels: Verdict) -> Iterator[Finding]:

@@ -15,8 +15,11 @@ import torch
 from deitfast.files import cache_folder, write_atomically
 from deitfast.integrity import hash_of_all
 from deitfast.kernels.replaced import OURS
+from deitfast.kernels.tunable import Pick, entry_of
 
 SLOWER = "slower here"
+OTHER_ENTRIES = "ours, other entries"
+"""An op's kernels by other entries than their launch tables'."""
 REPORT = "Please report this line with the output of `deitfast doctor --json`"
 
 
@@ -25,7 +28,9 @@ class OpVerdict:
     """What was found of one op. form: how it runs from now on, one of `deitfast.kernels.replaced`'s.
 
     why: what is wrong with its kernels, or that they are slower; empty where they run. ms: medians of each form, where
-    they were timed. seed: of the random data.
+    they were timed. seed: of the random data. launches: each selection of its kernels (`deitfast.kernels.tunable`) ->
+    the entry by which it runs; faster: those of them that are not the table's own, in words. tried: selection -> entry
+    -> ms of the whole op.
     """
 
     op: str
@@ -33,6 +38,9 @@ class OpVerdict:
     why: str = ""
     ms: dict[str, float] = field(default_factory=dict)
     seed: int = 0
+    launches: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    faster: dict[str, str] = field(default_factory=dict)
+    tried: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def right(self) -> bool:
@@ -60,6 +68,11 @@ class Verdict:
     def forms(self) -> dict[str, str]:
         """Op -> form, of all ops."""
         return {op.op: op.form for op in self.ops}
+
+    @property
+    def launches(self) -> dict[str, Pick]:
+        """Selection -> entry, of all ops; TypeError where one is none."""
+        return {name: entry_of(entry) for op in self.ops for name, entry in op.launches.items()}
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
@@ -102,24 +115,35 @@ def sources() -> str:
 
 
 def remembered(key: dict[str, Any], find: Callable[[], dict[str, Any]], keeps: Callable[[dict[str, Any]], bool]) -> Any:
-    """What `find` says, from the cache where it is there; put there where `keeps` agrees.
-
-    A cache that cannot be read or written is none.
-    """
-    text = json.dumps(key, sort_keys=True)
-    path = cache_folder("verified") / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
-    try:
-        kept = json.loads(path.read_text())
-        if kept["key"] == json.loads(text):
-            return kept["found"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    found = find()
-    if keeps(found):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = json.dumps({"key": key, "found": found}, indent=1)
-            write_atomically(path, lambda temporary: temporary.write_text(content + "\n"))
-        except OSError:
-            pass
+    """What `find` says, from the cache where it is there; put there where `keeps` agrees."""
+    found = recall(key)
+    if found is None:
+        found = find()
+        if keeps(found):
+            keep(key, found)
     return found
+
+
+def recall(key: dict[str, Any]) -> Any:
+    """What the cache has for this key; None where it has nothing or cannot be read."""
+    text = json.dumps(key, sort_keys=True)
+    try:
+        kept = json.loads(_path(text).read_text())
+        return kept["found"] if kept["key"] == json.loads(text) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep(key: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put it into the cache; one that cannot be written is none."""
+    path = _path(json.dumps(key, sort_keys=True))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"key": key, "found": found}, indent=1)
+        write_atomically(path, lambda temporary: temporary.write_text(content + "\n"))
+    except OSError:
+        pass
+
+
+def _path(text: str) -> Path:
+    return cache_folder("verified") / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"

@@ -9,9 +9,11 @@ The first time on a GPU takes as long as compiling the kernels and some seconds,
 from __future__ import annotations
 
 import functools
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +21,21 @@ import torch
 from deitfast.errors import DeitfastError, say
 from deitfast.kernels import replaced
 from deitfast.kernels.catalogue import OPS, Shape
+from deitfast.kernels.tunable import entry_of, pick, recorded
 from deitfast.verification import process
 from deitfast.verification.check import check
+from deitfast.verification.choice import Offers
 from deitfast.verification.process import READY, ProcessEnded
-from deitfast.verification.verdict import REPORT, OpVerdict, Verdict, machine, remembered
+from deitfast.verification.verdict import (
+    OTHER_ENTRIES,
+    REPORT,
+    OpVerdict,
+    Verdict,
+    keep,
+    machine,
+    recall,
+    remembered,
+)
 
 BLOCK_OPS = ("layernorm_attention", "layernorm_mlp")
 TRAINING_OPS = ("input_patches", "patch_embed", *BLOCK_OPS, "mixed_cross_entropy")
@@ -58,11 +71,12 @@ class Question:
 
 def verify(question: Question, device: torch.device, say: Callable[[str], None]) -> Verdict:
     """What is known of the ops on `device`, a GPU; found out where nothing is. say: what goes on meanwhile."""
-    key = {"question": asdict(question), **machine(device)}
+    known = searched(device)
+    key = {"question": asdict(question), "searched": known, **machine(device)}
 
     def find() -> dict[str, Any]:
         say(f"verifying {len(question.ops)} kernels on this {machine(device)['gpu']}, once: {', '.join(question.ops)}")
-        return ask(question, device).record()
+        return ask(question, device, say, known=known).record()
 
     return Verdict.of(remembered(key, find, keeps=lambda found: not found["unverified"]))
 
@@ -76,24 +90,67 @@ def trust(question: Question, device: torch.device) -> None:
         say(line)
 
 
-def ask(question: Question, device: torch.device) -> Verdict:
-    """The verdict, from processes of their own: one that an op ruins is followed by another for the ops left."""
-    verdict, left = Verdict(), list(question.ops)
+def search(question: Question, device: torch.device, say: Callable[[str], None], minutes: float) -> Verdict:
+    """What the ops' kernels run fastest by, of every entry that is worth a search; kept for the runs to come, op by op.
+
+    Those try what was found beside their tables' entries, at their own shapes, and verify it as they do these.
+    """
+    say(f"searching the launch constants of {len(question.ops)} ops on this {machine(device)['gpu']}, {minutes:g} min")
+    verdict, end = Verdict(), time.monotonic() + 60 * minutes
+    for i, op in enumerate(question.ops):
+        share = max(1.0, end - time.monotonic()) / 60 / (len(question.ops) - i)
+        known = searched(device)
+        found = ask(replace(question, ops=(op,)), device, say, known=known, minutes=share)
+        keep(_key_of_search(device), {**known, **{name: recorded(entry) for name, entry in found.launches.items()}})
+        verdict.ops += found.ops
+        verdict.unverified = verdict.unverified or found.unverified
+    return verdict
+
+
+def searched(device: torch.device) -> dict[str, Any]:
+    """Selection -> entry, as JSON, of what `search` found on this GPU with this code; empty where it never ran."""
+    return recall(_key_of_search(device)) or {}
+
+
+def _key_of_search(device: torch.device) -> dict[str, Any]:
+    return {"search": "launches", **machine(device)}
+
+
+def ask(
+    question: Question, device: torch.device, say: Callable[[str], None], *, known: dict[str, Any], minutes: float = 0
+) -> Verdict:
+    """The verdict, from processes of their own: one that an op ruins is followed by another for the ops left.
+
+    known: entries to try beside the tables', as `searched` gives them. minutes: of a search of all entries; 0 tries a
+    few. An entry that ends the process is left out, and its op asked again.
+    """
+    verdict, left, barred, end_of_search = Verdict(), list(question.ops), list[str](), time.monotonic() + 60 * minutes
     while left:
-        under_way, why, before = "", "it ended without an answer", len(left)
+        under_way, tries, why, before = "", "", "it ended without an answer", len(left)
+        settled = {name: entry for op in verdict.ops for name, entry in op.launches.items()}
+        job: dict[str, Any] = {"question": asdict(question) | {"ops": left}, "device": str(device), "settled": settled}
+        job |= {"known": known, "barred": list(barred)}
+        job["search_s"] = max(1.0, end_of_search - time.monotonic()) if minutes else 0.0
         try:
-            job = {"question": asdict(question) | {"ops": list(left)}, "device": str(device)}
             for answer in process.answers(__name__, job):
-                under_way = answer.pop("begins", "")
-                if not under_way:
+                if "begins" in answer:
+                    under_way = answer["begins"]
+                elif "tries" in answer:
+                    tries = answer["tries"]
+                elif "says" in answer:
+                    say(answer["says"])
+                else:
                     verdict.ops.append(OpVerdict(**answer))
                     left.remove(answer["op"])
+                    under_way = ""
         except ProcessEnded as end:
             why = str(end)
-        if under_way:
+        if tries:
+            barred.append(tries)
+        elif under_way:
             verdict.ops.append(OpVerdict(under_way, replaced.EAGER, why))
             left.remove(under_way)
-        if len(left) == before:
+        elif len(left) == before:
             verdict.unverified = why
             break
     return verdict
@@ -102,14 +159,22 @@ def ask(question: Question, device: torch.device) -> Verdict:
 def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What `ask` has done in another process."""
     question, device = Question(**job["question"]), torch.device(job["device"])
+    settled, known = ({name: entry_of(x) for name, x in job[part].items()} for part in ("settled", "known"))
+    deadline = time.monotonic() + job["search_s"]
     torch.zeros(1, device=device)
     yield READY
     for name in question.ops:
         yield {"begins": name}
+        offers = Offers(
+            settled, frozenset(job["barred"]), known,
+            searched=job["search_s"] > 0, deadline=deadline if job["search_s"] else math.inf,
+        )  # fmt: skip
         found = check(
             OPS[name], question.shape(), getattr(torch, question.dtype), device, int.from_bytes(os.urandom(3)),
-            question.timed, backward=question.backward, without=frozenset(question.without), subset=question.subset,
+            question.timed, offers,
+            backward=question.backward, without=frozenset(question.without), subset=question.subset,
         )  # fmt: skip
+        settled = {**settled, **Verdict([found]).launches}
         yield asdict(found)
         if found.why and not _healthy(device):
             return
@@ -124,14 +189,24 @@ def _healthy(device: torch.device) -> bool:
 
 
 def adopt(verdict: Verdict, *, insist: bool = False) -> None:
-    """Let each op run in the form that the verdict gives it, from now on. insist: raise DeitfastError instead."""
-    if insist and (lines := told(verdict)):
+    """Let each op run in the form and by the entries of the verdict. insist: raise DeitfastError unless by kernels."""
+    if insist and (lines := _replaced(verdict)):
         raise DeitfastError(f"{lines[0]}. --fused yes asks for the kernels; give --fused auto to go on without them")
     replaced.choose(verdict.forms)
+    pick(verdict.launches)
 
 
 def told(verdict: Verdict) -> list[str]:
-    """A line for each op that does not run its kernels."""
+    """A line for each op that does not run its kernels, or not by its tables' entries."""
+    return _replaced(verdict) + [
+        f"{op.op} runs its kernels by other entries than the table's, {op.ms[OTHER_ENTRIES]:.3f} instead of "
+        f"{op.ms[replaced.OURS]:.3f} ms: {'; '.join(f'{name}: {entry}' for name, entry in op.faster.items())}"
+        for op in verdict.ops
+        if op.faster
+    ]
+
+
+def _replaced(verdict: Verdict) -> list[str]:
     lines = [
         f"{op.op} runs as {op.form} PyTorch: its kernels are {op.why}"
         if op.right

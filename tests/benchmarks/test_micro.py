@@ -12,7 +12,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks import compile_report, micro, sanitize, tune, workshop
-from benchmarks.measuring import ops
+from benchmarks.measuring import peers_ops
 from benchmarks.measuring.command import Finished
 from benchmarks.measuring.harness import Budget, Ran, Recorder, Refused, Timing, load
 from benchmarks.measuring.ops import OPS, WORK
@@ -50,7 +50,7 @@ def test_every_attention_baseline_is_named_also_where_it_cannot_run(tmp_path):
     out = tmp_path / "results.json"
     assert micro.main(["attention", *QUICK, "--no-compile", "--out", str(out)]) == 0
     named = {row["key"]["way"] for row in load(out)["rows"]}
-    assert named == {"fused", "eager", *ops.SDPA, "flash-attn 2", "flash-attn 3"}
+    assert named == {"fused", "eager", *peers_ops.SDPA, "flash-attn 2", "flash-attn 3", "flash-attn 4"}
 
 
 def test_what_cannot_be_captured_is_compared_with_the_fused_op_launched_from_the_host(monkeypatch, tmp_path):

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 if "tests.rehearsal.memory" not in sys.modules:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def only_the_tables_entries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Beside them an op offers some twenty others, which take a second each; a test that wants one puts this back."""
+    from deitfast.verification.choice import Offers
+
+    every = Offers.of
+    monkeypatch.setattr(Offers, "of", lambda self, selection: [])
+    return every
 
 
 @pytest.fixture(autouse=True)

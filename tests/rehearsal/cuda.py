@@ -128,6 +128,7 @@ def install() -> None:
         "set_stream": set_stream,
         "CUDAGraph": capture.CUDAGraph,
         "graph": capture.graph,
+        "graph_pool_handle": lambda: (0, 1),
         "is_current_stream_capturing": lambda: bool(capture.ACTIVE),
         "synchronize": lambda device=None: refuse_in_capture("cudaDeviceSynchronize"),
         "empty_cache": lambda: refuse_in_capture("cudaFree"),

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from deitfast.cli.main import main
+from deitfast.kernels.gemm import linear_launch
 from deitfast.kernels.replaced import EAGER, chosen
+from deitfast.kernels.tunable import Selection, described, picked, recorded, selection
 from deitfast.use import doctor
 from deitfast.use.doctor import examine
-from tests.rehearsal.test_first_contact import SHORT, forms, plant, run
+from deitfast.verification import warm
+from deitfast.verification.choice import Offers
+from tests.rehearsal.test_first_contact import SHORT, forms, plant, run, takes
 from tests.verification.planted import FAULTS
 
+SELECTION = "linear_launch itemsize=2 N=512 K=128 epilogue=gelu aligned_rows=True"
 COMMAND = ["doctor", "--model", "deit_digits_patch4_16", "--batch", "8", "--data", "digits"]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitfast.use.doctor._LOADING_SECONDS", 0.2)
 
 
 def test_the_table_is_printed_and_a_run_takes_its_choices(
@@ -45,6 +57,41 @@ def test_the_table_is_printed_and_a_run_takes_its_choices(
     choices.write_text(json.dumps(found))
     _, _, facts = run(tmp_path / "run", replace(SHORT, fused=str(choices)))
     assert forms(facts) == forms(found)
+
+
+def test_a_search_is_kept_and_what_it_found_is_tried_by_the_runs_to_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    only_the_tables_entries: Callable[..., Any],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("DEITFAST_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("deitfast.use.doctor._compiler", lambda _: [])
+    monkeypatch.setattr("deitfast.use.doctor._nccl", lambda _: [])
+
+    def last(self: Offers, asked: Selection) -> list[Any]:
+        return only_the_tables_entries(self, asked)[-1:] if asked.name == SELECTION else []
+
+    monkeypatch.setattr(Offers, "of", last)
+    compiled: list[str] = []
+
+    def compile_all(case: Any, selection: str, entries: Sequence[Any], seconds: float) -> Iterator[int]:
+        compiled.append(selection)  # other processes have no pretended GPU
+        yield from range(1, len(entries) + 1)
+
+    monkeypatch.setattr(warm, "compile_all", compile_all)
+    wanted = selection(linear_launch, 90, 2, 512, 128, "gelu", True).space[-1]
+    takes(monkeypatch, "layernorm_mlp", lambda way: 0.4 if way == described(wanted) else 0.8 if "," in way else 1.0)
+    with chosen(), picked({}):
+        main([*COMMAND, "--out", str(tmp_path), "--tune"])
+        shown = capsys.readouterr()
+    assert "searching the launch constants of 5 ops on this Pretended H100, 10 min" in shown.err
+    assert SELECTION in compiled
+    assert "1 are faster here, and kept for runs" in shown.out
+    assert f"layernorm_mlp, {SELECTION}: {wanted}" in shown.out
+    monkeypatch.setattr(warm, "compile_all", lambda *_: pytest.fail("searched again"))
+    _, log, facts = run(tmp_path / "run")
+    assert f"{SELECTION}: {wanted}" in log
+    found = {name: entry for op in facts["choices"]["kernels"]["ops"] for name, entry in op["launches"].items()}
+    assert found[SELECTION] == recorded(wanted)
 
 
 @pytest.mark.parametrize(("gpus", "level"), [(1, "note"), (2, "breaks")])

@@ -17,15 +17,16 @@ import torch
 from deitfast.data import decoder
 from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
-from deitfast.kernels import replaced
+from deitfast.kernels import gemm, replaced, tunable
 from deitfast.kernels.catalogue import OPS, Shape
 from deitfast.kernels.replaced import EAGER, OURS
+from deitfast.kernels.tunable import Selection, recorded
 from deitfast.model.acceleration import accelerate
 from deitfast.model.deit import DeiT
 from deitfast.recipe import Recipe
 from deitfast.training.train import train
 from deitfast.use.inference import Predictor
-from deitfast.verification import check, verify
+from deitfast.verification import check, choice, verify
 from tests.rehearsal.test_train import RECIPE
 from tests.test_train import losses
 from tests.verification.planted import FAULTS, Fault
@@ -43,7 +44,7 @@ def a_gpu_seen_for_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def run(out: Path, recipe: Recipe = SHORT, steps: int = 2) -> tuple[list[float], str, dict[str, Any]]:
     """Losses, log and env.json of a short run of its own process, as far as the forms of ops go."""
-    with replaced.chosen():
+    with replaced.chosen(), tunable.picked({}):
         train(replace(recipe, out=str(out)), stop_at=steps, depth=1)
     return losses(out), (out / "log.txt").read_text(), json.loads((out / "env.json").read_text())
 
@@ -118,24 +119,65 @@ def test_without_fused_kernels_nothing_is_verified(tmp_path: Path) -> None:
 def test_an_op_that_is_slower_than_eager_is_replaced_and_another_run_repeats_the_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_eager_mlp: list[float]
 ) -> None:
-    timed, asked = check._timed, [""]
-
-    def noted(case: check.Case, *args: Any) -> Any:
-        asked.append(case.op.name)
-        return timed(case, *args)
-
-    def times(calls: dict[str, Any], device: torch.device) -> dict[str, list[float]]:
-        slow = asked[-1] == "layernorm_mlp"
-        return {form: [2.0 if form == OURS and slow else 1.0] * 3 for form in calls}
-
-    monkeypatch.setattr(check, "_timed", noted)
-    monkeypatch.setattr(check, "milliseconds", times)
+    takes(monkeypatch, "layernorm_mlp", lambda way: 2.0 if way == OURS else 1.0)
     found, log, facts = run(tmp_path / "run")
     assert found == with_eager_mlp
     assert log.count("layernorm_mlp runs as eager PyTorch: its kernels are slower here: 2.000 ms, eager 1.000 ms") == 1
     again, _, same = run(tmp_path / "again", replace(SHORT, fused=str(tmp_path / "run" / "env.json")))
     assert again == found
     assert forms(same) == forms(facts)
+
+
+def takes(monkeypatch: pytest.MonkeyPatch, op: str, ms: Callable[[str], float]) -> None:
+    """The forms and entries of an op take so long, those of others all one millisecond."""
+    choose, asked = check.fastest_form, [""]
+
+    def noted(case: Any, *args: Any) -> Any:
+        asked.append(case.op.name)
+        return choose(case, *args)
+
+    def times(calls: dict[str, Any], device: torch.device) -> dict[str, list[float]]:
+        return {way: [ms(way) if asked[-1] == op else 1.0] * 3 for way in calls}
+
+    monkeypatch.setattr(check, "fastest_form", noted)
+    monkeypatch.setattr(choice, "milliseconds", times)
+
+
+def test_kernels_run_by_the_entry_that_is_faster_and_another_run_repeats_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_the_tables_entries: Callable[..., Any]
+) -> None:
+    name = "linear_launch itemsize=2 N=512 K=128 epilogue=gelu aligned_rows=True"
+
+    def of_one(self: choice.Offers, asked: Selection) -> list[Any]:
+        return only_the_tables_entries(self, asked) if asked.name == name else []
+
+    monkeypatch.setattr(choice.Offers, "of", of_one)
+    ms = {"BLOCK_N=256": 0.5, "other entries": 0.8}
+    takes(monkeypatch, "layernorm_mlp", lambda way: next((ms[words] for words in ms if words in way), 1.0))
+    found, log, facts = run(tmp_path / "run")
+    [line] = [line for line in log.splitlines() if "other entries" in line]
+    assert "layernorm_mlp runs its kernels by other entries than the table's, 0.800 instead of 1.000 ms: " in line
+    assert f"{name}: BLOCK_M=128 BLOCK_N=256" in line
+    launches = {op["op"]: op["launches"] for op in facts["choices"]["kernels"]["ops"]}
+    picked = launches["layernorm_mlp"][name]
+    assert picked["tiles"]["BLOCK_N"] == 256
+    used: list[Any] = []
+    right = gemm.launch
+
+    def noted(kernel: Any, grid: Any, entry: Any, **arguments: Any) -> None:
+        used.append(entry)
+        right(kernel, grid, entry, **arguments)
+
+    monkeypatch.setattr(gemm, "launch", noted)
+    monkeypatch.setattr(verify, "verify", lambda *_: pytest.fail("asked again"))
+    again, _, same = run(tmp_path / "again", replace(SHORT, fused=str(tmp_path / "run" / "env.json")))
+    assert again == found
+    assert {op["op"]: op["launches"] for op in same["choices"]["kernels"]["ops"]} == launches
+    assert picked in [recorded(entry) for entry in used]
+    facts["choices"]["machine"]["gpu"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(facts))
+    _, _, other = run(tmp_path / "other", replace(SHORT, fused=str(tmp_path / "other.json")))
+    assert not any(op["launches"] for op in other["choices"]["kernels"]["ops"])
 
 
 def waits(self: FlatEngine, loss: torch.Tensor) -> torch.Tensor:

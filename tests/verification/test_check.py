@@ -12,9 +12,10 @@ from torch import Tensor
 
 from deitfast.kernels.catalogue import OPS, Draw, Shape
 from deitfast.kernels.replaced import EAGER, OURS, chosen
-from deitfast.verification import check as checking
+from deitfast.verification import case as checking
 from deitfast.verification.arena import GUARD, Arena
-from deitfast.verification.check import Case, check
+from deitfast.verification.case import Case
+from deitfast.verification.check import check
 from deitfast.verification.timing import fastest
 from tests.verification.planted import FAULTS
 

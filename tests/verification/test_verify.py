@@ -82,7 +82,7 @@ def test_an_op_that_ends_its_process_is_replaced_and_the_others_are_asked_of_ano
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = scripted(monkeypatch, {"b": "its process ended with signal 11"})
-    found = ask(QUESTION, CPU)
+    found = ask(QUESTION, CPU, print, known={})
     assert asked == [["a", "b", "c"], ["c"]]
     assert found.forms == {"a": OURS, "b": EAGER, "c": OURS}
     assert found.ops[1].why == "its process ended with signal 11"
@@ -96,7 +96,7 @@ def test_a_machine_on_which_no_process_begins_is_unverified_and_keeps_its_kernel
         yield {}
 
     monkeypatch.setattr(process, "answers", answers)
-    found = ask(QUESTION, CPU)
+    found = ask(QUESTION, CPU, print, known={})
     adopt(found)
     assert not replaced.CHOSEN
     assert [line for line in told(found) if "exclusive mode" in line] == told(found)
