@@ -358,7 +358,8 @@ def _update(optimizer: Optimizer, copies: bool) -> None:
     blocks, flat = 8449, 8449 * BLOCK
     segments = Segments(
         padded=(flat,), decays=(0.05,), block_decay=torch.empty(blocks),
-        block_segment=torch.empty(blocks, dtype=torch.int32), first_block=torch.empty(2, dtype=torch.int32),
+        block_segment=torch.empty(blocks, dtype=torch.int32), blocks=blocks,
+        first_block=torch.empty(2, dtype=torch.int32), segment_decay=torch.empty(1),
     )  # fmt: skip
     buffers = FlatBuffers(
         segments,

@@ -26,6 +26,9 @@ SET_UP_PATIENCE = timedelta(hours=12)
 TRAINING_PATIENCE = timedelta(minutes=10)
 """How long they wait in a collective on tensors, after which the missing one is taken for dead."""
 _LONGEST_NAP_S = 0.25
+# torch 2.13 renamed both.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,6 +65,21 @@ class World:
         """The leading process's values in `tensor` on every process."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
+
+    def sum_to_shares(self, whole: Tensor, share: Tensor) -> Any:
+        """Begin to sum every process's `whole` (n x size,), of which rank r gets part r in `share` (n,); the work.
+
+        Gloo has no such collective of its own: it sums the whole on every process and keeps a part.
+        """
+        return _reduce_scatter(share, whole, async_op=True)
+
+    def gather_shares(self, share: Tensor, whole: Tensor) -> None:
+        """Every process's `share` (n,) in `whole` (n x size,), by rank, on every process."""
+        _all_gather(whole, share)
+
+    def collect(self, share: Tensor, whole: Tensor | None) -> None:
+        """Every process's `share` (n,) in the leading one's `whole` (n x size,), by rank; None on the others."""
+        dist.gather(share, None if whole is None else list(whole.chunk(self.size)))
 
     def share(self, value: T) -> T:
         """The leading process's `value` (any picklable object) on every process."""

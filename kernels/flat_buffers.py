@@ -3,10 +3,14 @@
 A flat buffer holds every tensor of a model one after the other. Each tensor, a segment, starts at a multiple of BLOCK
 elements and is padded with zeros, so that each block of BLOCK elements belongs to one tensor: a table gives a block's
 weight decay, another its segment.
+
+Several processes may each update some of the blocks. All they need of one another is the sum of squares of each block:
+added up block by block, norms have the same bits however the blocks are spread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,45 +23,60 @@ Optimizer = Literal["adamw", "lamb", "sgd"]
 BLOCK = 1024
 """Elements to whose multiples segments are aligned, and that a program updates at once: 8 a thread."""
 PARTS = 528
-"""Partial sums of the squared norm: four programs for each of an H100's 132 multiprocessors; fixed, for the bits."""
+"""Most partial sums of a squared norm: four programs for each of an H100's 132 multiprocessors; fixed, for the bits."""
 
 
 @dataclass(frozen=True)
 class Segments:
     """Where each of S tensors lies in the flat buffers, and how it is decayed.
 
-    padded: elements of each segment, a multiple of BLOCK. decays: weight decay of each.
-    block_decay (blocks,) fp32, block_segment (blocks,) int32, first_block (S + 1,) int32: the same, for the device.
+    Of the blocks in this process's buffers: padded, decays: elements, a multiple of BLOCK, and weight decay of each run
+    of one segment. block_decay (own blocks,) fp32, block_segment (own blocks,) int32; a block of no segment, which
+    holds zeros alone, has the segment S.
+    Of all: blocks: how many the segments have. first_block (S + 1,) int32, segment_decay (S,) fp32.
     """
 
     padded: tuple[int, ...]
     decays: tuple[float, ...]
     block_decay: Tensor
     block_segment: Tensor
+    blocks: int
     first_block: Tensor
+    segment_decay: Tensor
 
     @classmethod
-    def of(cls, sizes: list[int], decays: list[float], device: torch.device) -> Segments:
-        """The layout of tensors of `sizes` elements, in order."""
+    def of(cls, sizes: list[int], decays: list[float], device: torch.device, own: Tensor | None = None) -> Segments:
+        """The layout of tensors of `sizes` elements, in order.
+
+        own (own blocks,) int64: numbers of the blocks that this process holds; None: all. There may be more numbers
+        than blocks.
+        """
         blocks = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
-        segment = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
         first = torch.cat([torch.zeros(1, dtype=torch.int64), blocks.cumsum(0)])
+        total = int(first[-1])
+        own = torch.arange(total) if own is None else own
+        segment = torch.searchsorted(first[1:].contiguous(), own, right=True)
+        decay = torch.tensor([*decays, 0.0], dtype=torch.float32)
+        runs, lengths = torch.unique_consecutive(segment, return_counts=True)
         return cls(
-            padded=tuple((blocks * BLOCK).tolist()),
-            decays=tuple(decays),
-            block_decay=torch.tensor(decays, dtype=torch.float32)[segment].to(device),
+            padded=tuple((lengths * BLOCK).tolist()),
+            decays=tuple([*decays, 0.0][run] for run in runs.tolist()),
+            block_decay=decay[segment].to(device),
             block_segment=segment.to(device, torch.int32),
+            blocks=total,
             first_block=first.to(device, torch.int32),
+            segment_decay=decay[:-1].to(device),
         )
 
 
 @dataclass
 class FlatBuffers:
-    """What an update reads and writes; the vectors have one length, that of all segments together.
+    """What an update reads and writes; the vectors have one length, that of all blocks of this process.
 
     grad (n,) fp32, bf16 or fp16; master, exp_avg (n,) fp32, exp_avg_sq (n,) fp32 or None (SGD, whose momentum is
     exp_avg), ema (n,) fp32 or None, compute (n,) any float dtype or None where the master weights are computed with.
     norm () fp32: last gradient norm. skipped () int64: updates that did not happen. steps () fp32: last one that did.
+    gather: makes (k, own blocks) of every process (k, blocks) in the order of the segments; None where one holds all.
     """
 
     segments: Segments
@@ -70,12 +89,17 @@ class FlatBuffers:
     norm: Tensor
     skipped: Tensor
     steps: Tensor
+    gather: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         device, blocks = self.master.device, self.master.numel() // BLOCK
+        self.squares = torch.zeros((2, blocks), dtype=torch.float32, device=device)  # sums of squares of own blocks
         self.norm_partials = torch.zeros(PARTS, dtype=torch.float32, device=device)
-        self.lamb_partials = torch.zeros((2, blocks), dtype=torch.float32, device=device)
-        self.ratios = torch.ones(len(self.segments.padded), dtype=torch.float32, device=device)
+        self.ratios = torch.ones(len(self.segments.segment_decay) + 1, dtype=torch.float32, device=device)
+
+    def of_all(self, squares: Tensor) -> Tensor:
+        """The sums of squares (k, blocks) of all blocks, from those of this process's own (k, own blocks)."""
+        return self.gather(squares) if self.gather else squares
 
 
 @dataclass(frozen=True)

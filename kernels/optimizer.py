@@ -13,10 +13,11 @@ LAMB is timm's with bias correction and gradient averaging; without trust clip, 
 that are not decayed. The clip coefficient is min(1, clip / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it,
 for LAMB min(1, clip / norm). Where the norm is infinite or NaN nothing changes, and a counter goes up by one.
 
-Launches: the squares of the gradient are summed into a fixed number of partial sums, and every program of the next
-kernel sums those in one order: no atomics, the same bits in every run and on every chip. AdamW and SGD then take one
-kernel. LAMB takes three (moments and squares of p and u by block, the ratio of each segment, the weights), and
-computes u twice rather than storing it. Nothing is read on the host, nothing is allocated: a CUDA graph captures it.
+Launches: the squares of the gradient are summed block by block, those sums into a fixed number of partial sums, and
+every program of the next kernel sums those in one order: no atomics, the same bits in every run, on every chip, and
+with the blocks spread over any number of processes. AdamW and SGD then take one kernel. LAMB takes three (moments and
+squares of p and u by block, the ratio of each segment, the weights), and computes u twice rather than storing it.
+Nothing is read on the host: a CUDA graph captures it.
 
 These are functions on buffers, in place, without autograd; they are not torch.library ops because no graph that
 torch.compile or export sees ever contains them.
@@ -34,14 +35,14 @@ from deitfast.kernels.flat_buffers import BLOCK, PARTS, FlatBuffers, Optimizer, 
 from deitfast.kernels.optimizer_eager import update_eager
 from deitfast.kernels.optimizer_kernels import (
     adamw_kernel,
+    block_squares_kernel,
     lamb_moments_kernel,
     lamb_ratio_kernel,
     lamb_weights_kernel,
     sgd_kernel,
-    squared_norm_kernel,
+    sum_squares_kernel,
 )
 
-NORM_LAUNCH = Launch({"NORM_BLOCK": 4096}, num_warps=8, num_stages=3)
 BLOCK_LAUNCH = Launch({"BLOCK": BLOCK}, num_warps=4, num_stages=3)
 UPDATE_LAUNCH = replace(BLOCK_LAUNCH, tiles={"BLOCK": BLOCK, "PARTS_BLOCK": triton.next_power_of_2(PARTS)})
 """Of the kernels that also sum up the norm."""
@@ -62,10 +63,13 @@ def update(optimizer: Optimizer, buffers: FlatBuffers, scalars: Tensor) -> None:
 
 def update_triton(optimizer: Optimizer, buffers: FlatBuffers, scalars: Tensor) -> None:
     """`update` by the kernels."""
-    b, segments, n = buffers, buffers.segments, buffers.master.numel()
-    blocks = n // BLOCK
-    parts, grid = min(PARTS, triton.cdiv(n, NORM_LAUNCH.tiles["NORM_BLOCK"])), (min(UPDATE_PROGRAMS, blocks),)
-    launch(squared_norm_kernel, (parts,), NORM_LAUNCH, grad=b.grad, partials=b.norm_partials, n=n)
+    b, segments, blocks = buffers, buffers.segments, buffers.master.numel() // BLOCK
+    parts, grid = min(PARTS, triton.cdiv(segments.blocks, BLOCK)), (min(UPDATE_PROGRAMS, blocks),)
+    launch(block_squares_kernel, grid, BLOCK_LAUNCH, grad=b.grad, squares=b.squares[0], blocks=blocks)
+    squares = b.of_all(b.squares[:1])[0]
+    launch(
+        sum_squares_kernel, (parts,), BLOCK_LAUNCH, squares=squares, partials=b.norm_partials, blocks=segments.blocks
+    )
     given = {"grad": b.grad, "block_decay": segments.block_decay, "partials": b.norm_partials, "scalars": scalars}
     written = {"norm": b.norm, "skipped": b.skipped, "steps": b.steps}
     sizes = {"parts": parts, "blocks": blocks}
@@ -76,14 +80,16 @@ def update_triton(optimizer: Optimizer, buffers: FlatBuffers, scalars: Tensor) -
     elif optimizer == "sgd":
         launch(sgd_kernel, grid, UPDATE_LAUNCH, **given, **weights, exp_avg=b.exp_avg, **written, **sizes)
     else:
-        squares = {"weight_squares": b.lamb_partials[0], "update_squares": b.lamb_partials[1]}
         launch(
             lamb_moments_kernel, grid, UPDATE_LAUNCH,
-            **given, master=b.master, **moments, **squares, **written, **sizes,
+            **given, master=b.master, **moments, weight_squares=b.squares[0], update_squares=b.squares[1],
+            **written, **sizes,
         )  # fmt: skip
+        weight_squares, update_squares = b.of_all(b.squares)
         launch(
-            lamb_ratio_kernel, (len(segments.padded),), BLOCK_LAUNCH,
-            block_decay=segments.block_decay, first_block=segments.first_block, **squares, ratios=b.ratios,
+            lamb_ratio_kernel, (len(segments.segment_decay),), BLOCK_LAUNCH,
+            segment_decay=segments.segment_decay, first_block=segments.first_block,
+            weight_squares=weight_squares, update_squares=update_squares, ratios=b.ratios,
         )  # fmt: skip
         launch(
             lamb_weights_kernel, grid, BLOCK_LAUNCH,

@@ -1,7 +1,8 @@
 """The update of `deitfast.kernels.optimizer` for CPU tensors: torch's fused CPU kernels, or few passes in place.
 
 On a CPU the host may read the norm, so that a step whose gradient is not finite simply returns. AdamW and SGD go
-through PyTorch's own one-pass kernels, one call for the segments of each weight decay.
+through PyTorch's own one-pass kernels, one call for the segments of each weight decay. Norms are added up block by
+block, in double precision, so that they have the same bits however the blocks are spread over processes.
 """
 
 from __future__ import annotations
@@ -11,24 +12,21 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from deitfast.kernels.flat_buffers import FlatBuffers, Optimizer, Scalars
-
-_PIECE = 1 << 16
+from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Scalars
 
 
 @torch.no_grad()
 def update_eager(optimizer: Optimizer, buffers: FlatBuffers, scalars: Scalars) -> None:
     """One update of `buffers`, in place; the gradient is scaled in place where it is clipped."""
     b = buffers
-    # In pieces: torch's norm of one long fp32 vector is off by .8 % at 86 million elements.
-    norm = torch.stack(torch._foreach_norm(b.grad.split(_PIECE), dtype=torch.float32)).norm()
-    b.norm.copy_(norm)
-    if not norm.isfinite():
+    squares = b.of_all(_block_squares(b.grad)[None])
+    b.norm.copy_(squares.sum(dtype=torch.float64).sqrt())
+    if not b.norm.isfinite():
         b.skipped += 1
         return
     grad = b.grad if b.grad.dtype == torch.float32 else b.grad.float()
     slack = 0.0 if optimizer == "lamb" else 1e-6
-    if scalars.clip_norm and (factor := scalars.clip_norm / (float(norm) + slack)) < 1:
+    if scalars.clip_norm and (factor := scalars.clip_norm / (float(b.norm) + slack)) < 1:
         grad.mul_(factor)
     {"adamw": _adamw, "lamb": _lamb, "sgd": _sgd}[optimizer](b, grad, scalars)
     b.steps.fill_(scalars.step)
@@ -36,6 +34,11 @@ def update_eager(optimizer: Optimizer, buffers: FlatBuffers, scalars: Scalars) -
         b.ema.lerp_(b.master, scalars.ema_weight)
     if b.compute is not None:
         b.compute.copy_(b.master)
+
+
+def _block_squares(flat: Tensor) -> Tensor:
+    """Sum of squares of each block of `flat`, fp32."""
+    return torch.linalg.vector_norm(flat.view(-1, BLOCK), dim=1, dtype=torch.float32).square()
 
 
 def _by_decay(buffers: FlatBuffers, *flat: Tensor) -> list[tuple[float, list[list[Tensor]]]]:
@@ -77,7 +80,18 @@ def _lamb(b: FlatBuffers, grad: Tensor, s: Scalars) -> None:
     for decay, (weights, directions) in _by_decay(b, b.master, direction):
         if decay:
             torch._foreach_add_(directions, weights, alpha=decay)
-            weight_norms, norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, directions))
-            ratios = torch.where((weight_norms > 0) & (norms > 0), weight_norms / norms, 1.0)
-            torch._foreach_mul_(directions, ratios.tolist())
+    ratios = _trust_ratios(b, direction)
+    direction.view(-1, BLOCK).mul_(ratios[b.segments.block_segment.long(), None])
     b.master.sub_(direction, alpha=s.lr)
+
+
+def _trust_ratios(b: FlatBuffers, direction: Tensor) -> Tensor:
+    """|weights| / |direction| of each segment, 1 where one of them is 0 or nothing is decayed, and 1 for padding."""
+    segments = b.segments
+    squares = b.of_all(torch.stack([_block_squares(b.master), _block_squares(direction)])).double()
+    count = len(segments.segment_decay)
+    segment = torch.repeat_interleave(torch.arange(count), segments.first_block.long().diff())
+    weights, updates = squares.new_zeros(2, count).index_add_(1, segment, squares).sqrt().float()
+    adapted = (segments.segment_decay != 0) & (weights > 0) & (updates > 0)
+    b.ratios[:-1] = torch.where(adapted, weights / updates, 1.0)
+    return b.ratios

@@ -1,7 +1,8 @@
 """The Triton kernels of `deitfast.kernels.optimizer`, where the formulas are.
 
 n elements, a multiple of BLOCK, in blocks that each belong to one of S segments. A program takes every
-num_programs-th block; where the gradient's norm is not finite it takes none.
+num_programs-th block; where the gradient's norm is not finite it takes none. `all` blocks are those of all processes,
+where several share the work.
 """
 
 from __future__ import annotations
@@ -20,19 +21,29 @@ from deitfast.kernels.flat_buffers import Scalars
 
 
 @triton.jit
-def squared_norm_kernel(
+def block_squares_kernel(
     grad,  # (n,)
-    partials,  # (programs,) fp32
-    n,
-    NORM_BLOCK: tl.constexpr,
+    squares,  # (blocks,) fp32
+    blocks,
+    BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((NORM_BLOCK,), tl.float32)
-    for block in tl.range(program, tl.cdiv(n, NORM_BLOCK), tl.num_programs(0)):
-        offset = block * NORM_BLOCK + tl.arange(0, NORM_BLOCK)
-        g = tl.load(grad + offset, mask=offset < n, other=0.0).to(tl.float32)
-        total += g * g
-    tl.store(partials + program, tl.sum(total, 0))
+    for block in tl.range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
+        g = tl.load(grad + block * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+        tl.store(squares + block, tl.sum(g * g, 0))
+
+
+@triton.jit
+def sum_squares_kernel(
+    squares,  # (all,) fp32
+    partials,  # (programs,) fp32
+    blocks,  # all
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(tl.program_id(0) * BLOCK, blocks, tl.num_programs(0) * BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        total += tl.load(squares + block, mask=block < blocks, other=0.0)
+    tl.store(partials + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit
@@ -178,11 +189,11 @@ def lamb_moments_kernel(
 
 @triton.jit
 def lamb_ratio_kernel(
-    block_decay,  # (blocks,) fp32
+    segment_decay,  # (S,) fp32
     first_block,  # (S + 1,) int32
-    weight_squares,  # (blocks,) fp32
-    update_squares,  # (blocks,) fp32
-    ratios,  # (S,) fp32
+    weight_squares,  # (all,) fp32
+    update_squares,  # (all,) fp32
+    ratios,  # (S + 1,) fp32
     BLOCK: tl.constexpr,
 ):
     segment = tl.program_id(0)
@@ -193,8 +204,7 @@ def lamb_ratio_kernel(
         weights += tl.load(weight_squares + block, mask=block < end, other=0.0)
         updates += tl.load(update_squares + block, mask=block < end, other=0.0)
     weight_norm, update_norm = tl.sqrt_rn(tl.sum(weights, 0)), tl.sqrt_rn(tl.sum(updates, 0))
-    decay = tl.load(block_decay + first, mask=first < end, other=0.0)
-    adapted = (decay != 0.0) & (weight_norm > 0) & (update_norm > 0)
+    adapted = (tl.load(segment_decay + segment) != 0.0) & (weight_norm > 0) & (update_norm > 0)
     tl.store(ratios + segment, tl.where(adapted, tl.div_rn(weight_norm, tl.where(adapted, update_norm, 1.0)), 1.0))
 
 
@@ -204,7 +214,7 @@ def lamb_weights_kernel(
     exp_avg_sq,  # (n,) fp32
     block_decay,  # (blocks,) fp32
     block_segment,  # (blocks,) int32
-    ratios,  # (S,) fp32
+    ratios,  # (S + 1,) fp32
     norm,  # () fp32: this update's
     scalars,  # (12,) fp32
     master,  # (n,) fp32

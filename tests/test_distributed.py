@@ -104,12 +104,17 @@ def test_a_process_that_never_answers_is_named(store: dist.Store, monkeypatch: p
 
 
 def test_processes_that_resumed_elsewhere_stop_in_one_line(store: dist.Store) -> None:
-    found = on_each(lambda world: check_same_step(SimpleNamespace(world=world, step=500 * (world.rank < 2))))
+    def run(world: World, step: int, checkpoint: str = "") -> SimpleNamespace:
+        return SimpleNamespace(world=world, step=step, resumed_from=checkpoint)
+
+    found = on_each(lambda world: check_same_step(run(world, 500 * (world.rank < 2))))
     assert [str(error) for error in found[1:]] == ["", ""]
     assert str(found[0]) == (
         "process 0 would go on at step 500 and process 2 at step 0. Give an --out that all machines share"
     )
-    assert on_each(lambda world: check_same_step(SimpleNamespace(world=world, step=3))) == [None] * 3
+    assert on_each(lambda world: check_same_step(run(world, 3))) == [None] * 3
+    found = on_each(lambda world: check_same_step(run(world, 3, "ab"[world.rank > 0])))
+    assert str(found[0]).startswith("process 0 would go on at step 3 and process 1 at step 3, of another run. Give")
 
 
 def test_a_mistake_that_one_process_made_ends_it_before_anybody_is_waited_for(

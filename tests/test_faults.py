@@ -141,17 +141,23 @@ def test_ten_steps_of_nan_go_back_to_the_checkpoint_before_and_end_as_if_nothing
     assert_same(whole, tmp_path)
 
 
-def test_nan_that_comes_again_ends_the_run_with_exit_code_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_before_the_first_checkpoint_is_a_mistake_in_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loss = FlatEngine.loss
     monkeypatch.setattr(FlatEngine, "loss", lambda self, inputs: loss(self, inputs) * float("nan"))
-    with pytest.raises(HopelessError, match="no checkpoint of before") as error:
-        train(replace(RECIPE, out=str(tmp_path / "first"), save_minutes=1e6))
-    assert error.value.exit_code == 3
-    monkeypatch.setattr(FlatEngine, "loss", loss)
+    with pytest.raises(DeitfastError, match=r"Lower --lr.* There is no checkpoint of before") as error:
+        train(replace(RECIPE, out=str(tmp_path), save_minutes=1e6))
+    assert error.value.exit_code == 2
+
+
+def test_nan_that_comes_again_ends_the_run_with_exit_code_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = FlatEngine.loss
     train(replace(RECIPE, out=str(tmp_path / "later")), stop_at=3)
     monkeypatch.setattr(FlatEngine, "loss", lambda self, inputs: loss(self, inputs) * float("nan"))
-    with pytest.raises(HopelessError, match="This is the second time"):
+    with pytest.raises(HopelessError, match="This is the second time") as error:
         train(replace(RECIPE, out=str(tmp_path / "later"), save_minutes=1e6))
+    assert error.value.exit_code == 3
     assert kinds(tmp_path / "later").count("roll-back") == 1
 
 

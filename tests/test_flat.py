@@ -434,13 +434,15 @@ def test_swap_ema() -> None:
     compute = flat.compute_model()
     flat_step(flat, compute, [g.to(HALF) for g in gradients(model, 0)], 1e-1, 0)
     assert flat.ema is not None
+    averages = flat.averages()
+    assert averages is flat.ema
     weights, average = flat.master.clone(), flat.ema.clone()
     assert not torch.equal(weights, average)
-    flat.swap_ema()
+    flat.swap(averages)
     assert torch.equal(flat.master, average)
     assert torch.equal(flat.ema, weights)
     assert torch.equal(flat.compute, average.to(HALF))
-    flat.swap_ema()
+    flat.swap(averages)
     assert torch.equal(flat.master, weights)
     assert torch.equal(flat.compute, weights.to(HALF))
 
@@ -450,7 +452,7 @@ def test_without_average() -> None:
     assert flat.ema is None
     assert flat.ema_tensors() == {}
     with pytest.raises(DeitfastError, match="--ema-decay is 0"):
-        flat.swap_ema()
+        flat.averages()
 
 
 def test_models_and_states_that_do_not_fit() -> None:

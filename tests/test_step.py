@@ -165,6 +165,10 @@ def _one_gradient(recipe: Recipe, world: World) -> dict[str, torch.Tensor]:
         engine.optimizer.zero_grad = lambda: None  # type: ignore[method-assign, assignment]
         engine.recipe = replace(recipe, clip_norm=0.0)
     engine(batches(recipe, 16, world, 1), 0, LR)
+    if isinstance(engine, FlatEngine):
+        whole = torch.empty(engine.flat.shards.size)
+        engine.flat.shards.gather(engine.flat.reduced, whole)
+        return {name: gradient.clone() for name, gradient in engine.flat._views(whole)}
     return {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
 
 

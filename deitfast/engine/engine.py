@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -46,6 +46,10 @@ class Teacher(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
+Weights = Callable[[], contextlib.AbstractContextManager[None]]
+"""What to enter so that the model holds certain weights inside."""
+
+
 class Engine(Protocol):
     """What the loop knows of an engine. description: how it runs, for the log."""
 
@@ -60,8 +64,15 @@ class Engine(Protocol):
     def should_stop(self) -> bool:
         """Whether ten steps in a row were skipped; waits for the device."""
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The state by file stem (model, optim, ema) and tensor name."""
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """The files that the state takes: model, optim and, where weights are averaged, ema."""
+
+    def tensors(self, *stems: str) -> dict[str, dict[str, Tensor]]:
+        """The state by file stem and tensor name, of these stems or of all.
+
+        To be called on every process, together; it is complete on the leading one.
+        """
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of `tensors`."""
@@ -69,8 +80,11 @@ class Engine(Protocol):
     def broadcast(self) -> None:
         """Give every process the leading one's state."""
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """The model holds the averaged weights inside."""
+    def weights(self) -> contextlib.AbstractContextManager[list[Weights]]:
+        """What the model is evaluated with, the present weights and, where they are kept, the averaged ones.
+
+        To be entered by all processes together; what it gives, by each on its own, as often as it likes.
+        """
 
     def busy(self) -> bool:
         """Whether the device has steps left to run."""
@@ -92,6 +106,10 @@ def make_engine(
         return PlainEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, class_weights)
     captures = world.device.type == "cuda" and recipe.engine != "flat"
     return FlatEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, class_weights, captures)
+
+
+def _stems(recipe: Recipe) -> tuple[str, ...]:
+    return ("model", "optim", "ema") if recipe.ema_decay else ("model", "optim")
 
 
 class Pace:
@@ -165,9 +183,14 @@ class PlainEngine:
     def should_stop(self) -> bool:
         return False
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    @property
+    def stems(self) -> tuple[str, ...]:
+        return _stems(self.recipe)
+
+    def tensors(self, *stems: str) -> dict[str, dict[str, Tensor]]:
         state = {"model": self.model.state_dict(), "optim": optimizer_tensors(self.model, self.optimizer)}
-        return state | ({"ema": self.ema.tensors} if self.ema else {})
+        state |= {"ema": self.ema.tensors} if self.ema else {}
+        return {stem: state[stem] for stem in stems or self.stems}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.model.load_state_dict(tensors["model"])
@@ -181,7 +204,11 @@ class PlainEngine:
                 self.world.broadcast(tensor)
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def weights(self) -> Iterator[list[Weights]]:
+        yield [contextlib.nullcontext, *([self._averaged] if self.ema else [])]
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
         assert self.ema
         self.ema.swap(self.model)
         try:
@@ -207,7 +234,7 @@ class FlatEngine:
         self.drop_path, self.teacher, self.captures = drop_path, teacher, captures
         self.class_weights = class_weights
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.flat = FlatState(model, recipe, self.dtype, accumulates=accumulation > 1 or world.size > 1)
+        self.flat = FlatState(model, recipe, self.dtype, accumulation > 1 or world.size > 1, world)
         self.compute: Any = self.flat.compute_model()
         self.compute.train()
         device = world.device
@@ -216,9 +243,10 @@ class FlatEngine:
         ).unbind()
         on_cpu = " (CUDA graphs need a GPU)" if device.type == "cpu" else ""
         how = f"one CUDA graph from step {UNCAPTURED_STEPS} on" if captures else f"not captured{on_cpu}"
-        self.description = f"flat buffers, {how}"
+        shared = "" if world.size == 1 else f", each of {world.size} processes updates its share of the weights"
+        self.description = f"flat buffers, {how}{shared}"
         self.steps_run = 0
-        self.reduction = Reduction(self.flat, world) if world.size > 1 else None
+        self.reduction = Reduction(self.flat) if world.size > 1 else None
         # Autograd remembers the stream on which a parameter's gradient was first accumulated and makes later ones wait
         # for it: the steps before the capture run on the stream of the capture.
         self._stream = torch.cuda.Stream(device, priority=-1) if captures else None  # before the loader's kernels
@@ -301,9 +329,16 @@ class FlatEngine:
     def should_stop(self) -> bool:
         return self.skipped_most.item() >= _GIVE_UP
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        state = {"model": self.model.state_dict(), "optim": self.flat.optimizer_tensors()}
-        return state | ({"ema": self.flat.ema_tensors()} if self.flat.ema is not None else {})
+    @property
+    def stems(self) -> tuple[str, ...]:
+        return _stems(self.recipe)
+
+    def tensors(self, *stems: str) -> dict[str, dict[str, Tensor]]:
+        self.flat.complete()
+        makers: dict[str, Callable[[], dict[str, Tensor]]] = {
+            "model": self.model.state_dict, "optim": self.flat.optimizer_tensors, "ema": self.flat.ema_tensors
+        }  # fmt: skip
+        return {stem: makers[stem]() for stem in stems or self.stems}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.model.load_state_dict(tensors["model"])
@@ -315,17 +350,23 @@ class FlatEngine:
             counter.zero_()
 
     def broadcast(self) -> None:
-        for buffer in self.flat.state():
-            self.world.broadcast(buffer)
-        self.flat.refresh()
+        self.flat.broadcast()
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        self.flat.swap_ema()
+    def weights(self) -> Iterator[list[Weights]]:
+        self.flat.complete()
+        found: list[Weights] = [contextlib.nullcontext]
+        if self.flat.ema is not None:
+            found.append(partial(self._averaged, self.flat.averages()))
+        yield found
+
+    @contextlib.contextmanager
+    def _averaged(self, averages: Tensor) -> Iterator[None]:
+        self.flat.swap(averages)
         try:
             yield
         finally:
-            self.flat.swap_ema()
+            self.flat.swap(averages)
 
     def _capture(self, inputs: list[Batch], scalars: Tensor) -> None:
         """Record the step into a graph; it does not run yet."""

@@ -8,21 +8,26 @@
 Every buffer has the same layout: the parameters in the model's order, each from a multiple of `BLOCK` elements on,
 zeros between them; parameters that do not require a gradient come last, and gradients and moments end before them.
 Memory in bytes a parameter: 4 master, 8 moments (SGD 4), 4 EMA, and the compute dtype's size for gradients; in bf16 2
-more for the compute copy, and 4 more for the sum of gradients where they are accumulated or reduced.
+more for the compute copy, and 4 more for the sum of gradients where they are accumulated or summed in fp32.
+
+Of W processes each updates 1/W of the elements, its shard (shards.py), and keeps moments and average of those alone:
+12 bytes a parameter become 12/W, beside a shard's own gradients (4/W, or 2/W), master (4/W) and compute copy (2/W).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deitfast.distributed import World
 from deitfast.engine.optim import parameter_groups
+from deitfast.engine.shards import Shards
 from deitfast.errors import DeitfastError
 from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Scalars, Segments
 from deitfast.kernels.optimizer import update
@@ -41,13 +46,15 @@ class FlatState:
     updated nor decayed; every other one is, also where no gradient reaches it (its gradient is then zero).
 
     compute_dtype: of the compute copy and of the gradients. accumulates: keep a sum of gradients in fp32, for
-    accumulation and for all-reduce; without effect in fp32, where `grad` itself sums.
+    accumulation and for sums over processes; without effect in fp32, where `grad` itself sums. world: the processes
+    that share the update, None for one alone. narrow: they send gradients in the compute dtype, not in fp32.
 
-    master, ema, compute (N,), grad, grad_sum, exp_avg, exp_avg_sq (n,), n <= N: the buffers. compute is master in fp32,
-    grad_sum None without `accumulates`, ema None without `recipe.ema_decay`, exp_avg_sq None for SGD, whose momentum is
-    exp_avg. reduced: the buffer that `gather` fills, all-reduce sums and `update` reads, grad_sum or else grad.
-    norm () fp32: gradient norm of the last update, not clipped. skipped () int64: updates left out because that norm
-    was infinite or NaN.
+    master, compute (N,), grad, grad_sum (n,), n <= N: the buffers, of all. compute is master in fp32, grad_sum None
+    without `accumulates`. exp_avg, exp_avg_sq, ema, reduced (m,): of this process's shard; m = n for one alone. ema is
+    None without `recipe.ema_decay`, exp_avg_sq None for SGD, whose momentum is exp_avg. `gather` fills grad_sum, or
+    else grad; outgoing (n,) is what of it is summed over the processes, reduced that sum, which `update` reads: the
+    same buffer for one process alone. norm () fp32: gradient norm of the last update, not clipped. skipped () int64:
+    updates left out because that norm was infinite or NaN.
     Raises DeitfastError for parameters that are not fp32, lie on several devices, or of which none is trained.
     """
 
@@ -57,6 +64,8 @@ class FlatState:
         recipe: Recipe,
         compute_dtype: torch.dtype = torch.float32,
         accumulates: bool = False,
+        world: World | None = None,
+        narrow: bool = False,
     ) -> None:
         self.model, self.recipe = model, recipe
         self.optimizer: Optimizer = recipe.optimizer  # type: ignore[assignment]
@@ -65,12 +74,16 @@ class FlatState:
         named = dict(sorted(named.items(), key=lambda item: not item[1].requires_grad))  # stable: the frozen last
         self._parameters = named
         device = next(iter(named.values())).device
+        trainable = [p for p in named.values() if p.requires_grad]
+        self.shards = shards = Shards.of(sum(map(_padded, trainable)), world or World(0, 1, 0, 1, device), BLOCK)
         self._offsets: dict[str, int] = {}
-        size = trained = 0
+        size, trained = 0, shards.size
         for name, parameter in named.items():
+            if len(self._offsets) == len(trainable):
+                size = trained  # the frozen ones
             self._offsets[name] = size
-            size += -(-parameter.numel() // BLOCK) * BLOCK
-            trained = size if parameter.requires_grad else trained
+            size += _padded(parameter)
+        size = max(size, trained)
 
         self.master = torch.zeros(size, device=device)
         for name, view in self._views(self.master):
@@ -84,27 +97,35 @@ class FlatState:
         self.grad = torch.zeros(trained, dtype=compute_dtype, device=device)
         sums = accumulates and compute_dtype != torch.float32
         self.grad_sum = torch.zeros(trained, device=device) if sums else None
-        self.reduced = self.grad if self.grad_sum is None else self.grad_sum
-        self.exp_avg = torch.zeros(trained, device=device)
-        self.exp_avg_sq = None if recipe.optimizer == "sgd" else torch.zeros(trained, device=device)
-        self.ema = self.master.clone() if recipe.ema_decay else None
+        self.outgoing = self.grad if self.grad_sum is None or narrow else self.grad_sum
+        self.reduced = self.outgoing
+        if not shards.is_whole:
+            self.reduced = torch.zeros(shards.own_size, dtype=self.outgoing.dtype, device=device)
+        self.exp_avg = torch.zeros(shards.own_size, device=device)
+        self.exp_avg_sq = None if recipe.optimizer == "sgd" else torch.zeros(shards.own_size, device=device)
+        self._own_master = shards.own(self.master[:trained])
+        self._own_compute = self._own_master
+        if self.compute is not self.master:
+            self._own_compute = shards.own(self.compute[:trained])
+        self.ema = self._own_master.clone() if recipe.ema_decay else None
         self.norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.computed: list[tuple[nn.Parameter, int]] = []  # trained ones of `compute_model`, each one's first element
 
         decays = _decays(model, recipe)
-        trainable = [p for p in named.values() if p.requires_grad]
+        sizes = [p.numel() for p in trainable]
         self._buffers = FlatBuffers(
-            segments=Segments.of([p.numel() for p in trainable], [decays[id(p)] for p in trainable], device),
+            segments=Segments.of(sizes, [decays[id(p)] for p in trainable], device, shards.own_blocks()),
             grad=self.reduced,
-            master=self.master[:trained],
+            master=self._own_master,
             exp_avg=self.exp_avg,
             exp_avg_sq=self.exp_avg_sq,
-            ema=None if self.ema is None else self.ema[:trained],
-            compute=None if self.compute is self.master else self.compute[:trained],
+            ema=self.ema,
+            compute=None if self.compute is self.master else self._own_compute,
             norm=self.norm,
             skipped=self.skipped,
             steps=torch.zeros((), device=device),
+            gather=None if shards.is_whole else self._gather_squares,
         )
         self.refresh()
 
@@ -133,14 +154,15 @@ class FlatState:
 
     @torch.no_grad()
     def gather(self, first: bool, part: slice = _WHOLE) -> None:
-        """Move the gradients that a backward left in the computed parameters to `reduced`, or to a part of it.
+        """Move the gradients that a backward left in the computed parameters to their sum, or to a part of it.
 
         They begin a new sum there where `first`, else they are added; a parameter without one counts as zero. Autograd
         keeps the tensors that the backward made, where it would add each to a zeroed view by a kernel of its own: a
         few kernels move them all. part: a run of whole parameters.
         """
+        total = self.grad if self.grad_sum is None else self.grad_sum
         staged = self.grad_sum is not None and not first
-        target = self.grad if staged else self.reduced
+        target = self.grad if staged else total
         views, gradients = [], []
         for parameter, start in self.computed:
             if start not in range(*part.indices(target.numel())):
@@ -155,7 +177,13 @@ class FlatState:
         if views:
             (torch._foreach_copy_ if first or staged else torch._foreach_add_)(views, gradients)
         if staged:
-            self.reduced[part].add_(self.grad[part])
+            total[part].add_(self.grad[part])
+
+    @torch.no_grad()
+    def round_outgoing(self, part: slice) -> None:
+        """Bring a part of `grad_sum` into `outgoing`, where that is narrower."""
+        if self.grad_sum is not None and self.outgoing is not self.grad_sum:
+            self.outgoing[part].copy_(self.grad_sum[part])
 
     def scalars(self, lr: float, step: int) -> np.ndarray:
         """What update number `step` (from 0) at learning rate `lr` needs: (12,) fp32, see `flat_buffers.Scalars`.
@@ -185,37 +213,53 @@ class FlatState:
         """One optimiser step from `reduced`: clip, AdamW, LAMB or SGD, EMA, compute copy. Never waits for the device.
 
         scalars: of `scalars`, on the parameters' device. Where the gradient's norm is not finite, `norm` and `skipped`
-        say so and nothing else changes.
+        say so and nothing else changes. Of several processes each updates its shard; then all have the compute copy.
         """
         update(self.optimizer, self._buffers, scalars)
+        self.shards.gather(self._own_compute, self.compute[: self.shards.size])
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Make the compute copy from the master weights, after something else than `update` wrote them."""
+        trained = slice(self.shards.size)
         if self.compute is not self.master:
             self.compute.copy_(self.master)
+        if not self.shards.is_whole:
+            self._own_master.copy_(self.shards.own(self.master[trained]))
+            self._own_compute.copy_(self.shards.own(self.compute[trained]))
 
-    def state(self) -> list[Tensor]:
-        """The buffers that a run goes on from: weights, moments, average, number of the last update."""
-        buffers = (self.master, self.exp_avg, self.exp_avg_sq, self.ema, self._buffers.steps)
-        return [buffer for buffer in buffers if buffer is not None]
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Make the master weights whole, of which `update` writes this process's shard; on every process, together."""
+        if self.compute is not self.master:  # in fp32 they are the compute copy, which `update` made whole
+            self.shards.gather(self._own_master, self.master[: self.shards.size])
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Give every process the leading one's weights; moments and average, where a step was taken, stay."""
+        world = self.shards.world
+        world.broadcast(self.master)
+        world.broadcast(self._buffers.steps)
+        self.refresh()
+        if self.ema is not None and not self._buffers.steps:
+            self.ema.copy_(self._own_master)
+
+    def _gather_squares(self, own: Tensor) -> Tensor:
+        return self.shards.gather_blocks(own)[:, : self._buffers.segments.blocks].contiguous()
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state by parameter name, with the names and shapes of `optim.optimizer_tensors`.
 
-        AdamW and LAMB: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; SGD: `momentum_buffer.NAME`. All but the step
-        are views.
+        AdamW and LAMB: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; SGD: `momentum_buffer.NAME`. Views but for the
+        step; of several processes, which call it together, the leading one gets copies on the host and the others {}.
         """
-        if self.exp_avg_sq is None:
-            return {f"momentum_buffer.{name}": view for name, view in self._views(self.exp_avg)}
         tensors: dict[str, Tensor] = {}
-        for (name, exp_avg), (_, exp_avg_sq) in zip(
-            self._views(self.exp_avg), self._views(self.exp_avg_sq), strict=True
-        ):
-            step = self._buffers.steps.clone()
-            tensors |= {f"step.{name}": step, f"exp_avg.{name}": exp_avg, f"exp_avg_sq.{name}": exp_avg_sq}
+        for key, shard in self._moments().items():
+            tensors |= {f"{key}.{name}": view for name, view in self._whole_views(shard)}
+        if self.exp_avg_sq is not None and tensors:
+            tensors |= {f"step.{name}": self._buffers.steps.clone() for name in self._trained()}
         return tensors
 
     @torch.no_grad()
@@ -224,44 +268,85 @@ class FlatState:
 
         Raises DeitfastError where one is missing or has another shape.
         """
-        for name, own in self.optimizer_tensors().items():
-            if not tensors:
-                own.zero_()
-            elif not name.startswith("step."):
-                own.copy_(_find(tensors, name, own.shape, "the optimiser's state"))
+        for key, shard in self._moments().items():
+            if tensors:
+                self._read(shard, tensors, f"{key}.", "the optimiser's state")
+            else:
+                shard.zero_()
         steps = [tensor for name, tensor in tensors.items() if name.startswith("step.")]
         self._buffers.steps.copy_(steps[0]) if steps else self._buffers.steps.zero_()
 
     def ema_tensors(self) -> dict[str, Tensor]:
-        """The averaged parameters by name, as views; empty without EMA."""
-        return {} if self.ema is None else dict(self._views(self.ema))
+        """The averaged parameters by name; empty without EMA. Views, or as `optimizer_tensors` says."""
+        if self.ema is None:
+            return {}
+        averages = dict(self._whole_views(self.ema))
+        frozen = {name: view for name, view in self._views(self.master) if name not in self._trained()}
+        return averages | frozen if averages else {}
 
     @torch.no_grad()
     def load_ema(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `ema_tensors`. Raises DeitfastError where one is missing or has another shape."""
-        for name, own in self.ema_tensors().items():
-            own.copy_(_find(tensors, name, own.shape, "the averaged weights"))
+        if self.ema is not None:
+            self._read(self.ema, tensors, "", "the averaged weights")
 
     @torch.no_grad()
-    def swap_ema(self) -> None:
-        """Exchange the master weights with their average, in place; a second call restores them, bit by bit.
+    def averages(self) -> Tensor:
+        """The averaged weights (n,), whole on every process, which call it together; the buffer itself for one alone.
 
         Raises DeitfastError without EMA.
         """
         if self.ema is None:
             raise DeitfastError("there are no averaged weights: --ema-decay is 0. Give it a value such as 0.9999")
-        for weights, average in zip(self.master.split(_SWAP), self.ema.split(_SWAP), strict=True):
+        if self.shards.is_whole:
+            return self.ema
+        whole = torch.empty(self.shards.size, device=self.ema.device)
+        self.shards.gather(self.ema, whole)
+        return whole
+
+    @torch.no_grad()
+    def swap(self, averages: Tensor) -> None:
+        """Exchange the master weights with their `averages`, in place; a second call restores both, bit by bit."""
+        for weights, average in zip(self.master[: self.shards.size].split(_SWAP), averages.split(_SWAP), strict=True):
             kept = weights.clone()
             weights.copy_(average)
             average.copy_(kept)
-        self.refresh()
+        if self.compute is not self.master:
+            self.compute.copy_(self.master)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """This process's moments, by the name that a checkpoint gives them."""
+        if self.exp_avg_sq is None:
+            return {"momentum_buffer": self.exp_avg}
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self._parameters.items() if parameter.requires_grad}
+
+    def _whole_views(self, shard: Tensor) -> Iterable[tuple[str, Tensor]]:
+        """`_views` of the buffer that the shards of all processes make; of one on the leading process's host."""
+        whole = shard if self.shards.is_whole else self.shards.gather_on_leader(shard)
+        return () if whole is None else self._views(whole)
+
+    def _read(self, shard: Tensor, tensors: Mapping[str, Tensor], prefix: str, what: str) -> None:
+        """Fill `shard` from whole tensors by name."""
+        whole = shard if self.shards.is_whole else torch.zeros(self.shards.size)
+        for name, view in self._views(whole):
+            view.copy_(_find(tensors, prefix + name, view.shape, what))
+        if not self.shards.is_whole:
+            shard.copy_(self.shards.own(whole))
 
     def _views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view in the parameter's shape) in order; the trained ones only, of a buffer that ends with them."""
         for name, parameter in self._parameters.items():
             start = self._offsets[name]
-            if parameter.requires_grad or flat.numel() == self.master.numel():
+            if parameter.requires_grad or flat.numel() > self.shards.size:
                 yield name, flat[start : start + parameter.numel()].view(parameter.shape)
+
+
+def _padded(parameter: nn.Parameter) -> int:
+    """Elements that a parameter takes in a flat buffer."""
+    return -(-parameter.numel() // BLOCK) * BLOCK
 
 
 def _check(named: Mapping[str, nn.Parameter]) -> None:

@@ -24,11 +24,13 @@ _EAGER_CHANNELS = 24  # what autograd keeps of an eager block, in widths a token
 _EAGER_LAST_CHANNELS = 10  # the same of a last block that runs for the prefix alone: stream, LayerNorm, keys, values
 
 
-def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool) -> int:
-    """Bytes of weights, gradients, moments, average and low-precision copy in the flat buffers."""
-    fp32 = 1 + (2 if recipe.optimizer != "sgd" else 1) + bool(recipe.ema_decay)
+def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool, processes: int = 1) -> int:
+    """Bytes of weights, gradients, moments, average and low-precision copy in the flat buffers of one process."""
     gradients = 2 + 2 + 4 * accumulates if bf16 else 4  # bf16 gradients and weights; fp32 sums over micro-batches
-    return parameters * (4 * fp32 + gradients)
+    shard = 4 * ((2 if recipe.optimizer != "sgd" else 1) + bool(recipe.ema_decay))
+    if processes > 1:
+        shard += 4 + 4 + 2 * bf16  # its own gradients, master weights and compute copy
+    return parameters * (4 + gradients) + parameters * shard // processes
 
 
 def image_bytes(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = None) -> int:
@@ -98,11 +100,13 @@ def images_that_fit(
 ) -> int:
     """Images that a GPU with `free` bytes holds at once, at least 1."""
     parameters = sum(p.numel() for p in model.parameters())
-    left = _USABLE * free - state_bytes(parameters, recipe, bf16, accumulates=True)
+    left = _USABLE * free - state_bytes(parameters, recipe, bf16, accumulates=True, processes=processes)
     trained = max(image_bytes(model, recipe, bf16, kernels), teacher_image_bytes)
     # Evaluation comes beside the step's memory, which a graph keeps.
     evaluated = evaluated_image_bytes(model, bf16)
     left -= 2 * parameters * bf16  # the weights as autocast casts them
+    if processes > 1 and recipe.ema_decay:
+        left -= 4 * parameters  # their average, whole
     most = left / (trained + evaluated)
     if most > LARGEST_EVALUATED:
         most = (left - LARGEST_EVALUATED * evaluated) / trained

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
-from deitfast.distributed import World
 from deitfast.engine.flat import FlatState
-
-_BUCKETS = 8  # parts of the flat gradient that are reduced while the backward still runs
 
 
 class Reduction:
-    """Sums the flat gradient over all processes, a part at a time, while the backward still computes the others.
+    """Sums the flat gradient over all processes, a bucket at a time, while the backward still computes the others.
 
-    The buffer is cut into `_BUCKETS` runs of whole parameters. When autograd has the last gradient of a run,
-    its all-reduce starts; `wait` ends the step's.
+    When autograd has the last gradient of a bucket, its reduce-scatter starts; `wait` ends the step's. Buckets go in
+    one order, from the last, whose gradients come first, to the first: all processes must begin the same collective,
+    whatever order their gradients arrive in. A bucket's run are the parameters that end in it: all that lies in it is
+    there once its run and those behind have arrived.
     """
 
-    def __init__(self, flat: FlatState, world: World) -> None:
-        self.flat, self.world = flat, world
-        share = -(-flat.grad.numel() // _BUCKETS)
-        self.bounds: list[tuple[int, int]] = []
-        self._size: list[int] = []
-        for parameter, start in flat.computed:
-            if not self.bounds or start - self.bounds[-1][0] >= share:
-                if self.bounds:
-                    self.bounds[-1] = (self.bounds[-1][0], start)
-                self.bounds.append((start, flat.grad.numel()))
-                self._size.append(0)
-            bucket = len(self.bounds) - 1
-            self._size[bucket] += 1
+    def __init__(self, flat: FlatState) -> None:
+        self.flat, self.shards = flat, flat.shards
+        length, size = self.shards.size // self.shards.buckets, self.shards.size
+        self._runs = [slice(0, 0)] * self.shards.buckets
+        self._size = [0] * self.shards.buckets  # parameters of each run
+        for parameter, start in reversed(flat.computed):
+            bucket = (start + max(parameter.numel(), 1) - 1) // length
+            end = self._runs[bucket].stop or size
+            self._runs[bucket], self._size[bucket], size = slice(start, end), self._size[bucket] + 1, start
             parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
-        self._missing: list[int] = []
         self._pending: list[Any] = []
         self.begin(active=False, first=True)
 
@@ -41,23 +33,23 @@ class Reduction:
         """Before a backward. active: whether its gradients complete the step; first: whether they are its first."""
         self._active, self._first = active, first
         self._missing = list(self._size)
-
-    def _arrived(self, bucket: int) -> None:
-        self._missing[bucket] -= 1
-        if self._active and not self._missing[bucket]:
-            self._send(bucket)
-
-    def _send(self, bucket: int) -> None:
-        start, end = self.bounds[bucket]
-        self.flat.gather(self._first, slice(start, end))
-        self._pending.append(dist.all_reduce(self.flat.reduced[start:end], async_op=True))
-        self._missing[bucket] = -1
+        self._next = self.shards.buckets - 1
 
     def wait(self) -> None:
-        """Send the runs that some parameter without a gradient held back, and wait for all (on the device)."""
-        for bucket, missing in enumerate(self._missing):
-            if missing > 0:
-                self._send(bucket)
+        """Send the buckets that some parameter without a gradient held back, and wait for all (on the device)."""
+        while self._next >= 0:
+            self._send()
         for work in self._pending:
             work.wait()
         self._pending.clear()
+
+    def _arrived(self, bucket: int) -> None:
+        self._missing[bucket] -= 1
+        while self._active and self._next >= 0 and self._missing[self._next] <= 0:
+            self._send()
+
+    def _send(self) -> None:
+        self.flat.gather(self._first, self._runs[self._next])
+        self.flat.round_outgoing(self.shards.bounds(self._next))
+        self._pending.append(self.shards.sum(self._next, self.flat.outgoing, self.flat.reduced))
+        self._next -= 1

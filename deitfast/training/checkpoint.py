@@ -21,16 +21,20 @@ from torch import Tensor
 
 from deitfast.errors import DeitfastError
 from deitfast.files import fsync, write_atomically
-from deitfast.integrity import damage, step_of, steps_newest_first, write_hashes
+from deitfast.integrity import MANIFEST, damage, sha256, step_of, steps_newest_first, write_hashes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One training state. tensors: file stem ("model", "ema", "optim") -> tensor name -> tensor. state: plain JSON."""
+    """One training state. tensors: file stem ("model", "ema", "optim") -> tensor name -> tensor. state: plain JSON.
+
+    identity: hash of the manifest of the one that was loaded.
+    """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def load(path: Path) -> Checkpoint:
     """The checkpoint in folder `path`, unchecked."""
     state = json.loads((path / "state.json").read_text())
     tensors = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(step=state["step"], tensors=tensors, state=state)
+    return Checkpoint(state["step"], tensors, state, identity=sha256(path / MANIFEST))
 
 
 def _incomplete(path: Path, stems: Collection[str]) -> str | None:

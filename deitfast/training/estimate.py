@@ -57,17 +57,19 @@ def estimate(recipe: Recipe, gpu: Gpu, gpus: int, classes: int, images: int) -> 
     world = World(0, gpus, 0, gpus, torch.device("cuda"))
     micro_batch, accumulation = split_batch(recipe, world, largest)
     speed = gpus * speed_bound(variant, micro_batch * accumulation, gpu)
-    memory = memory_parts(model, recipe, micro_batch, accumulation > 1 or gpus > 1, bf16)
+    memory = memory_parts(model, recipe, micro_batch, accumulation > 1 or gpus > 1, bf16, gpus)
     return Estimate(
         recipe, gpu, gpus, sum(p.numel() for p in model.parameters()), forward_macs(variant), memory, largest,
         micro_batch, accumulation, speed, recipe.epochs * images / speed / 3600,
     )  # fmt: skip
 
 
-def memory_parts(model: DeiT, recipe: Recipe, micro_batch: int, accumulates: bool, bf16: bool) -> dict[str, int]:
+def memory_parts(
+    model: DeiT, recipe: Recipe, micro_batch: int, accumulates: bool, bf16: bool, processes: int = 1
+) -> dict[str, int]:
     """Bytes of a training step of a model whose fused blocks run their ops, by what they are for."""
     parameters = sum(p.numel() for p in model.parameters())
-    state = {"weights, gradients, optimiser": state_bytes(parameters, recipe, bf16, accumulates)}
+    state = {"weights, gradients, optimiser": state_bytes(parameters, recipe, bf16, accumulates, processes)}
     parts = image_parts(model, recipe, bf16, kernels=True)
     return state | {name: micro_batch * size for name, size in parts.items()}
 

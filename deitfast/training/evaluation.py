@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,11 +35,11 @@ def evaluate_both(
     run: Run, images_per_second: float, limit: int | None, asked_to_stop: Callable[[], bool] | None = None
 ) -> Result:
     """Scores of the raw and of the averaged weights. Raises Interrupted where a process is asked to stop."""
-    weights = [contextlib.nullcontext, *([run.engine.averaged] if run.recipe.ema_decay else [])]
-    raw, *averaged = evaluate_each(
-        run.model, weights, run.val_data, run.world, crop_ratio=run.recipe.eval_crop_ratio, batch=run.eval_batch,
-        workers=run.recipe.workers, bf16=run.bf16, limit=limit, decode=run.decode, asked_to_stop=asked_to_stop,
-    )  # fmt: skip
+    with run.engine.weights() as weights:
+        raw, *averaged = evaluate_each(
+            run.model, weights, run.val_data, run.world, crop_ratio=run.recipe.eval_crop_ratio, batch=run.eval_batch,
+            workers=run.recipe.workers, bf16=run.bf16, limit=limit, decode=run.decode, asked_to_stop=asked_to_stop,
+        )  # fmt: skip
     ema = averaged[0] if averaged else None
     return Result(run.step, raw, ema, images_per_second, engine=run.engine.description, folder=Path(run.recipe.out))
 
@@ -50,11 +49,12 @@ def record(run: Run, result: Result) -> None:
 
     To be called on every process.
     """
-    state = run.engine.tensors()
+    use_ema = result.ema is not None and result.ema.top1 > result.raw.top1
+    weights = "ema" if use_ema else "model"
+    state = run.engine.tensors(weights)[weights]
     if not run.folder:
         return
     epoch = run.step // run.order.steps_per_epoch
-    use_ema = result.ema is not None and result.ema.top1 > result.raw.top1
     top1 = result.ema.top1 if use_ema and result.ema else result.raw.top1
     values = {
         "top1": result.raw.top1,
@@ -77,7 +77,7 @@ def record(run: Run, result: Result) -> None:
             **{key: str(value) for key, value in best.items()},
         }
         try:
-            save_weights(run.folder.path / "best" / "model.safetensors", state["ema" if use_ema else "model"], metadata)
+            save_weights(run.folder.path / "best" / "model.safetensors", state, metadata)
             run.best = best
         except (OSError, SafetensorError) as error:  # the best ones of before stay, and so does their score
             run.faults.add("failed save", run.step, what=first_line(error))

@@ -10,7 +10,7 @@ from typing import Any
 from deitfast.data import Dataset
 from deitfast.data.manifest import read_manifest, write_manifest
 from deitfast.engine.optim import learning_rate
-from deitfast.errors import DeitfastError, HopelessError, first_line
+from deitfast.errors import DeitfastError, first_line
 from deitfast.recipe import Recipe, flag
 from deitfast.training import checkpoint
 from deitfast.training.checkpoint import Checkpoint, Retention
@@ -79,7 +79,7 @@ def resume(run: Run) -> None:
     """
     if run.folder:
         run.folder.check_recipe(run.recipe)
-    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.tensors())
+    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.stems)
     if found is None:
         _refuse_to_lose(run)
         return
@@ -121,24 +121,29 @@ def schedule_jump(recipe: Recipe, before: dict[str, Any], step: int, steps_per_e
 
 def check_same_step(run: Run) -> None:
     """Raise DeitfastError where the processes would go on from different checkpoints."""
-    steps = run.world.gather(run.step)
-    other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
+    found = run.world.gather((run.step, run.resumed_from))
+    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
     if other is not None:
+        steps = found[0][0], found[other][0]
+        same = ", of another run" if steps[0] == steps[1] else ""
         message = (
-            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[other]}. Give an --out that "
-            "all machines share"
+            f"process 0 would go on at step {steps[0]} and process {other} at step {steps[1]}{same}. "
+            "Give an --out that all machines share"
         )
         raise DeitfastError(message if run.world.is_main else "")
 
 
 def roll_back(run: Run, error: Diverged) -> None:
-    """Bring a run that diverged to its newest checkpoint of before. Raises HopelessError where there is none."""
+    """Bring a run that diverged to its newest checkpoint of before.
+
+    Raises DeitfastError where there is none: a run that diverges before its first save has settings that do not train.
+    """
     if run.saver:
         run.saver.join()
-    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.tensors(), before=error.since + 1)
+    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.stems, before=error.since + 1)
     told = str(error) if run.folder else ""
     if found is None:
-        raise HopelessError(told and f"{told}. There is no checkpoint of before to go back to")
+        raise DeitfastError(told and f"{told}. There is no checkpoint of before to go back to")
     _take_up(run, found)
     if run.folder:
         run.faults.add("roll-back", error.step, to=run.step)
@@ -193,7 +198,7 @@ def _folder(run: Run) -> Path:
 
 def _take_up(run: Run, found: Checkpoint) -> None:
     run.engine.load(found.tensors)
-    run.step, run.best = found.step, found.state["best"]
+    run.step, run.best, run.resumed_from = found.step, found.state["best"], found.identity
     run.evaluated = found.state.get("evaluated", found.step)
 
 

@@ -58,6 +58,7 @@ class Run:
     faults: FaultLog
     saver: Saver | None = None  # of the leading process, once the run has begun
     step: int = 0
+    resumed_from: str = ""  # identity of the checkpoint
     died: bool = False  # by an exception that nobody expects
     evaluated: int = 0  # step of the last evaluation
     best: dict[str, Any] | None = None

@@ -48,7 +48,8 @@ IN_A_STEP = {
     "patch_embed_bwd_kernel": 1,
     "mixed_cross_entropy_fwd_kernel": 1,
     "mixed_cross_entropy_bwd_kernel": 1,
-    "squared_norm_kernel": 1,
+    "block_squares_kernel": 1,
+    "sum_squares_kernel": 1,
     "adamw_kernel": 1,
 }
 ATTENTION_BACKWARD = {80: ("attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"), 90: ("attention_bwd_short_kernel",)}

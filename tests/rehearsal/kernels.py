@@ -146,8 +146,12 @@ def _update(update: Callable[..., None]) -> Callable[..., None]:
         assert scalars.is_cuda
         written = [x for x in vars(buffers).values() if isinstance(x, torch.Tensor)]
 
-        own = {f.name: getattr(buffers, f.name) for f in fields(buffers)}
-        on_cpu = replace(buffers, **tree_map_only(torch.Tensor, on_host, own))  # the same memory
+        def hosted(one: Any) -> Any:
+            """A dataclass with its tensors on the host: the same memory."""
+            own = {f.name: getattr(one, f.name) for f in fields(one)}
+            return replace(one, **tree_map_only(torch.Tensor, on_host, own))
+
+        on_cpu = replace(hosted(buffers), segments=hosted(buffers.segments))
 
         def eager() -> None:
             update_eager(optimizer, on_cpu, Scalars(*on_host(scalars).tolist()))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from deitfast.distributed import World
+from deitfast.engine import shards
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import UNCAPTURED_STEPS, Engine, FlatEngine, PlainEngine, make_engine
 from deitfast.engine.teacher import load_teacher
@@ -100,7 +100,7 @@ def test_between_replays_the_average_is_evaluated_and_a_state_loaded() -> None:
     for step in range(8):
         for engine, source in zip((flat, graph), sources, strict=True):
             engine(source, step, 1e-3)
-        with graph.averaged(), torch.no_grad():
+        with graph.weights() as (_, averaged), averaged(), torch.no_grad():
             graph.model.eval()(torch.zeros(2, 3, 16, 16, device="cuda"))
         graph.model.train()
         if step == 5:  # as a resume does it
@@ -185,10 +185,11 @@ def test_a_closed_engine_holds_no_graph() -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_all_reduces_start_in_the_backward_on_the_captures_stream(
+def test_collectives_start_in_the_backward_on_the_captures_stream(
     monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
-    """Two processes of which this is one: a pretended all-reduce leaves its tensor as it is."""
+    """Two processes, of which this is one; in pretended collectives the other sends zeros and gives nothing."""
+    monkeypatch.setattr(shards, "BUCKET_BYTES", 1 << 19)
     calls: list[tuple[str, int, str]] = []
     main = threading.current_thread().name
 
@@ -196,17 +197,34 @@ def test_all_reduces_start_in_the_backward_on_the_captures_stream(
         def wait(self) -> None:
             calls.append(("wait", torch.cuda.current_stream().stream_id, main))
 
-    def all_reduce(tensor: torch.Tensor, async_op: bool = False, **_: Any) -> Work | None:
-        calls.append(("reduce", torch.cuda.current_stream().stream_id, threading.current_thread().name))
+    def collective(what: str, source: torch.Tensor, target: torch.Tensor) -> Work:
+        calls.append((what, torch.cuda.current_stream().stream_id, threading.current_thread().name))
 
-        def keep() -> None:
-            memory.on_host(tensor).mul_(1.0)
+        def copy() -> None:
+            memory.on_host(target).copy_(memory.on_host(source))
 
         for recorder in capture.ACTIVE:
-            recorder.record("all_reduce", keep, [tensor])
-        return Work() if async_op else None
+            recorder.record(what, copy, [target])
+        if not capture.ACTIVE:
+            copy()
+        return Work()
 
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    def sum_to_shares(self: World, whole: torch.Tensor, share: torch.Tensor) -> Work:
+        return collective("reduce", whole[: len(share)], share)
+
+    def gather_shares(self: World, share: torch.Tensor, whole: torch.Tensor) -> None:
+        if share.is_cuda:
+            collective("gather", share, whole[: len(share)])
+        else:  # from the eager update that stands in for the kernels
+            whole.zero_()[: len(share)].copy_(share)
+
+    def collect(self: World, share: torch.Tensor, whole: torch.Tensor | None) -> None:
+        assert whole is not None
+        whole.zero_()[: len(share)].copy_(share)
+
+    monkeypatch.setattr(World, "sum_to_shares", sum_to_shares)
+    monkeypatch.setattr(World, "gather_shares", gather_shares)
+    monkeypatch.setattr(World, "collect", collect)
     world, recipe = World(0, 2, 0, 2, torch.device("cuda", 0)), replace(SMALL, precision="bf16", batch=32)
     flat, graph = (engine_of(replace(recipe, engine=name), accumulation, world) for name in ("flat", "graph"))
     source = batches(recipe, recipe.batch // 2 // accumulation, world, FIRST_REPLAY + 2)
@@ -220,10 +238,13 @@ def test_all_reduces_start_in_the_backward_on_the_captures_stream(
     assert isinstance(graph, FlatEngine)
     assert graph._stream is not None
     assert graph.reduction is not None
-    parts = len(graph.reduction.bounds)
-    assert graph._graph.recorder.counts["all_reduce"] == parts
+    parts = graph.flat.shards.buckets
+    assert parts > 1
+    assert graph._graph.recorder.counts["reduce"] == parts
+    assert graph._graph.recorder.counts["gather"] == 1 + parts  # sums of squares, weights
     assert {stream for _, stream, _ in calls} == {graph._stream.stream_id}
-    assert [what for what, *_ in calls] == (["reduce"] * parts + ["wait"] * parts) * (FIRST_REPLAY + 1)
+    a_step = ["reduce"] * parts + ["wait"] * parts + ["gather"] * (1 + parts)
+    assert [what for what, *_ in calls] == a_step * (FIRST_REPLAY + 1)
     assert {thread for what, _, thread in calls if what == "reduce"} - {main}, "none began in autograd's thread"
 
 

@@ -1,0 +1,126 @@
+"""The update that processes share, against one process that updates everything: the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+from deitfast.distributed import World
+from deitfast.engine import shards
+from deitfast.engine.engine import FlatEngine
+from deitfast.engine.flat import FlatState
+from deitfast.engine.shards import Shards
+from deitfast.kernels.flat_buffers import BLOCK
+from deitfast.model.deit import DeiT
+from deitfast.model.factory import create_model
+from deitfast.recipe import Recipe
+from tests import test_step
+from tests.test_step import LR, RECIPE, world_of
+
+STEPS = 20
+BUCKET_BYTES = 300_000
+"""Of these tests: several buckets, whose ends are no parameters' ends."""
+CASES: dict[str, dict[str, object]] = {
+    "adamw": {},
+    "lamb": {"optimizer": "lamb", "adam_eps": 1e-6},
+    "bf16": {"precision": "bf16"},
+}
+
+
+def recipe_of(case: str, size: int) -> Recipe:
+    return replace(RECIPE, engine="flat", batch=8 * size, mix_group=4, clip_norm=0.1, **CASES[case])  # type: ignore[arg-type]
+
+
+def small_model(recipe: Recipe) -> DeiT:
+    torch.manual_seed(0)
+    return create_model(recipe.model, num_classes=10, drop_path=recipe.drop_path, depth=2).train()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("elements", [1, BLOCK * 5, BLOCK * 1000 + 17])
+def test_shards_are_a_cut(elements: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "BUCKET_BYTES", BUCKET_BYTES)
+    cuts = [Shards.of(elements, World(rank, size, rank, size, torch.device("cpu")), BLOCK) for rank in range(size)]
+    assert elements <= cuts[0].size < elements + BLOCK * cuts[0].buckets * size
+    assert cuts[0].share % BLOCK == 0
+    flat = torch.arange(cuts[0].size)
+    owned = [cut.own(flat) for cut in cuts]
+    assert torch.equal(torch.cat(owned).sort().values, flat)
+    for cut, own in zip(cuts, owned, strict=True):
+        assert torch.equal(cut.own_blocks(), own[::BLOCK] // BLOCK)
+    assert [i for b in range(cuts[0].buckets) for i in range(cuts[0].size)[cuts[0].bounds(b)]] == flat.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_twenty_steps_have_the_bits_of_one_process_that_updates_everything(size: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, args=(size, str(tmp_path / "found")), nprocs=size)
+    found = torch.load(tmp_path / "found", weights_only=True)
+    for case in CASES:
+        shared, alone = found[case]["shared"], found[case]["alone"]
+        assert shared.keys() == alone.keys()
+        assert {name.partition(".")[0] for name in shared} == {"model", "optim", "ema"}
+        differing = [name for name in shared if not torch.equal(shared[name], alone[name])]
+        assert not differing, f"{case}: {differing}"
+        moved = torch.cat([shared[n].flatten() - found["before"][n].flatten() for n in found["before"]])
+        assert moved.abs().max() > LR
+        assert found[case]["clipped"] == STEPS
+
+
+def _rank(rank: int, size: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=size)
+    shards.BUCKET_BYTES, test_step.make_model = BUCKET_BYTES, small_model
+    world, found = world_of(rank, size), {}
+    for case in CASES:
+        found[case] = _both(recipe_of(case, size), world)
+    found["before"] = {f"model.{name}": tensor for name, tensor in small_model(RECIPE).state_dict().items()}
+    if rank == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+def _both(recipe: Recipe, world: World) -> dict[str, object]:
+    """The state after the steps, of the shared update and of an update of everything from the same gradients."""
+    alone_model = small_model(recipe)
+    alone = FlatState(alone_model, recipe, torch.bfloat16 if recipe.precision == "bf16" else torch.float32, True)
+    sums: list[Tensor] = []
+    original = FlatState.update
+
+    def update(flat: FlatState, scalars: Tensor) -> None:
+        if not flat.shards.is_whole:
+            whole = torch.empty(flat.shards.size, dtype=flat.reduced.dtype)
+            flat.shards.gather(flat.reduced, whole)
+            alone.reduced.copy_(whole[: alone.reduced.numel()])
+            sums.append(alone.reduced.norm())
+            original(alone, scalars)
+        original(flat, scalars)
+
+    FlatState.update = update  # type: ignore[method-assign]
+    try:
+        _, engine = test_step.run(recipe, STEPS, world=world)
+    finally:
+        FlatState.update = original  # type: ignore[method-assign]
+    assert isinstance(engine, FlatEngine)
+    assert engine.flat.shards.buckets >= 3
+    assert engine.flat.exp_avg.numel() <= -(-alone.exp_avg.numel() // world.size) + BLOCK * engine.flat.shards.buckets
+    shared = _named(engine.tensors())
+    whole = {"model": alone_model.state_dict(), "optim": alone.optimizer_tensors(), "ema": alone.ema_tensors()}
+    assert torch.equal(engine.flat.compute[: alone.compute.numel()], alone.compute), "another compute copy"
+    with engine.weights() as (_, averaged), averaged():
+        for name, parameter in engine.model.named_parameters():
+            assert torch.equal(parameter, whole["ema"][name]), f"on process {world.rank}: average of {name}"
+    for name, parameter in engine.model.named_parameters():
+        assert torch.equal(parameter, whole["model"][name]), f"on process {world.rank}: {name}"
+    clipped = sum(float(norm) > recipe.clip_norm for norm in sums)
+    return {"shared": shared, "alone": _named(whole), "clipped": clipped}
+
+
+def _named(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{stem}.{name}": t.detach().clone() for stem, tensors in state.items() for name, t in tensors.items()}
