@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,11 @@ from deitfast.errors import DeitfastError
 from deitfast.use import doctor
 from deitfast.use.doctor import BREAKS, NOTE, OK, Finding, examine, table
 from deitfast.verification.verdict import OpVerdict, Verdict
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_LOADING_SECONDS", 0.5)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -39,6 +45,7 @@ def test_without_a_gpu_it_says_why_there_is_no_table_and_nothing_breaks(
         f"torch {torch.__version__}",
         "no GPU: everything runs on the CPU, in eager PyTorch",
         "1,437 training images of 10 classes",
+        "one process reads, decodes and augments",
         "no table of kernels: they are verified on the GPU that they run on, and there is none here",
     ):
         assert words in out
@@ -65,6 +72,21 @@ def test_data_that_is_not_there_breaks_a_run(capsys: pytest.CaptureFixture[str],
     broken = [finding["what"] for finding in found["findings"] if finding["level"] == BREAKS]
     assert broken == [next(what for what in broken if "/nowhere not found" in what)]
     assert found["environment"]["torch"] == torch.__version__
+
+
+def test_the_throughput_is_of_the_images_that_came(tmp_path: Path) -> None:
+    """Of so few images the batch is smaller; of one there is none."""
+    from deitfast.data import open_dataset
+
+    images = open_dataset("digits", split="train").train
+    assert images is not None
+    (found,) = doctor._loading(images.head(20), torch.device("cpu"))
+    assert found.level == OK
+    told = re.search(r"augments ([\d,]+) images/s in ([\d.]+) s", found.what)
+    assert told
+    assert float(told[1].replace(",", "")) > 0
+    assert float(told[2]) < 30
+    assert list(doctor._loading(images.head(1), torch.device("cpu"))) == []
 
 
 def findings(check: Any, *arguments: Any) -> list[tuple[str, str]]:

@@ -24,7 +24,9 @@ DOORS = frozenset(f"deitfast.{name}" for name in ("convert", "export", "images",
 # The places where the package meets its kernels: the block, the optimiser, the loss, the input, their verification.
 MEET_KERNELS = ("deitfast/model/fused.py", "deitfast/engine/flat.py", "deitfast/engine/losses.py",
                 "deitfast/data/batch.py", "deitfast/data/augmentation.py", "deitfast/verification/check.py",
-                "deitfast/verification/verify.py", "deitfast/verification/verdict.py")  # fmt: skip
+                "deitfast/verification/verify.py", "deitfast/verification/verdict.py",
+                "deitfast/verification/case.py", "deitfast/verification/choice.py",
+                "deitfast/verification/warm.py")  # fmt: skip
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:

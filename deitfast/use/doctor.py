@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from deitfast.compiler import missing_for_triton
-from deitfast.data import open_dataset
+from deitfast.data import Manifest, TrainLoader, open_dataset
 from deitfast.data.cores import cores, thread_count
 from deitfast.data.dali import check_build, dali_version
 from deitfast.data.decoder import gpu_problem
 from deitfast.errors import DeitfastError, first_line
 from deitfast.model.factory import create_model
 from deitfast.model.fused import question_about
+from deitfast.recipe import Recipe
 from deitfast.verification.verdict import Verdict, driver, machine
 from deitfast.verification.verify import TRAINING_OPS, search, verify
 
@@ -32,6 +33,7 @@ _SHARED_MEMORY = 64 << 20
 """Docker's default for /dev/shm, in which NCCL's processes of one machine meet: too little for several GPUs."""
 _SLOW_DISK = 100e6  # bytes a second: below, a checkpoint of DeiT-B (1.4 GB) holds training up for over ten seconds
 _FULL_DISK = 10e9
+_LOADING_SECONDS, _LOADED_AT_ONCE = 10.0, 32
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,34 @@ def _data(data: str, gpus: int) -> Iterator[Finding]:
         problem = gpu_problem(found.train, 224, torch.device("cuda", 0), thread_count(0))
         remedy = "--decode auto takes the CPU"
         yield Finding(NOTE, problem, remedy) if problem else Finding(OK, "the GPU decodes these images as libjpeg does")
+    if found.train is not None:
+        yield from _loading(found.train, torch.device("cuda", 0) if gpus else torch.device("cpu"))
+
+
+def _loading(images: Manifest, device: torch.device) -> Iterator[Finding]:
+    """How fast these images come out of the training loader, with the paper's augmentation at 224 px."""
+    batch = min(_LOADED_AT_ONCE, len(images) // 2 * 2)
+    if batch < 2:
+        return
+    count, begun, started = 0, time.perf_counter(), None
+    try:
+        recipe = Recipe(batch=batch, mix_group=batch)
+        with TrainLoader(images, recipe, 224, batch, device=device, stop_step=10**6) as loader:
+            for _ in loader:
+                if started is None:  # the first one waits for everything to start
+                    started = time.perf_counter()
+                    continue
+                count += batch
+                if time.perf_counter() - begun > _LOADING_SECONDS:
+                    break
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    except DeitfastError as error:
+        yield Finding(BREAKS, str(error))
+        return
+    seconds = time.perf_counter() - (started or begun)
+    speed = f"{count / seconds:,.0f} images/s in {seconds:.1f} s"
+    yield Finding(OK, f"one process reads, decodes and augments {speed}: training cannot be faster than that a process")
 
 
 def _searched(found: Verdict) -> Iterator[Finding]:

@@ -26,6 +26,11 @@ SELECTION = "linear_launch itemsize=2 N=512 K=128 epilogue=gelu aligned_rows=Tru
 COMMAND = ["doctor", "--model", "deit_digits_patch4_16", "--batch", "8", "--data", "digits"]
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deitfast.use.doctor._LOADING_SECONDS", 0.2)
+
+
 def test_the_table_is_printed_and_a_run_takes_its_choices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
