@@ -3,7 +3,7 @@
 Three kinds live here:
 
 measuring   gpu_suite (all of it), verify, questions, bench_train_step, breakdown, micro, bench_optimizer,
-            bench_inference, bench_loader, augment_parity, loss_curves, roofline; in measuring/ is what they share
+            bench_inference, bench_cpu, bench_loader, augment_parity, loss_curves, roofline; measuring/ is shared
 kernels     compile_report, sanitize, tune; in workshop are the uses and the sites of every kernel
 results     compare, readme; in reporting are the page, its pictures and the goals
 

@@ -9,6 +9,8 @@ One line a kernel gives registers a thread, bytes of stack, local loads and stor
 and the tensor-core instructions it uses. The exit status is 1 where a kernel
 
 - spills registers, or keeps an array in local memory;
+- shares its work out among more programs than the chip's multiprocessors hold at once (by registers, threads and
+  shared memory): the rest would run after the others, on a chip that is mostly idle;
 - needs more shared memory than a block may have, or more tensor memory than an SM has (Triton compiles both);
 - multiplies 16-bit matrices without the chip's own matrix instruction (on sm_90: wgmma);
 - has its wgmma serialised by ptxas (notes C7510 to C7519), which costs time without a spill;
@@ -73,6 +75,8 @@ class Chip:
 
 
 USES = "benchmarks.workshop"
+MULTIPROCESSORS = {100: 148}
+"""Where they are more than the 132 of an H100, for which the programs that share a sum out are made on every chip."""
 CHIPS = {
     0: Chip(target=86, shared_block=99 << 10, shared_sm=100 << 10, threads=1536, blocks=16, matrix="HMMA"),
     80: Chip(target=80, shared_block=163 << 10, shared_sm=164 << 10, threads=2048, blocks=32, matrix="HMMA"),
@@ -99,7 +103,7 @@ class Case:
     """A kernel as a launch specialises it.
 
     signature: argument name -> Triton type, "constexpr" for those in `constexprs`, by position -> value. attrs: by
-    position -> what is known of the argument. options: of the compilation.
+    position -> what is known of the argument. options: of the compilation. programs: that share the work out; 0: none.
     """
 
     name: str
@@ -108,6 +112,7 @@ class Case:
     constexprs: Mapping[tuple[int, ...], Any]
     attrs: Mapping[tuple[int, ...], Any]
     options: Mapping[str, Any]
+    programs: int = 0
 
     def traits(self) -> dict[str, str]:
         """What tells this case from others of its kernel: each argument's type or value, each option; "" for None."""
@@ -187,7 +192,8 @@ def specialise(launch: Recorded, arch: int) -> Case:
     options = launch.entry.options()
     bound, specialization, _ = bind(**arguments, **options)
     _, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
-    return Case(kernel.__name__.removesuffix("_kernel"), kernel, signature, constexprs, attrs, options)
+    name = kernel.__name__.removesuffix("_kernel")
+    return Case(name, kernel, signature, constexprs, attrs, options, launch.entry.programs)
 
 
 def _named(cases: Sequence[Case]) -> Iterator[Case]:
@@ -284,6 +290,9 @@ def _compile(case: Case, arch: int) -> Result:
         failures.append(f"wgmma serialised ({serialised[1]}: {reason})")
     if divisions := len(_LONG_DIVISION.findall(compiled.asm["ttir"])):
         failures.append(f"divides blocks of 64-bit integers {divisions} times")
+    ctas = ctas_per_sm(chip, registers, threads, shared, tensor_memory)
+    if case.programs > (fit := ctas * MULTIPROCESSORS.get(arch, 132)):
+        failures.append(f"{case.programs} programs share its work out, of which {fit} fit the chip at once")
     if _MATRIX_PRODUCT.search(compiled.asm["ttir"]) and not fnmatch.filter(tensor_core, chip.matrix):
         failures.append(f"matrix kernel without {chip.matrix} on sm_{chip.target}")
     return Result(
@@ -295,7 +304,7 @@ def _compile(case: Case, arch: int) -> Result:
         spilled=spilled,
         local=local,
         shared=shared,
-        ctas_per_sm=ctas_per_sm(chip, registers, threads, shared, tensor_memory),
+        ctas_per_sm=ctas,
         threads=threads,
         tensor_core=tensor_core,
     )

@@ -250,7 +250,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--out DIR is needed")
     if not ready("gpu_suite", options.device):
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running part too
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running part too
+    try:
+        return _suite(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _suite(options: argparse.Namespace) -> int:
     try:
         results = Results(options.out, options.device, options.quick)
     except ValueError as problem:

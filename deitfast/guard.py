@@ -17,8 +17,17 @@ from deitfast.errors import EXIT_INTERRUPTED, DeitfastError
 
 EXIT_FILE = "DEITFAST_EXIT_FILE"
 """Environment variable: file in which a process that ends on purpose leaves its exit code for the launcher."""
+TRAINED = "trained"
+"""Name of the file beside it that says that training was asked for."""
 
 _LET_IT_SPEAK_S = 2.0
+
+
+def trains() -> None:
+    """Tell the launcher, where there is one, that its file trains: one that does not ends in silence."""
+    if path := os.environ.get(EXIT_FILE):
+        with suppress(OSError):
+            Path(path).with_name(TRAINED).touch()
 
 
 def guarded(main: Callable[[], None]) -> None:

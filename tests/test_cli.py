@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from deitfast import guard
+from deitfast.cli import train as training
 from deitfast.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +124,29 @@ def test_accuracy_and_predictions_agree_with_timms_pipeline(shared_data, timm, c
             seen += len(labels)
     assert agree >= 297
     assert scores["top1"] == pytest.approx(100 * correct / 300)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_file_that_does_not_train_is_told(trains, tmp_path, monkeypatch, capsys) -> None:
+    file = tmp_path / "recipe.py"
+    file.write_text("recipe = 1")
+
+    def torchrun(arguments: list[str]) -> None:
+        assert str(file) in arguments
+        if trains:
+            guard.trains()
+
+    monkeypatch.setattr("torch.distributed.run.main", torchrun)
+    monkeypatch.setattr(training.logging, "disable", lambda level: None)
+    for name in ("DEITFAST_EXIT_FILE", "PET_SIGNALS_TO_HANDLE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+        monkeypatch.setenv(name, "")
+    if trains:
+        main(["train", str(file), "--processes", "1"])
+        return
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(file), "--processes", "1"])
+    assert end.value.code == 2
+    assert f"error: {file} ended without training. A recipe ends with run(" in capsys.readouterr().err
 
 
 @pytest.mark.slow

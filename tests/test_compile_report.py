@@ -79,6 +79,14 @@ def test_a_block_of_64_bit_divisions_is_named():
     assert compile_launch(planted.division, 90).failures == ("divides blocks of 64-bit integers 1 times",)
 
 
+def test_programs_that_do_not_all_fit_the_chip_at_once_are_named():
+    """Of one warp and few registers an H100 holds 32 on each of its 132 multiprocessors."""
+    fits, too_many = (compile_launch(lambda n=n: planted.row_sum(programs=n), 90) for n in (132 * 32, 132 * 32 + 1))
+    assert fits.ctas_per_sm == 32
+    assert fits.failures == ()
+    assert too_many.failures == ("4225 programs share its work out, of which 4224 fit the chip at once",)
+
+
 def test_the_verdict_is_the_same_from_tritons_cache():
     assert compile_matmul("serialised", 90).failures == compile_matmul("serialised", 90).failures
 

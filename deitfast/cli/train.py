@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deitfast.cli.recipes import find_recipe, is_recipe, shipped_recipes
 from deitfast.errors import EXIT_HOPELESS, EXIT_INTERRUPTED, EXIT_USER_ERROR, DeitfastError, say
-from deitfast.guard import EXIT_FILE
+from deitfast.guard import EXIT_FILE, TRAINED
 
 _PORT = 29400
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -57,7 +57,7 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
         host, _, port = args.master.partition(":")
         endpoint = f"{host}:{port or _PORT}"
         where = [f"--nnodes={args.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=deitfast"]
-    _launch([*where, f"--nproc-per-node={processes}", f"--max-restarts={args.restarts}", str(file), *flags])
+    _launch([*where, f"--nproc-per-node={processes}", f"--max-restarts={args.restarts}", str(file), *flags], file)
 
 
 def _recipe_first(given: str | None, flags: list[str]) -> str:
@@ -68,8 +68,8 @@ def _recipe_first(given: str | None, flags: list[str]) -> str:
     return given
 
 
-def _launch(arguments: list[str]) -> None:
-    """torchrun in this process, with an exit code that says why a run ended."""
+def _launch(arguments: list[str], file: Path) -> None:
+    """torchrun in this process, with an exit code that says why a run ended. file: the recipe's."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -86,6 +86,8 @@ def _launch(arguments: list[str]) -> None:
         os.environ[EXIT_FILE] = str(end)
         try:
             torchrun(arguments)
+            if not end.with_name(TRAINED).exists():
+                raise DeitfastError(f"{file} ended without training. A recipe ends with run(Recipe(...), name=...)")
         except SignalException:  # from outside, or from a worker that ended on purpose
             sys.exit(_left_behind(end) or EXIT_INTERRUPTED)
         except ChildFailedError as error:

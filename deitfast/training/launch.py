@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from deitfast.errors import DeitfastError, unknown_argument
-from deitfast.guard import guarded
+from deitfast.guard import guarded, trains
 from deitfast.recipe import Recipe, flag
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ _SECTIONS = {
     "distillation": "distillation", "repeats": "augmentation", "eval_crop_ratio": "evaluation", "out": "this machine",
 }  # fmt: skip
 """The first field of each of the recipe's sections, and its heading in --help."""
-_ALSO = {"init": ("--weights",)}
-"""Second names of flags: what weights are called in every other command."""
+_ALSO = {"init": ("--weights",), "fused": ("--choices",)}
+"""Second names of flags: what weights are called in every other command, and a run's choices of kernels to repeat."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -142,6 +142,7 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
     name: the default run folder's name. description: the file's docstring, printed by --help. arguments: the flags, in
     place of the command line's.
     """
+    trains()
     arguments = sys.argv[1:] if arguments is None else arguments
 
     def main() -> None:

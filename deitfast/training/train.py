@@ -17,7 +17,7 @@ from deitfast.distributed import start
 from deitfast.engine.engine import UNCAPTURED_STEPS
 from deitfast.engine.optim import learning_rate
 from deitfast.errors import EXIT_INTERRUPTED, DeitfastError, HopelessError
-from deitfast.guard import restarts_left
+from deitfast.guard import restarts_left, trains
 from deitfast.recipe import Recipe
 from deitfast.training.evaluation import Result, evaluate_both, record
 from deitfast.training.interrupt import Agreement, StopRequest
@@ -41,6 +41,7 @@ def train(
     quiet: what is said goes to log.txt alone.
     Raises DeitfastError for anything the user can mend; what can be checked is checked before a file is written.
     """
+    trains()
     recipe.check()
     with StopRequest() as stop:
         run, data = set_up(recipe, depth, quiet)

@@ -62,9 +62,9 @@ def matmul(entry: Launch) -> None:
     launch(matmul_kernel, (1,), entry, a_ptr=a, b_ptr=b, c_ptr=c, K=256)
 
 
-def row_sum() -> None:
-    x = torch.empty(256)
-    launch(row_sum_kernel, (1,), Launch({"ROWS": 1, "COLUMNS": 256}, 1, 1), x_ptr=x, out_ptr=x)
+def row_sum(programs: int = 0) -> None:
+    x, entry = torch.empty(256), Launch({"ROWS": 1, "COLUMNS": 256}, 1, 1, programs=programs)
+    launch(row_sum_kernel, (1,), entry, x_ptr=x, out_ptr=x)
 
 
 def division() -> None:

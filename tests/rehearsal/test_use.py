@@ -136,7 +136,7 @@ def test_an_accelerated_model_gives_what_its_own_blocks_give(monkeypatch: pytest
 
 def test_a_process_is_started_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(training, "_launch", started.append)
+    monkeypatch.setattr(training, "_launch", lambda arguments, _: started.append(arguments))
     main(["train", "recipes/deit_digits.py"])
     assert "--nproc-per-node=4" in started[0]
 
