@@ -78,8 +78,8 @@ def store_column_sums(sums, grad_q, part, head, scale, H: tl.constexpr, D: tl.co
 
 @triton.jit(do_not_specialize=["N"])
 def attention_fwd_short_kernel(
-    q,  # (B, N, 3H, D), blocks of QUERIES rows
-    kv1, kv2, kv3,  # the same tensor, blocks of KEYS1, KEYS2, KEYS3 rows
+    q, kv1,  # (B, N, 3H, D), blocks of QUERIES and KEYS1 rows
+    kv2, kv3,  # the same tensor, never descriptors; no kv3 where KEYS3 is 0
     out,  # (B, N, H, D)
     lse,  # (B, H, N) fp32
     N, scale_log2,
@@ -94,13 +94,18 @@ def attention_fwd_short_kernel(
     b, h = sequence // H, sequence % H
     LAST: tl.constexpr = KEYS1 + KEYS2
 
-    k1 = load_tile(kv1, b, H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
-    k2 = load_tile(kv2, b, H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA)
-    v1 = load_tile(kv1, b, 2 * H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
-    v2 = load_tile(kv2, b, 2 * H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA)
+    if not TMA:
+        k1 = load_tile(kv1, b, H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+    k2 = load_tile(kv2, b, H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA=False)
+    if not TMA:
+        v1 = load_tile(kv1, b, 2 * H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+    v2 = load_tile(kv2, b, 2 * H + h, KEYS1, N, 3 * H, D, KEYS2, C, TMA=False)
     if KEYS3 > 0:
-        k3 = load_tile(kv3, b, H + h, LAST, N, 3 * H, D, KEYS3, C, TMA)
-        v3 = load_tile(kv3, b, 2 * H + h, LAST, N, 3 * H, D, KEYS3, C, TMA)
+        k3 = load_tile(kv3, b, H + h, LAST, N, 3 * H, D, KEYS3, C, TMA=False)
+        v3 = load_tile(kv3, b, 2 * H + h, LAST, N, 3 * H, D, KEYS3, C, TMA=False)
+    if TMA:  # a descriptor's load is waited for at once: what goes through pointers is under way by then
+        k1 = load_tile(kv1, b, H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
+        v1 = load_tile(kv1, b, 2 * H + h, 0, N, 3 * H, D, KEYS1, C, TMA)
 
     for row in tl.range(0, N, QUERIES):
         query = load_tile(q, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
@@ -123,7 +128,9 @@ def attention_fwd_short_kernel(
 
         rows = row + tl.arange(0, QUERIES)
         tl.store(lse + sequence.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
-        store_tile(out, result / total[:, None], b, h, row, N, H, D, QUERIES, C, TMA)
+        # One division a row instead of one a value, where ptxas does not spill for it.
+        result = result * (1.0 / total)[:, None] if TMA else result / total[:, None]
+        store_tile(out, result, b, h, row, N, H, D, QUERIES, C, TMA)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -174,11 +181,12 @@ def attention_bwd_short_kernel(
     b, h = sequence // H, sequence % H
     rows = tl.arange(0, QUERIES)
 
-    g = load_tile(dout, b, h, 0, N, H, D, QUERIES, C, TMA)
+    # First: it is on its way while the loads of descriptors are waited for, one by one.
+    row_lse = tl.load(lse + sequence.to(tl.int64) * N + rows, mask=rows < N, other=float("inf"))
     o = load_tile(out, b, h, 0, N, H, D, QUERIES, C, TMA)
+    g = load_tile(dout, b, h, 0, N, H, D, QUERIES, C, TMA)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     query = load_tile(q, b, h, 0, N, 3 * H, D, QUERIES, C, TMA)
-    row_lse = tl.load(lse + sequence.to(tl.int64) * N + rows, mask=rows < N, other=float("inf"))
     grad_q = tl.zeros((QUERIES, C), tl.float32)
     for key in tl.range(0, N, KEYS):
         k = load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)

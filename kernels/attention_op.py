@@ -96,9 +96,9 @@ _POINTERS: Table = {
     "bwd_dkdv": {(2, 64): _launch(32, 64, 4, 2), (2, 128): _launch(64, 64, 8, 2)},
 }
 _TMA: Table = {
-    "fwd_short": {(2, 64): _launch(64, 0, 4, 2, tma=True)},
+    "fwd_short": {(2, 64): _launch(64, 0, 4, 3, tma=True)},
     "fwd": {(2, 64): _launch(128, 64, 4, 3, tma=True), (2, 128): _launch(128, 64, 8, 2, tma=True)},
-    "bwd_short": {(2, 64): _launch(256, 64, 8, 2, tma=True)},
+    "bwd_short": {(2, 64): _launch(256, 64, 8, 3, tma=True)},
     "bwd_dq": {(2, 64): _launch(64, 64, 4, 2, tma=True), (2, 128): _launch(64, 64, 4, 2, tma=True)},
     "bwd_dkdv": {(2, 64): _launch(64, 64, 4, 2, tma=True), (2, 128): _launch(64, 64, 4, 2, tma=True)},
 }
@@ -132,7 +132,7 @@ def _other_entries(arch: int, kernel: str, itemsize: int, head_dim: int) -> Iter
     own = LAUNCHES[arch].get(kernel, {}).get((itemsize, _columns(head_dim)))
     if own is None or itemsize == 4:
         return
-    yield replace(own, num_stages=own.num_stages + 1)
+    yield replace(own, num_stages=2 if own.num_stages == 3 else own.num_stages + 1)
     yield LAUNCHES[0].get(kernel, {}).get((itemsize, _columns(head_dim)), own)
     if kernel.endswith("short"):
         yield None
@@ -196,7 +196,7 @@ def _backward_launches(arch: int, itemsize: int, head_dim: int, tokens: int) -> 
 
 _BLOCK_ROWS = {
     "q": "QUERIES", "out": "QUERIES", "dout": "QUERIES", "dq": "QUERIES",
-    "kv": "KEYS", "dkv": "KEYS", "kv1": "KEYS1", "kv2": "KEYS2", "kv3": "KEYS3",
+    "kv": "KEYS", "dkv": "KEYS", "kv1": "KEYS1",
 }  # fmt: skip
 """Kernel argument -> the constant that gives the rows of its blocks."""
 
@@ -210,24 +210,23 @@ def _table_key(x: Tensor) -> int:
 def _run(kernel: Any, entry: Launch, num_heads: int, head_dim: int, scale: float, tensors: dict[str, Any]) -> None:
     """Launch `kernel`, one program for each head of each sample and, unless it takes whole heads, each block of rows.
 
-    tensors: by kernel argument; those in _BLOCK_ROWS are (B, N, heads * d), contiguous and 16-byte aligned.
+    tensors: by kernel argument, of whichever kernel; those in _BLOCK_ROWS are (B, N, heads * d), contiguous and 16-byte
+        aligned.
     """
     batch, tokens, _ = tensors["q"].shape
     padded_dim = triton.next_power_of_2(head_dim)
 
-    def tiled(name: str, tensor: Tensor) -> Tensor | TensorDescriptor | None:
-        rows = entry.tiles[_BLOCK_ROWS[name]]
-        if rows == 0:
-            return None
+    def tiled(name: str, tensor: Tensor) -> Tensor | TensorDescriptor:
         if not entry.tiles["TMA"]:
             return tensor
-        width, block = tensor.shape[-1], [rows, padded_dim]
+        width, block = tensor.shape[-1], [entry.tiles[_BLOCK_ROWS[name]], padded_dim]
         if padded_dim == head_dim:  # strides that rise from the inside out, as the CUDA manual has them
             return TensorDescriptor(tensor, [batch, tokens, width], [tokens * width, width, 1], [1, *block])
         shape, strides = [batch, width // head_dim, tokens, head_dim], [tokens * width, head_dim, width, 1]
         return TensorDescriptor(tensor, shape, strides, [1, 1, *block])
 
-    arguments = {name: tiled(name, x) if name in _BLOCK_ROWS else x for name, x in tensors.items()}
+    taken = {name: x for name, x in tensors.items() if name in kernel.arg_names}
+    arguments = {name: tiled(name, x) if name in _BLOCK_ROWS else x for name, x in taken.items()}
     scales = {"scale": scale, "scale_log2": scale * LOG2_E}
     arguments |= {name: value for name, value in scales.items() if name in kernel.arg_names}
     owned = entry.tiles["KEYS" if kernel is attention_bwd_dkdv_kernel else "QUERIES"]
@@ -253,8 +252,8 @@ def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = 
     lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
     if qkv.numel():
         kernel, entry = _forward_launch(arch, qkv.itemsize, head_dim, tokens)
-        pieces = ("kv1", "kv2", "kv3") if kernel is attention_fwd_short_kernel else ("kv",)
-        tensors = {"q": qkv, "out": out, "lse": lse} | dict.fromkeys(pieces, qkv)
+        pieces = {"kv": qkv, "kv1": qkv, "kv2": qkv, "kv3": qkv if entry.tiles.get("KEYS3") else None}
+        tensors = {"q": qkv, "out": out, "lse": lse} | pieces
         _run(kernel, entry, num_heads, head_dim, scale, tensors)
     return out, lse
 
@@ -290,8 +289,7 @@ def attention_bwd(
     tensors = {"q": qkv, "kv": qkv, "out": out, "dout": dout, "lse": lse, "dq": dqkv, "dkv": dqkv, "sums": sums}
     tensors["delta"] = torch.empty_like(lse)
     for kernel, entry in launches:
-        taken = {name: x for name, x in tensors.items() if name in kernel.arg_names}
-        _run(kernel, entry, num_heads, width // num_heads, scale, taken)
+        _run(kernel, entry, num_heads, width // num_heads, scale, tensors)
     return dqkv, sums
 
 

@@ -52,15 +52,15 @@ from deitfast.kernels.tunable import tunable
 # Launch tables -------------------------------------------------------------------------------------------------------
 
 
-def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Launch:
+def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, parts: int = 0) -> Launch:
     accumulators = m * n // (32 * num_warps)  # a thread
-    parts = {128: 4, 64: 2}.get(accumulators, 1)
+    parts = parts or {128: 4, 64: 2}.get(accumulators, 1)
     return Launch({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "EPILOGUE_PARTS": parts}, num_warps, num_stages)
 
 
 _ANY_CHIP = {
     (4, 64): _tile(64, 64, 16, num_warps=4, num_stages=2),
-    (2, 0): _tile(64, 64, 32, num_warps=4, num_stages=2),
+    (2, 0): _tile(64, 64, 32, num_warps=4, num_stages=2, parts=2),  # pointers and masks take the registers
 }
 _TMA = {
     (2, 64): _tile(128, 64, 64, num_warps=4, num_stages=4),

@@ -14,6 +14,7 @@ from deitfast.kernels.catalogue import MODELS, Draw, Shape
 from deitfast.kernels.catalogue import OPS as CATALOGUE
 from deitfast.kernels.common import INTERPRETED, Launch, record
 from deitfast.kernels.gemm import LAUNCHES
+from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
 from deitfast.kernels.tunable import selection
 from tests.kernels.linear_ops import HALVES, OPS, Op, check
 from tests.ptx.kernels import compiled_kernels, needs_engine
@@ -63,6 +64,22 @@ def test_for_a_subset_of_the_samples(monkeypatch, name, arch):
     with compiled_kernels(arch, races=True) as gpu:
         check(op, inputs, subset=torch.tensor([0, 1, 4]), subset_scale=1.25, **options)
     assert Counter(launch.kernel for launch in gpu.launches)["layernorm_linear_kernel"] == 1
+
+
+@needs_engine
+def test_rows_are_written_before_tma_reads_them(monkeypatch):
+    """The machine of tests/ptx has one memory for both ways to it; a chip wants a fence, then a barrier, in between."""
+    one_kernel_whatever_the_size(monkeypatch, columns=64)
+    ran: list[str] = []
+    with compiled_kernels(90, change=lambda ptx: (ran.append(ptx), ptx)[1]):
+        layernorm_qkv(**OPS["layernorm_qkv"].inputs(Draw(0, torch.bfloat16), (2, 66), 96, 320))
+    (ptx,) = (text for text in ran if "layernorm_linear_kernel" in text)
+    before_reads = ptx[: ptx.index("cp.async.bulk.tensor")]
+    writes, fence, rest = before_reads.partition("fence.proxy.async;")
+    assert "st.global" in writes
+    assert fence
+    assert "bar.sync" in rest
+    assert "st.global" not in rest
 
 
 @recorded
