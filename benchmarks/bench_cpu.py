@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def inference(model: str, batch: int) -> dict[str, Callable[[], object]]:
         way = make(name, model, "cpu", torch.float32)[0]
         if not (error := float((way(images) - exact).norm() / exact.norm())) <= LIMITS[torch.float32]:
             raise Refused(f"{name}: logits are off by {error:.1e}")
-        calls[name] = lambda way=way: way(images)
+        calls[name] = partial(way, images)
     return calls
 
 

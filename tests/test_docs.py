@@ -66,3 +66,10 @@ def test_the_site_has_every_page() -> None:
 def test_links_out_of_the_docs_lead_to_the_repository_on_the_site() -> None:
     shown = PAGES["on_page_markdown"]("[a](../kernels/x.py) [b](data.md)", {"repo_url": "https://example.org/x"})
     assert shown == "[a](https://example.org/x/blob/main/kernels/x.py) [b](data.md)"
+
+
+def test_every_test_that_the_page_of_inputs_names_is_there() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs/inputs.md").read_text())
+    assert len(named) > 40
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert not missing

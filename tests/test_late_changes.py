@@ -6,10 +6,12 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ from deitfast.errors import DeitfastError
 from deitfast.kernels import attention, layernorm_attention, layernorm_mlp
 from deitfast.model.acceleration import AcceleratedBlock, accelerate
 from deitfast.model.fitness import Fusible
-from deitfast.model.fused import FusedBlock
+from deitfast.model.fused import FusedBlock, fuse
 from tests.reference import import_timm
 from tests.vit_peers import SMALL, images, logits, perturb, small_timm, small_transformers
 
@@ -509,3 +511,66 @@ def test_undo_names_what_another_library_made_of_the_blocks():
     with pytest.raises(DeitfastError, match="is a FSDPBlock now"):
         report.undo()
     assert isinstance(model.blocks[0], AcceleratedBlock), "all or nothing"
+
+
+# Patches, on their way past the convolution's module ----------------------------------------------------------------
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _replace_by(make: Callable[..., nn.Module]) -> Callable[[Any], Any]:
+    def change(model: Any) -> None:
+        old = model.patch_embed.proj
+        new = make(3, old.out_channels, old.kernel_size, old.stride)
+        new.load_state_dict(old.state_dict(), strict=False)
+        model.patch_embed.proj = new
+
+    return change
+
+
+def _weight_norm(model: Any) -> None:
+    torch.nn.utils.weight_norm(model.patch_embed.proj)
+    with torch.no_grad():
+        model.patch_embed.proj.weight_g.mul_(3)  # the weight itself is stale until the next forward
+
+
+def _low_rank(model: Any) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False), model.patch_embed)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "subclass": _replace_by(Doubled),
+    "no bias": _replace_by(partial(nn.Conv2d, bias=False)),
+    "weight-norm": _weight_norm,
+    "parametrised": lambda model: torch.nn.utils.parametrizations.weight_norm(model.patch_embed.proj),
+    "LoRA": _low_rank,
+    "hook on the convolution": lambda m: m.patch_embed.proj.register_forward_hook(lambda *a: 2 * a[2]),
+    "hook on the embedding": lambda m: m.patch_embed.register_forward_hook(lambda *a: 2 * a[2]),
+    "input hook": lambda m: m.patch_embed.register_forward_pre_hook(lambda _, x: (x[0] + 1,)),
+    "patched": lambda model: setattr(model.patch_embed, "forward", lambda x: torch.ones(len(x), 4, 192)),
+    "padding": lambda model: setattr(model.patch_embed.proj, "padding", (0, 0)),  # no change at all
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_in_the_patch_embedding_works_on_patches(change: str, fused: bool) -> None:
+    """As it does on images, whose way goes through the module: what training feeds are patches."""
+    if change == "LoRA":
+        pytest.importorskip("peft")
+    model: Any = small_deitfast().eval()
+    if fused:
+        fuse(model)
+    batch = photos("deitfast", model)
+    patches = F.unfold(batch, 16, stride=16).transpose(1, 2).contiguous()
+    with torch.no_grad():
+        before = model(patches)
+        CHANGES[change](model)
+        after = model(patches)
+        torch.testing.assert_close(after, model(batch), rtol=1e-4, atol=1e-4)
+    assert torch.equal(before, after) == (change == "padding") or change == "parametrised"

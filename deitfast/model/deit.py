@@ -151,17 +151,32 @@ def prefix_alone(block: nn.Module) -> bool:
     """
     if "computes_prefix" not in vars(type(block)):
         return False
-    for module in block.modules():
-        inside = vars(module)
-        if module is not block and type(module) not in _OWN:
-            return False
-        if "forward" in inside or any(inside[kind] for kind in HOOKS):
-            return False
-    return not _has_any_global_hook()
+    if any(module is not block and type(module) not in _OWN for module in block.modules()):
+        return False
+    return not _is_watched(block)
+
+
+def _is_watched(part: nn.Module) -> bool:
+    """Whether a module or one inside it has a hook or a patched forward."""
+    inside = [vars(module) for module in part.modules()]
+    return any("forward" in i or any(i[kind] for kind in HOOKS) for i in inside) or _has_any_global_hook()
+
+
+def embeds_by_weight(part: nn.Module) -> bool:
+    """Whether the tokens of patches are what the convolution's weight and bias make of them.
+
+    Not where another module stands in the place of the patch embedding's, or hooks (weight-norm is one) go with it.
+    """
+    proj = getattr(part, "proj", None)
+    if type(part) is not PatchEmbed or type(proj) is not nn.Conv2d or proj.bias is None or _is_watched(part):
+        return False
+    plain = proj.kernel_size == proj.stride and proj.padding == (0, 0) and proj.dilation == (1, 1)
+    return plain and proj.groups == 1
 
 
 # What torch.compiler.assume_constant_result does, which would import all of Dynamo with this module.
 prefix_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
+embeds_by_weight._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class DeiT(nn.Module):
@@ -260,6 +275,10 @@ class DeiT(nn.Module):
 
     def embed_patches(self, patches_BPK: Tensor) -> Tensor:
         """`embed` of patches."""
+        if not embeds_by_weight(self.patch_embed):
+            side, patch = self.image_size // self.patch_size, self.patch_size
+            images = rearrange(patches_BPK, "b (y x) (c p q) -> b c (y p) (x q)", y=side, c=3, p=patch)
+            return self._with_prefix(self.patch_embed(images))
         proj = self.patch_embed.proj
         return self._with_prefix(F.linear(patches_BPK, proj.weight.flatten(1), proj.bias))
 

@@ -30,7 +30,7 @@ from deitfast.kernels.layernorm_qkv_op import layernorm_qkv
 from deitfast.kernels.linear_residual_op import linear_residual
 from deitfast.kernels.patch_embed_op import patch_embed
 from deitfast.kernels.replaced import CHOSEN
-from deitfast.model.deit import Block, DeiT, Subset, attend, split_qkv
+from deitfast.model.deit import Block, DeiT, Subset, attend, embeds_by_weight, split_qkv
 from deitfast.model.fitness import Fusible, is_wrapper
 from deitfast.verification.verify import BLOCK_OPS, Question
 
@@ -264,10 +264,11 @@ class FusedDeiT(DeiT):
     """As `FusedBlock.on_cpu`."""
 
     def embed_patches(self, patches_BPK: Tensor) -> Tensor:
-        if patches_BPK.requires_grad or not (self.on_cpu or patches_BPK.is_cuda or INTERPRETED):
+        by_kernel = self.on_cpu or patches_BPK.is_cuda or INTERPRETED
+        if patches_BPK.requires_grad or not by_kernel or not embeds_by_weight(self.patch_embed):
             return super().embed_patches(patches_BPK)
         proj = self.patch_embed.proj
-        assert proj.bias is not None  # a PatchEmbed's always has one
+        assert proj.bias is not None
         prefix_TD = torch.cat([self.cls_token, self.dist_token] if self.distilled else [self.cls_token], 1)[0]
         return patch_embed(patches_BPK, proj.weight.flatten(1), proj.bias, prefix_TD, self.positions()[0])
 
