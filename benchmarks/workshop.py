@@ -280,7 +280,7 @@ def _layernorm_site(stage: str, model: str, batch: int) -> Site:
         name=f"layernorm_{stage} {shape}",
         op="layernorm",
         shape=shape,
-        selection=lambda arch: selection(layernorm.layernorm_launch, stage, shape.width),
+        selection=lambda arch: selection(layernorm.layernorm_launch, stage, shape.width, 2),
         inputs=make,
         call=call,
         eager=eager,

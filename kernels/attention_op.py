@@ -90,7 +90,7 @@ _FP32: Table = {
 }
 _POINTERS: Table = {
     # KEYS of the short forward follow from the number of tokens.
-    "fwd_short": {(2, 64): _launch(64, 0, 4, 1)},
+    "fwd_short": {(2, 64): _launch(32, 0, 4, 1)},
     "fwd": {(2, 64): _launch(64, 64, 4, 2), (2, 128): _launch(64, 64, 4, 2)},
     "bwd_dq": {(2, 64): _launch(64, 64, 4, 2), (2, 128): _launch(64, 32, 4, 2)},
     "bwd_dkdv": {(2, 64): _launch(32, 64, 4, 2), (2, 128): _launch(64, 64, 8, 2)},

@@ -46,18 +46,19 @@ from deitfast.kernels.row_sums import row_sums
 from deitfast.kernels.subset_rows import SubsetRows, copy_other_rows, subset_row
 from deitfast.kernels.tunable import tunable
 
-BWD_PROGRAMS = 528
-"""Programs of the backward, four for each of an H100's 132 multiprocessors; fixed, so that no chip changes the sums."""
+BWD_PROGRAMS = {2: 528, 4: 396}
+"""Bytes a value of x -> programs of the backward: four or, where registers allow no more, three for each of an H100's
+132 multiprocessors; fixed, so that no chip changes the sums."""
 
 
-def _other_rows(stage: str, columns: int) -> Iterator[Launch]:
+def _other_rows(stage: str, columns: int, itemsize: int) -> Iterator[Launch]:
     """Half and twice the rows a warp."""
-    own = _launch(stage, columns)
+    own = _launch(stage, columns, itemsize)
     for rows, warps in ((own.tiles["BLOCK_M"], own.num_warps * 2), (own.tiles["BLOCK_M"] * 2, own.num_warps)):
         yield replace(own, tiles={**own.tiles, "BLOCK_M": rows}, num_warps=warps)
 
 
-def _all_rows(stage: str, columns: int) -> Iterator[Launch]:
+def _all_rows(stage: str, columns: int, itemsize: int) -> Iterator[Launch]:
     """What a search tries: 4 to 32 values of each operand a thread."""
     block, backward = triton.next_power_of_2(columns), stage == "bwd"
     for rows, warps, blocks in itertools.product((1, 2, 4, 8), (4, 8, 2, 1), (4, 8, 2) if backward else (0,)):
@@ -65,21 +66,21 @@ def _all_rows(stage: str, columns: int) -> Iterator[Launch]:
             yield Launch({"BLOCK_M": rows, "BLOCK_D": block}, warps, 2, programs=132 * blocks)
 
 
-def _launch(stage: str, columns: int) -> Launch:
+def _launch(stage: str, columns: int, itemsize: int) -> Launch:
     block = triton.next_power_of_2(columns)
     tiles = {"BLOCK_M": max(1, (32768 if INTERPRETED else 2048) // block), "BLOCK_D": block}
-    programs = BWD_PROGRAMS if stage == "bwd" else 0
+    programs = BWD_PROGRAMS[itemsize] if stage == "bwd" else 0
     return Launch(tiles, num_warps=min(16, max(4, block // 512)), num_stages=2, programs=programs)
 
 
 @tunable(_other_rows, _all_rows)
-def layernorm_launch(stage: str, columns: int) -> Launch:
+def layernorm_launch(stage: str, columns: int, itemsize: int) -> Launch:
     """Rows a program holds at once and warps, for any chip: about 16 values of each operand a thread.
 
-    stage: fwd or bwd. Triton's interpreter pays for every operation, whatever the size of its tensors: there programs
-    hold more rows.
+    stage: fwd or bwd; itemsize: bytes a value of x. Triton's interpreter pays for every operation, whatever the size of
+    its tensors: there programs hold more rows.
     """
-    return _launch(stage, columns)
+    return _launch(stage, columns, itemsize)
 
 
 @triton.jit
@@ -242,7 +243,7 @@ def layernorm_fwd(
     out = torch.empty((M, D), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    entry, samples = layernorm_launch("fwd", D), subset_arguments(x, subset)
+    entry, samples = layernorm_launch("fwd", D, x.element_size()), subset_arguments(x, subset)
     launch(
         layernorm_fwd_kernel,
         (triton.cdiv(max(M, samples["other_rows"]), entry.tiles["BLOCK_M"]),),
@@ -291,7 +292,7 @@ def layernorm_bwd(
         return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
     M, D = dout.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    entry, samples = layernorm_launch("bwd", D), subset_arguments(x, subset)
+    entry, samples = layernorm_launch("bwd", D, x.element_size()), subset_arguments(x, subset)
     programs = min(entry.programs, triton.cdiv(max(M, samples["other_rows"]), entry.tiles["BLOCK_M"]))
     parts = torch.empty((2, programs, D), dtype=torch.float32, device=x.device)
     launch(

@@ -195,14 +195,16 @@ def test_the_tuner_rehearses_without_a_number(tmp_path, capsys):
     assert all(row["checked"] and row["short_ms"] is None for row in rows)
     printed = capsys.readouterr().out
     assert "nothing was timed" in printed
-    assert "layernorm_launch stage=fwd columns=192: BLOCK_M=" in printed
+    assert "layernorm_launch stage=fwd columns=192 itemsize=2: BLOCK_M=" in printed
     assert " ms" not in printed
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing compiles in the interpreter")
 def test_a_candidate_that_compiles_badly_is_dropped_and_survivors_are_kept(tmp_path, monkeypatch):
     bad = Launch({"BLOCK_M": 32, "BLOCK_D": 256}, num_warps=1, num_stages=2, programs=528)
-    monkeypatch.setattr(layernorm.layernorm_launch, "_space", lambda stage, columns: [bad] if stage == "bwd" else [])
+    monkeypatch.setattr(
+        layernorm.layernorm_launch, "_space", lambda stage, columns, itemsize: [bad] if stage == "bwd" else []
+    )
     survivors, out = tmp_path / "survivors.json", tmp_path / "tune.json"
     command = [*QUICK, "--only", "layernorm", "--models", "Ti"]
     assert tune.main([*command, "--compile-only", str(survivors)]) == 0

@@ -93,10 +93,10 @@ def test_a_kernel_that_may_be_left_out_gives_way_to_the_other() -> None:
 
 
 def test_programs_that_share_the_rows_are_part_of_an_entry() -> None:
-    own = layernorm.layernorm_launch("bwd", 768)
+    own = layernorm.layernorm_launch("bwd", 768, 2)
     assert own.programs
     fewer = replace(own, programs=7)
-    with picked({selection(layernorm.layernorm_launch, "bwd", 768).name: fewer}):
+    with picked({selection(layernorm.layernorm_launch, "bwd", 768, 2).name: fewer}):
         (found,) = (x for x in launches_of(lambda: _mlp(768)) if x.entry is fewer)
     assert found.arguments["dweight_parts"].shape[0] == 7
 
