@@ -6,7 +6,9 @@ import argparse
 import os
 import shlex
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from deitfast.cli.train import add_train
 from deitfast.training.launch import parse_flags
+from tests.faults.harness import reached
 
 CLUSTER = Path(__file__).parent.parent / "examples" / "cluster"
 RECIPE = ["deit_base", "--data", "/shared/a folder", "--out", "/shared/runs/deit_base"]
@@ -40,7 +43,7 @@ def stand_ins(tmp_path: Path) -> Path:
     srun and ssh run, here, what they are to run elsewhere; `deitfast` ends with the code in `code`, a host each, and at
     a SIGTERM with 75 where that file is not there.
     """
-    say = f'printf "%q " "${{0##*/}}" "$@" >> {tmp_path}/said; echo >> {tmp_path}/said'
+    say = f'line=$(printf "%q " "${{0##*/}}" "$@"); echo "$line" >> {tmp_path}/said'  # one write, for several write
     deitfast = f"""[ -e {tmp_path}/code ] && exit $(cat {tmp_path}/code)
 trap 'exit 75' TERM
 for _ in $(seq 300); do sleep 0.1; done"""
@@ -58,9 +61,9 @@ for _ in $(seq 300); do sleep 0.1; done"""
     return tmp_path
 
 
-def start(script: str, here: Path, **environment: str) -> subprocess.Popen[bytes]:
+def start(script: str, here: Path, recipe: list[str] = RECIPE, **environment: str) -> subprocess.Popen[bytes]:
     path = f"{here / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen([CLUSTER / script, *RECIPE], cwd=here, env=os.environ | {"PATH": path} | environment)
+    return subprocess.Popen([CLUSTER / script, *recipe], cwd=here, env=os.environ | {"PATH": path} | environment)
 
 
 def said(here: Path, program: str) -> list[list[str]]:
@@ -117,6 +120,39 @@ def test_a_signal_to_the_ssh_script_reaches_every_host(stand_ins: Path, number: 
     script.send_signal(number)
     assert script.wait(20) == 75
     assert len(said(stand_ins, "ssh")) == 4
+
+
+@pytest.mark.slow
+def test_two_launchers_train_together_and_one_that_is_asked_to_stop_stops_both(stand_ins: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    out = stand_ins / "run"
+    deitfast = stand_ins / "bin" / "deitfast"
+    deitfast.write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} -m deitfast "$@"\n')
+    recipe = ["deit_digits", "--processes", "1", "--epochs", "100", "--workers", "1", "--out", str(out)]
+    hosts = {
+        "HOSTS": "localhost 127.0.0.1",
+        "PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(CLUSTER.parent.parent),
+    }
+    script = start("ssh.sh", stand_ins, recipe, **hosts)
+    logs = [stand_ins / "logs" / f"{host}.log" for host in hosts["HOSTS"].split()]
+    try:
+        until = time.monotonic() + 120
+        while reached(out)["step"] < 2:
+            assert time.monotonic() < until, [log.read_text() for log in logs]
+            assert script.poll() is None, [log.read_text() for log in logs]
+            time.sleep(0.1)
+        os.kill(int(logs[1].with_suffix(".pid").read_text()), signal.SIGTERM)
+        assert script.wait(60) == 75, [log.read_text() for log in logs]
+    finally:
+        script.send_signal(signal.SIGTERM)
+        script.wait(60)
+    said = logs[0].read_text()
+    assert "fp32 on 2 cpu process(es)" in said
+    assert "SIGTERM: saved at step" in said
 
 
 def test_the_jobset_starts_as_many_pods_as_nodes_and_ends_where_no_restart_helps() -> None:

@@ -9,9 +9,11 @@
 
 set -u
 read -ra hosts <<< "${HOSTS:?the hosts, the first one where the processes meet}"
-command=$(printf '%q ' "${DEITFAST:-deitfast}" train "$@" --nodes "${#hosts[@]}" --master "${hosts[0]}:${PORT:-29400}" --restarts 3)
+master=${hosts[0]}:${PORT:-29400}
+command=$(printf '%q ' "${DEITFAST:-deitfast}" train "$@" --nodes "${#hosts[@]}" --master "$master" --restarts 3)
 folder=$(printf '%q' "$PWD")
 mkdir -p logs
+rm -f logs/*.pid # of an earlier start: those numbers may be anyone's now
 
 stop() {
     for host in "${hosts[@]}"; do
