@@ -30,7 +30,7 @@ from deitfast.training.progress import Progress, Reached
 from deitfast.training.saving import Saver
 from deitfast.training.train import train
 from deitfast.training.watch import Watch
-from tests.faults.harness import assert_same, losses, tensors_of
+from tests.faults.harness import assert_same, losses, reached, running, tensors_of, until_step
 from tests.test_train import FULL
 
 RECIPE = replace(FULL, batch=16, micro_batch=8, epochs=2, save_minutes=0.0)
@@ -327,6 +327,20 @@ def test_a_signal_saves_and_the_run_goes_on_bitwise(tmp_path: Path, whole: Path,
     assert kinds(tmp_path) == []
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_both_and_the_launcher_starts_nothing_again(tmp_path: Path) -> None:
+    with running(tmp_path / "run", processes=2, restarts=3, distillation="none", teacher=None, epochs=100) as run:
+        until_step(run, 2)
+        os.kill(run.workers()[1], signal.SIGTERM)
+        assert run.wait() == 75, run.text()
+        assert not run.workers()
+    saved = reached(run.out)
+    assert f"SIGTERM: saved at step {saved['step']}. The same command resumes" in run.text()
+    assert (run.out / "ckpt" / "latest").read_text().strip() == f"step-{saved['step']:07d}"
+    assert "resuming" not in run.text()
+    assert kinds(run.out) == []
+
+
 def test_a_signal_in_an_evaluation_is_followed_and_the_evaluation_comes_after_the_resume(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,9 +466,9 @@ def test_a_pause_and_the_first_step_are_no_hang(tmp_path: Path) -> None:
 def test_progress_survives_in_place(tmp_path: Path) -> None:
     progress = Progress(tmp_path / "progress.json")
     assert progress.read() is None
-    for reached in (Reached(10_000_000, 9_999_999, True), Reached(1, None, False)):
-        progress.write(reached)
-        assert Progress(tmp_path / "progress.json").read() == reached
+    for state in (Reached(10_000_000, 9_999_999, True), Reached(1, None, False)):
+        progress.write(state)
+        assert Progress(tmp_path / "progress.json").read() == state
     progress.close()
 
 

@@ -47,13 +47,13 @@ class FlatState:
 
     compute_dtype: of the compute copy and of the gradients. accumulates: keep a sum of gradients in fp32, for
     accumulation and for sums over processes; without effect in fp32, where `grad` itself sums. world: the processes
-    that share the update, None for one alone. narrow: they send gradients in the compute dtype, not in fp32.
+    that share the update, None for one alone.
 
     master, compute (N,), grad, grad_sum (n,), n <= N: the buffers, of all. compute is master in fp32, grad_sum None
     without `accumulates`. exp_avg, exp_avg_sq, ema, reduced (m,): of this process's shard; m = n for one alone. ema is
-    None without `recipe.ema_decay`, exp_avg_sq None for SGD, whose momentum is exp_avg. `gather` fills grad_sum, or
-    else grad; outgoing (n,) is what of it is summed over the processes, reduced that sum, which `update` reads: the
-    same buffer for one process alone. norm () fp32: gradient norm of the last update, not clipped. skipped () int64:
+    None without `recipe.ema_decay`, exp_avg_sq None for SGD, whose momentum is exp_avg. `gather` fills outgoing,
+    which is grad_sum, or else grad; reduced is its sum over the processes, which `update` reads: the same buffer for
+    one process alone. norm () fp32: gradient norm of the last update, not clipped. skipped () int64:
     updates left out because that norm was infinite or NaN.
     Raises DeitfastError for parameters that are not fp32, lie on several devices, or of which none is trained.
     """
@@ -65,7 +65,6 @@ class FlatState:
         compute_dtype: torch.dtype = torch.float32,
         accumulates: bool = False,
         world: World | None = None,
-        narrow: bool = False,
     ) -> None:
         self.model, self.recipe = model, recipe
         self.optimizer: Optimizer = recipe.optimizer  # type: ignore[assignment]
@@ -97,7 +96,7 @@ class FlatState:
         self.grad = torch.zeros(trained, dtype=compute_dtype, device=device)
         sums = accumulates and compute_dtype != torch.float32
         self.grad_sum = torch.zeros(trained, device=device) if sums else None
-        self.outgoing = self.grad if self.grad_sum is None or narrow else self.grad_sum
+        self.outgoing = self.grad if self.grad_sum is None else self.grad_sum
         self.reduced = self.outgoing
         if not shards.is_whole:
             self.reduced = torch.zeros(shards.own_size, dtype=self.outgoing.dtype, device=device)
@@ -160,7 +159,7 @@ class FlatState:
         keeps the tensors that the backward made, where it would add each to a zeroed view by a kernel of its own: a
         few kernels move them all. part: a run of whole parameters.
         """
-        total = self.grad if self.grad_sum is None else self.grad_sum
+        total = self.outgoing
         staged = self.grad_sum is not None and not first
         target = self.grad if staged else total
         views, gradients = [], []
@@ -178,12 +177,6 @@ class FlatState:
             (torch._foreach_copy_ if first or staged else torch._foreach_add_)(views, gradients)
         if staged:
             total[part].add_(self.grad[part])
-
-    @torch.no_grad()
-    def round_outgoing(self, part: slice) -> None:
-        """Bring a part of `grad_sum` into `outgoing`, where that is narrower."""
-        if self.grad_sum is not None and self.outgoing is not self.grad_sum:
-            self.outgoing[part].copy_(self.grad_sum[part])
 
     def scalars(self, lr: float, step: int) -> np.ndarray:
         """What update number `step` (from 0) at learning rate `lr` needs: (12,) fp32, see `flat_buffers.Scalars`.

@@ -50,6 +50,5 @@ class Reduction:
 
     def _send(self) -> None:
         self.flat.gather(self._first, self._runs[self._next])
-        self.flat.round_outgoing(self.shards.bounds(self._next))
         self._pending.append(self.shards.sum(self._next, self.flat.outgoing, self.flat.reduced))
         self._next -= 1
