@@ -77,7 +77,9 @@ def flat_way(model: nn.Module, settings: Recipe, grads: list[Tensor]) -> Way:
     """FlatState's update."""
     device = grads[0].device
     flat = FlatState(model, settings, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    own = [p.grad for p in flat.compute_model().parameters() if p.grad is not None]
+    computed = list(flat.compute_model().parameters())
+    starts = {id(parameter): start for parameter, start in flat.computed}
+    own = [flat.outgoing[starts[id(p)] : starts[id(p)] + p.numel()].view(p.shape) for p in computed]
     torch._foreach_copy_(own, grads)
     scalars = [torch.from_numpy(flat.scalars(settings.lr, number)).to(device) for number in range(len(CHECKED))]
     names = [name for name, _ in model.named_parameters()]

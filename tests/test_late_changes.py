@@ -543,7 +543,7 @@ def _low_rank(model: Any) -> None:
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False), model.patch_embed)
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
+EMBEDDING_CHANGES: dict[str, Callable[[Any], Any]] = {
     "subclass": _replace_by(Doubled),
     "no bias": _replace_by(partial(nn.Conv2d, bias=False)),
     "weight-norm": _weight_norm,
@@ -558,7 +558,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", EMBEDDING_CHANGES)
 def test_what_is_changed_in_the_patch_embedding_works_on_patches(change: str, fused: bool) -> None:
     """As it does on images, whose way goes through the module: what training feeds are patches."""
     if change == "LoRA":
@@ -570,7 +570,7 @@ def test_what_is_changed_in_the_patch_embedding_works_on_patches(change: str, fu
     patches = F.unfold(batch, 16, stride=16).transpose(1, 2).contiguous()
     with torch.no_grad():
         before = model(patches)
-        CHANGES[change](model)
+        EMBEDDING_CHANGES[change](model)
         after = model(patches)
         torch.testing.assert_close(after, model(batch), rtol=1e-4, atol=1e-4)
     assert torch.equal(before, after) == (change == "padding") or change == "parametrised"

@@ -128,7 +128,11 @@ def ask(
     while left:
         under_way, tries, why, before = "", "", "it ended without an answer", len(left)
         settled = {name: entry for op in verdict.ops for name, entry in op.launches.items()}
-        job: dict[str, Any] = {"question": asdict(question) | {"ops": left}, "device": str(device), "settled": settled}
+        job: dict[str, Any] = {
+            "question": asdict(question) | {"ops": list(left)},
+            "device": str(device),
+            "settled": settled,
+        }
         job |= {"known": known, "barred": list(barred)}
         job["search_s"] = max(1.0, end_of_search - time.monotonic()) if minutes else 0.0
         try:

@@ -125,7 +125,7 @@ class FakeCuda:
                 pass
 
         @contextlib.contextmanager
-        def capture(graph, stream, capture_error_mode):
+        def capture(graph, pool, stream, capture_error_mode):
             fake.captures += 1
             fake.capturing = True
             try:
