@@ -48,7 +48,8 @@ def test_an_op_is_timed_as_a_graph_beside_eager(op: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(micro.Case, "inputs", inputs)
     monkeypatch.setattr(micro, "roofs", lambda *_: Roofs(1.0, 1.0))
     rows = rows_of(micro.main, tmp_path / "rows.json", op, "--no-compile")
-    assert {row["key"]["way"]: row["launch"] for row in rows} == {"fused": "graph", "eager": "graph"}
+    timed = [row for row in rows if "absent" not in row]
+    assert {row["key"]["way"]: row["launch"] for row in timed} == {"fused": "graph", "eager": "graph"}
 
 
 class HostDraw(Draw):
