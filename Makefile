@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# A test process a core, one thread each; a file's tests stay together, because they share what they set up.
-PARALLEL ?= -n auto --dist loadfile
+# A test process a core, one thread each; a file's tests stay together, because they share what they set up. Files come in
+# the order of tests/conftest.py, not those of few tests last: one of them takes minutes.
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo docs test test-faults lint clean
 
