@@ -46,7 +46,7 @@ from deitfast.kernels.common import (
 )
 from deitfast.kernels.gemm_kernels import linear_kernel, scale_and_sum_kernel
 from deitfast.kernels.row_sums import row_sums
-from deitfast.kernels.subset_rows import SubsetRows
+from deitfast.kernels.subset_rows import SubsetRows, branch_rows
 from deitfast.kernels.tunable import tunable
 
 # Launch tables -------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def scale_and_sum(
             return dout, dout, exact.float().sum(0)
         branch = exact.to(dtype)
         return branch, branch if gamma is None else (exact * gamma).to(dtype), exact.float().sum(0)
-    M, N = (dout.shape[0] if subset is None else subset.row_count), dout.shape[1]
+    M, N = branch_rows(dout, subset), dout.shape[1]
     copies = (path_scale is not None or subset is not None or dtype != dout.dtype) and not sums_alone
     branch = torch.empty((M, N), dtype=dtype, device=dout.device) if copies else dout
     scaled = torch.empty_like(branch) if gamma is not None else branch

@@ -43,7 +43,7 @@ from deitfast.kernels.common import (
     runs_triton,
 )
 from deitfast.kernels.row_sums import row_sums
-from deitfast.kernels.subset_rows import SubsetRows, copy_other_rows, subset_row
+from deitfast.kernels.subset_rows import SubsetRows, branch_rows, copy_other_rows, subset_row
 from deitfast.kernels.tunable import tunable
 
 BWD_PROGRAMS = {2: 528, 4: 396}
@@ -239,7 +239,7 @@ def layernorm_fwd(
         centred = x.float() - mean[:, None]
         rstd = centred.square().mean(1).add(eps).rsqrt()
         return (centred * rstd[:, None] * weight.float() + bias.float()).to(dtype), mean, rstd
-    M, D = (x.shape[0] if subset is None else subset.row_count), x.shape[1]
+    M, D = branch_rows(x, subset), x.shape[1]
     out = torch.empty((M, D), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)

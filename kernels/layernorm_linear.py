@@ -33,7 +33,7 @@ from deitfast.kernels.common import INTERPRETED, Launch, aligned, architecture, 
 from deitfast.kernels.gemm import INTERPRETER_LAUNCH, LAUNCHES, _tile, linear_fwd, linear_gelu_fwd
 from deitfast.kernels.gemm_kernels import linear_tile
 from deitfast.kernels.layernorm import layernorm_fwd, normalise_rows, subset_arguments
-from deitfast.kernels.subset_rows import SubsetRows, copy_other_rows
+from deitfast.kernels.subset_rows import SubsetRows, branch_rows, copy_other_rows
 from deitfast.kernels.tunable import tunable
 
 
@@ -224,7 +224,7 @@ def layernorm_gelu_fwd(
     """
     entry = _entry(x, weight, "gelu", subset)
     if entry is not None:
-        M, N = (x.shape[0] if subset is None else subset.row_count), weight.shape[0]
+        M, N = branch_rows(x, subset), weight.shape[0]
         derivative = weight.new_empty((M, N)) if save else None
         gelu, normed = _launch(
             entry, x, ln_weight, ln_bias, eps, weight, bias, "gelu", derivative, subset, other_out, path_scale
@@ -236,7 +236,7 @@ def layernorm_gelu_fwd(
 
 def _entry(x: Tensor, weight: Tensor, epilogue: str, subset: SubsetRows | None) -> Launch | None:
     """The launch of the one kernel, None for two."""
-    (N, K), M = weight.shape, (x.shape[0] if subset is None else subset.row_count)
+    (N, K), M = weight.shape, branch_rows(x, subset)
     if not runs_triton(x) or M == 0:
         return None
     if INTERPRETED:
@@ -262,7 +262,7 @@ def _launch(
     other_out: Tensor | None,
     path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Normed]:
-    (N, K), M = weight.shape, (x.shape[0] if subset is None else subset.row_count)
+    (N, K), M = weight.shape, branch_rows(x, subset)
     out, normed = weight.new_empty((M, N)), weight.new_empty((M, K))
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
     descriptors = architecture(x) in (90, 100) and all(aligned(tensor) for tensor in (normed, weight, out))

@@ -56,6 +56,11 @@ def subset_rows(x: Tensor, subset: Tensor | None, scale: float) -> SubsetRows | 
     return None if subset is None else SubsetRows(subset, scale, x.shape[1:-1].numel())
 
 
+def branch_rows(x: Tensor, subset: SubsetRows | None) -> int:
+    """How many rows of x (M, D) a branch works on: the subset's, or all."""
+    return x.shape[0] if subset is None else subset.row_count
+
+
 def check_subset(op: str, x: Tensor, path_scale: Tensor | None, subset: Tensor | None, subset_scale: float) -> None:
     """Raise unless subset (K,), or None, can index the samples of x (B, ..., D). Its values are not read."""
     if subset is None:
