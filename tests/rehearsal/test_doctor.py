@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from deitfast.cli.main import main
+from deitfast.errors import DeitfastError
 from deitfast.kernels.gemm import linear_launch
 from deitfast.kernels.replaced import EAGER, chosen
 from deitfast.kernels.tunable import Selection, described, picked, recorded, selection
+from deitfast.training.first_contact import read_choices
 from deitfast.use import doctor
 from deitfast.use.doctor import examine
 from deitfast.verification import warm
@@ -57,6 +59,9 @@ def test_the_table_is_printed_and_a_run_takes_its_choices(
     choices.write_text(json.dumps(found))
     _, _, facts = run(tmp_path / "run", replace(SHORT, fused=str(choices)))
     assert forms(facts) == forms(found)
+    elsewhere = read_choices(choices, torch.device("cpu"))
+    assert elsewhere.forms == forms(found)
+    assert not elsewhere.launches, "entries of launch tables are for the GPU that they were found on"
 
 
 def test_a_search_is_kept_and_what_it_found_is_tried_by_the_runs_to_come(
@@ -111,6 +116,9 @@ def test_fewer_gpus_need_less(
     monkeypatch.setattr("deitfast.use.doctor.missing_for_triton", lambda: "there is no Python.h. Install it")
     with chosen():
         found = examine("deit_digits_patch4_16", 8, "digits", tmp_path, print)
+    if gpus == 0:
+        with pytest.raises(DeitfastError, match="--tune searches on the GPU"):
+            examine("deit_digits_patch4_16", 8, "digits", tmp_path, print, tune_minutes=1)
     assert found.breaks == (gpus == 1)  # for want of Python.h
     assert (found.kernels is None) == (gpus == 0)
     assert "this torch has no NCCL" in next(str(f) for f in found.findings if "NCCL" in f.what and f.level == "note")
