@@ -123,7 +123,9 @@ def test_the_source_distribution_holds_a_whole_checkout_whose_tests_run(built: P
         assert (unpacked / name).read_bytes() == (checkout / name).read_bytes()
     code = "import deitfast; print(deitfast.__file__)"
     assert str(unpacked) in run(sys.executable, "-c", code, cwd=unpacked)
-    run(sys.executable, "-m", "pytest", "tests/test_layering.py", "tests/test_readme.py", cwd=unpacked)
+    run(
+        sys.executable, "-m", "pytest", "-m", "not slow", "tests/test_layering.py", "tests/test_readme.py", cwd=unpacked
+    )
 
 
 SCRIPT = """\
