@@ -294,7 +294,7 @@ def test_the_quick_suite_ends_with_one_page(tmp_path, monkeypatch, capsys):
         Part("loader", 1.0, ("benchmarks.bench_loader",), ("--ways", "decode", "augmented, decode once")),
     )
     monkeypatch.setattr(gpu_suite, "PARTS", parts)
-    arguments = ["--device", "cpu", "--quick", "--minutes", "4", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--quick", "--minutes", "8", "--out", str(tmp_path)]
     assert gpu_suite.main(arguments) == 0
     assert f"{MODEL}, batch 8: ours" in capsys.readouterr().out
     data = json.loads((tmp_path / "results.json").read_text())
