@@ -309,12 +309,12 @@ def _packed(heads: Tensor) -> Tensor:
 
 def _eager_fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, width = qkv.shape
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
     if not has_data(qkv) or not qkv.numel():
-        lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
         return qkv.new_empty(batch, tokens, width // 3), lse
     q, k, v = (_heads(part, num_heads) for part in qkv.chunk(3, dim=-1))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    return _packed(out).to(qkv.dtype), (lse * LOG2_E).contiguous()
+    out, natural = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return _packed(out).to(qkv.dtype), torch.mul(natural, LOG2_E, out=lse)
 
 
 def _eager_bwd(
