@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -92,7 +92,8 @@ class FlatBuffers:
     gather: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        like, blocks = {"dtype": self.master.dtype, "device": self.master.device}, self.master.numel() // BLOCK
+        like: dict[str, Any] = {"dtype": self.master.dtype, "device": self.master.device}
+        blocks = self.master.numel() // BLOCK
         self.squares = torch.zeros((2, blocks), **like)  # sums of squares of own blocks
         self.norm_partials = torch.zeros(PARTS, **like)
         self.ratios = torch.ones(len(self.segments.segment_decay) + 1, **like)

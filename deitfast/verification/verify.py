@@ -23,6 +23,7 @@ from deitfast.kernels import catalogue, replaced
 from deitfast.kernels.catalogue import Shape
 from deitfast.kernels.gradient_free import GRADIENT_FREE
 from deitfast.kernels.tunable import entry_of, pick, recorded
+from deitfast.precision import sum_in_fp32
 from deitfast.verification import process
 from deitfast.verification.check import check
 from deitfast.verification.choice import Offers
@@ -169,6 +170,7 @@ def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     settled, known = ({name: entry_of(x) for name, x in job[part].items()} for part in ("settled", "known"))
     deadline = time.monotonic() + job["search_s"]
     torch.zeros(1, device=device)
+    sum_in_fp32()
     yield READY
     for name in question.ops:
         yield {"begins": name}
