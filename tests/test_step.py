@@ -191,9 +191,9 @@ def test_bf16_follows_fp32() -> None:
     assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
 
 
-def test_weight_gradients_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_gradients_are_summed_in_fp32() -> None:
     """What the engine asks of cuBLAS, and why: 16 parts of the sum over 512 images' tokens, rounded to bf16 or not."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", True)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # torch's default
     run(RECIPE, 0)
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     generator = torch.Generator().manual_seed(0)
