@@ -179,8 +179,10 @@ def layernorm_bwd_kernel(
         offset = row_x[:, None] * D + column[None, :]
         g = tl.load(dout + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if dresidual is not None:  # before the sums over rows, which wait for all that was asked for
-            past = tl.load(dresidual + offset, mask=mask, other=0.0)
+        if dresidual is not None:
+            if dresidual.dtype.element_ty.primitive_bitwidth == 16:
+                # Before the sums over rows, which wait for all that was asked for; of fp32 the registers are too few.
+                past = tl.load(dresidual + offset, mask=mask, other=0.0)
         row_mean = tl.load(mean + row, mask=row < M, other=0.0)
         row_rstd = tl.load(rstd + row, mask=row < M, other=0.0)
         xhat = tl.where(mask, (values - row_mean[:, None]) * row_rstd[:, None], 0.0)
@@ -191,6 +193,8 @@ def layernorm_bwd_kernel(
         mean_g_xhat = tl.sum(g * xhat, 1) / D
         result = row_rstd[:, None] * (g - mean_g[:, None] - xhat * mean_g_xhat[:, None])
         if dresidual is not None:
+            if dresidual.dtype.element_ty.primitive_bitwidth != 16:
+                past = tl.load(dresidual + offset, mask=mask, other=0.0)
             result += past.to(tl.float32)
         tl.store(dx + offset, result.to(dx.dtype.element_ty), mask=mask)
     if subset is not None:

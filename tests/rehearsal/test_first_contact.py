@@ -152,15 +152,15 @@ def test_kernels_run_by_the_entry_that_is_faster_and_another_run_repeats_it(
         return only_the_tables_entries(self, asked) if asked.name == name else []
 
     monkeypatch.setattr(choice.Offers, "of", of_one)
-    ms = {"BLOCK_N=256": 0.5, "other entries": 0.8}
+    ms = {"BLOCK_N=128": 0.5, "other entries": 0.8}
     takes(monkeypatch, "layernorm_mlp", lambda way: next((ms[words] for words in ms if words in way), 1.0))
     found, log, facts = run(tmp_path / "run")
     [line] = [line for line in log.splitlines() if "other entries" in line]
     assert "layernorm_mlp runs its kernels by other entries than the table's, 0.800 instead of 1.000 ms: " in line
-    assert f"{name}: BLOCK_M=128 BLOCK_N=256" in line
+    assert f"{name}: BLOCK_M=128 BLOCK_N=128" in line
     launches = {op["op"]: op["launches"] for op in facts["choices"]["kernels"]["ops"]}
     picked = launches["layernorm_mlp"][name]
-    assert picked["tiles"]["BLOCK_N"] == 256
+    assert picked["tiles"]["BLOCK_N"] == 128
     used: list[Any] = []
     right = gemm.launch
 
