@@ -179,10 +179,9 @@ def layernorm_bwd_kernel(
         offset = row_x[:, None] * D + column[None, :]
         g = tl.load(dout + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if dresidual is not None:
-            if dresidual.dtype.element_ty.primitive_bitwidth == 16:
-                # Before the sums over rows, which wait for all that was asked for; of fp32 the registers are too few.
-                past = tl.load(dresidual + offset, mask=mask, other=0.0)
+        if dresidual is not None and dresidual.dtype.element_ty.primitive_bitwidth == 16:
+            # Before the sums over rows, which wait for all that was asked for; of fp32 the registers are too few.
+            past = tl.load(dresidual + offset, mask=mask, other=0.0)
         row_mean = tl.load(mean + row, mask=row < M, other=0.0)
         row_rstd = tl.load(rstd + row, mask=row < M, other=0.0)
         xhat = tl.where(mask, (values - row_mean[:, None]) * row_rstd[:, None], 0.0)
@@ -247,10 +246,8 @@ def layernorm_fwd(
             assert other_out is not None
             other_out.copy_(x)
             x = x[subset.numbers()]
-        mean = x.float().mean(1)
-        centred = x.float() - mean[:, None]
-        rstd = centred.square().mean(1).add(eps).rsqrt()
-        return (centred * rstd[:, None] * weight.float() + bias.float()).to(dtype), mean, rstd
+        out, mean, rstd = torch.native_layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps)
+        return out.to(dtype), mean.flatten(), rstd.flatten()
     M, D = branch_rows(x, subset), x.shape[1]
     out = torch.empty((M, D), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
@@ -295,12 +292,12 @@ def layernorm_bwd(
             rows = subset.numbers()
             dx, dweight, dbias = layernorm_bwd(dout, x[rows], weight, mean, rstd, dresidual[rows])
             return dresidual.index_copy(0, rows, dx), dweight, dbias
-        xhat = (x.float() - mean[:, None]) * rstd[:, None]
-        g = dout.float() * weight.float()
-        dx = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
+        parameters = weight.float(), weight.float()  # the bias is asked for its shape alone
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+            dout.float(), x.float(), x.shape[1:], mean[:, None], rstd[:, None], *parameters, [True, True, True]
+        )
         if dresidual is not None:
             dx += dresidual
-        dweight, dbias = (dout.float() * xhat).sum(0), dout.float().sum(0)
         return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
     M, D = dout.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

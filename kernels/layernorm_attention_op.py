@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.kernels.attention_op import attention_bwd, attention_fwd, attention_reference, check_heads
-from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, op, rows
+from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, op, rows, runs_triton
 from deitfast.kernels.gemm import check_linear, linear_residual_fwd
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd
 from deitfast.kernels.layernorm_linear import layernorm_linear_fwd
@@ -77,9 +77,11 @@ def _factor_of_sequences(
 ) -> Tensor | None:
     """Drop-path's factor of each sequence of x (B, ..., N, D), where the attention carries it.
 
-    Not in fp32, whose kernels have no register left for it.
+    Not in fp32, whose kernels have no register left for it, nor in eager PyTorch.
     """
-    if path_scale is None or gamma is not None or x.dtype == torch.float32 or x.dtype != proj_weight.dtype:
+    if path_scale is None or gamma is not None or not runs_triton(x):
+        return None
+    if x.dtype == torch.float32 or x.dtype != proj_weight.dtype:
         return None
     return path_scale if x.ndim == 3 else path_scale.repeat_interleave(math.prod(x.shape[1:-2]))
 
