@@ -19,12 +19,14 @@ from torch import Tensor
 
 from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
+from deitfast.guard import WIRE
 
 T = TypeVar("T")
 SET_UP_PATIENCE = timedelta(hours=12)
 """How long the processes wait for one that scans a data set, or loads it from far away."""
 TRAINING_PATIENCE = timedelta(minutes=10)
 """How long they wait in a collective on tensors, after which the missing one is taken for dead."""
+_WIRES = {"": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 _LONGEST_NAP_S = 0.25
 # torch 2.13 renamed both.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -34,13 +36,14 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: torchrun's numbering."""
+    """This process among all: torchrun's numbering. wire: dtype in which gradients are summed over the processes."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    wire: torch.dtype = torch.float32
 
     @property
     def is_main(self) -> bool:
@@ -156,6 +159,9 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(where)
     else:
         where = torch.device("cpu")
+    wire = os.environ.get(WIRE, "")
+    if wire not in _WIRES:
+        raise DeitfastError(f"{WIRE} is {wire!r}, must be fp32 or bf16")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _die_with_parent()
     if size > 1 and not dist.is_initialized():
@@ -164,7 +170,7 @@ def start(device: str = "auto") -> World:
             device_id=where if device == "cuda" else None,
             timeout=TRAINING_PATIENCE,
         )
-    return World(rank, size, local_rank, local_size, where)
+    return World(rank, size, local_rank, local_size, where, _WIRES[wire])
 
 
 def _die_with_parent() -> None:

@@ -17,6 +17,8 @@ from deitfast.errors import EXIT_INTERRUPTED, DeitfastError
 
 EXIT_FILE = "DEITFAST_EXIT_FILE"
 """Environment variable: file in which a process that ends on purpose leaves its exit code for the launcher."""
+WIRE = "DEITFAST_WIRE"
+"""Environment variable: the dtype in which gradients are summed over the processes, fp32 (where unset) or bf16."""
 TRAINED = "trained"
 """Name of the file beside it that says that training was asked for."""
 

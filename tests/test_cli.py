@@ -93,25 +93,26 @@ sys.exit(", ".join({{"torch", "triton", "numpy", "nvidia.dali", "PIL"}} & sys.mo
 
 
 @pytest.mark.slow
-def test_accuracy_and_predictions_agree_with_timms_pipeline(shared_data, timm, capsys) -> None:
+def test_accuracy_and_predictions_agree_with_timms_pipeline(shared_data, timm, tmp_path, capsys) -> None:
     from PIL import Image
     from timm.data import create_transform
 
     from deitfast.data import EvalLoader, normalise, open_dataset
 
     weights = shared_data / "weights" / "deit_tiny_patch16_224.safetensors"
-    folder = shared_data / "imagenet-sample"
+    for synset in sorted((shared_data / "imagenet-sample").iterdir())[::3]:
+        (tmp_path / synset.name).symlink_to(synset)
     main([
-        "test", "--model", "deit_tiny_patch16_224", "--weights", str(weights), "--data", str(folder),
+        "test", "--model", "deit_tiny_patch16_224", "--weights", str(weights), "--data", str(tmp_path),
         "--classes", "imagenet", "--json",
     ])  # fmt: skip
     scores = json.loads(capsys.readouterr().out)
-    assert scores["images"] == 300
+    assert scores["images"] == 100
 
     theirs = timm.create_model("deit_tiny_patch16_224", checkpoint_path=str(weights)).eval()
     # DeiT's evaluation transform: resize the short side to 256, bicubic, and cut out the centre.
     transform = create_transform(224, crop_pct=0.875, interpolation="bicubic")
-    data = open_dataset(str(folder), split="val", classes="imagenet").val
+    data = open_dataset(str(tmp_path), split="val", classes="imagenet").val
     assert data is not None
     agree = correct = seen = 0
     with torch.no_grad():
@@ -122,8 +123,8 @@ def test_accuracy_and_predictions_agree_with_timms_pipeline(shared_data, timm, c
             agree += (expected == ours).sum().item()
             correct += (ours == labels).sum().item()
             seen += len(labels)
-    assert agree >= 297
-    assert scores["top1"] == pytest.approx(100 * correct / 300)
+    assert agree >= 99
+    assert scores["top1"] == correct
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -97,6 +97,14 @@ def test_one_process_alone_meets_its_own_error() -> None:
     assert alone.share(3) == 3
 
 
+def test_an_unknown_wire_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEITFAST_WIRE", "bf16")
+    assert distributed.start("cpu").wire == torch.bfloat16
+    monkeypatch.setenv("DEITFAST_WIRE", "fp8")
+    with pytest.raises(DeitfastError, match="DEITFAST_WIRE is 'fp8', must be fp32 or bf16"):
+        distributed.start("cpu")
+
+
 def test_a_process_that_never_answers_is_named(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "SET_UP_PATIENCE", timedelta(seconds=0.05))
     found = on_each(lambda world: None if world.rank == 1 else world.gather(world.rank))

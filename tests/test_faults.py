@@ -234,6 +234,7 @@ def test_only_what_changed_is_told_as_changed() -> None:
     assert changes(facts, facts) == []
     assert changes({}, facts) == []
     assert changes(facts, facts | {"code": "2"}) == ["code was 1, is 2"]
+    assert changes({"wire": "fp32"}, {"wire": "bf16"}) == ["wire was fp32, is bf16"]
     assert changes(facts, facts | {"gpu": {"name": "B"}, "commit": "b", "code": "2"}) == [
         "commit was a, is b", "gpu was A, is B",
     ]  # fmt: skip
@@ -366,6 +367,17 @@ def test_a_signal_in_an_evaluation_is_followed_and_the_evaluation_comes_after_th
     scores = [[score for score in map(json.loads, one) if "top1" in score] for one in lines]
     assert scores[0] == scores[1]
     assert len(losses(tmp_path)) == 20
+
+
+def test_a_run_that_reads_copies_of_its_data_is_the_same_run(tmp_path: Path, whole: Path, capsys) -> None:
+    out, stage = tmp_path / "run", tmp_path / "stage"
+    train(replace(RECIPE, out=str(out)), stop_at=4, stage=stage)
+    train(replace(RECIPE, out=str(out)), stage=stage)
+    assert_same(whole, out)
+    assert "staged 180 of 180 files" in capsys.readouterr().out
+    assert sorted(p.name for p in stage.rglob("*.png")) == sorted(p.name for p in Path(RECIPE.data).rglob("*.png"))
+    with pytest.raises(DeitfastError, match=r"--stage .* lies in the data"):
+        train(replace(RECIPE, out=str(tmp_path / "other")), stage=Path(RECIPE.data) / "train")
 
 
 def test_a_second_signal_and_one_in_start_up_end_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from deitfast.distributed import World
 from deitfast.engine import shards
+from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import FlatEngine
 from deitfast.engine.flat import FlatState
 from deitfast.engine.shards import Shards
@@ -30,6 +32,7 @@ CASES: dict[str, dict[str, object]] = {
     "adamw": {},
     "lamb": {"optimizer": "lamb", "adam_eps": 1e-6},
     "bf16": {"precision": "bf16"},
+    "bf16 on the wire": {},
 }
 
 
@@ -57,6 +60,35 @@ def test_shards_are_a_cut(elements: int, size: int, monkeypatch: pytest.MonkeyPa
     assert [i for b in range(cuts[0].buckets) for i in range(cuts[0].size)[cuts[0].bounds(b)]] == flat.tolist()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_travels_in_bf16_is_the_sum_of_the_micro_batches_rounded_once(
+    precision: str, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Tensor] = []
+
+    def sum_to_shares(_: World, whole: Tensor, share: Tensor) -> SimpleNamespace:
+        sent.append(whole.clone())
+        share.copy_(whole[: share.numel()])
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(shards, "BUCKET_BYTES", BUCKET_BYTES)
+    monkeypatch.setattr(World, "sum_to_shares", sum_to_shares)
+    monkeypatch.setattr(World, "gather_shares", lambda _, share, whole: whole.view(2, -1).copy_(share.expand(2, -1)))
+    recipe, world = replace(recipe_of("adamw", 2), precision=precision), world_of(0, 2)
+    engines = [engine_of(recipe, replace(world, wire=wire), accumulation) for wire in (torch.float32, torch.bfloat16)]
+    sums = []
+    for engine in engines:
+        sent.clear()
+        engine(test_step.batches(recipe, recipe.batch // 2 // accumulation, world, 1), 0, LR)
+        sums.append(torch.cat(sent[::-1]))
+        assert len(sent) == engine.flat.shards.buckets >= 3
+    assert [one.dtype for one in sums] == [torch.float32, torch.bfloat16]
+    assert torch.equal(sums[0].bfloat16(), sums[1])
+    assert engines[1].flat.reduced.dtype == torch.bfloat16
+    assert engines[1].description.endswith("gradients summed in bf16")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_twenty_steps_have_the_bits_of_one_process_that_updates_everything(size: int, tmp_path: Path) -> None:
@@ -71,6 +103,34 @@ def test_twenty_steps_have_the_bits_of_one_process_that_updates_everything(size:
         moved = torch.cat([shared[n].flatten() - found["before"][n].flatten() for n in found["before"]])
         assert moved.abs().max() > LR
         assert found[case]["clipped"] == STEPS
+        assert_taken_up(recipe_of(case, size), shared)
+
+
+def assert_taken_up(recipe: Recipe, saved: dict[str, Tensor]) -> None:
+    """What these processes saved, taken up by 1, 2 and 3 processes, lies there bit by bit, each one's share of it."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in saved.items():
+        stem, _, rest = name.partition(".")
+        tensors.setdefault(stem, {})[rest] = tensor
+    alone = engine_of(recipe, world_of())
+    alone.load(tensors)
+    again = _named(alone.tensors())
+    assert again.keys() == saved.keys()
+    assert not [name for name in saved if not torch.equal(again[name], saved[name])]
+    for world in (world_of(rank, size) for size in (2, 3) for rank in range(size)):
+        one = engine_of(recipe, world)
+        one.load(tensors)
+        for name in ("exp_avg", "exp_avg_sq", "ema", "_own_master", "_own_compute"):
+            whole = torch.zeros(one.flat.shards.size, dtype=getattr(one.flat, name).dtype)
+            whole[: getattr(alone.flat, name).numel()] = getattr(alone.flat, name)
+            assert torch.equal(getattr(one.flat, name), one.flat.shards.own(whole)), f"{name} on {world}"
+        assert one.flat._buffers.steps == STEPS
+
+
+def engine_of(recipe: Recipe, world: World, accumulation: int = 1) -> FlatEngine:
+    model = small_model(recipe)
+    drop_path = DropPath(model, recipe, recipe.batch // world.size // accumulation)
+    return FlatEngine(model, recipe, world, accumulation, recipe.precision == "bf16", drop_path)
 
 
 def _rank(rank: int, size: int, out: str) -> None:
@@ -79,7 +139,8 @@ def _rank(rank: int, size: int, out: str) -> None:
     shards.BUCKET_BYTES, test_step.make_model = BUCKET_BYTES, small_model
     world, found = world_of(rank, size), {}
     for case in CASES:
-        found[case] = _both(recipe_of(case, size), world)
+        wire = torch.bfloat16 if "wire" in case else torch.float32
+        found[case] = _both(recipe_of(case, size), replace(world, wire=wire))
     found["before"] = {f"model.{name}": tensor for name, tensor in small_model(RECIPE).state_dict().items()}
     if rank == 0:
         torch.save(found, out)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deitfast.cli.recipes import find_recipe, is_recipe, shipped_recipes
 from deitfast.errors import EXIT_HOPELESS, EXIT_INTERRUPTED, EXIT_USER_ERROR, DeitfastError, say
-from deitfast.guard import EXIT_FILE, TRAINED
+from deitfast.guard import EXIT_FILE, TRAINED, WIRE
 
 _PORT = 29400
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -40,6 +40,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "--restarts", type=int, default=3, help="how often the run starts again when a process dies or hangs [3]"
     )
     parser.add_argument("--nodes", type=int, default=1, help="machines; the same command on each, with --master")
+    parser.add_argument(
+        "--wire", choices=("fp32", "bf16"), default="", help="dtype in which gradients are summed over processes [fp32]"
+    )
     parser.add_argument("--master", default="", help="HOST or HOST:PORT of one of several machines")
     parser.set_defaults(run=_train, help_text=parser.format_help())
 
@@ -52,6 +55,8 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
     processes = args.processes or _gpu_count() or 1
     if (args.nodes > 1) != bool(args.master):
         raise DeitfastError("--nodes N and --master HOST belong together: give both, the same on every machine")
+    if args.wire:
+        os.environ[WIRE] = args.wire
     where = ["--standalone"]
     if args.master:
         host, _, port = args.master.partition(":")

@@ -59,6 +59,7 @@ class Manifest:
     convert: np.ndarray  # bool: of a kind (16 bits) that DALI turns into other pixels than PIL, so PIL decodes it
     classes: tuple[str, ...]
     bad: tuple[tuple[str, str], ...] = ()  # (name, reason) of every image left out
+    staged: str = ""  # folder of this machine where copies of the files lie, or come to lie; empty: none
     _shards: _OpenFiles = field(default_factory=lambda: _OpenFiles(), repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -80,9 +81,16 @@ class Manifest:
     def read(self, i: int) -> np.ndarray:
         """The encoded bytes of image i as the scan saw them, a fresh uint8 array.
 
-        Raises DeitfastError if the file is gone, cannot be read, or holds other bytes now.
+        A staged copy that is not there yet, or holds other bytes, is passed over. Raises DeitfastError if the file is
+        gone, cannot be read, or holds other bytes now.
         """
-        path = os.path.join(self.root, os.fsdecode(self.files[self.file_id[i]]))
+        if self.staged:
+            with contextlib.suppress(DeitfastError):
+                return self._read(i, self.staged)
+        return self._read(i, self.root)
+
+    def _read(self, i: int, root: str) -> np.ndarray:
+        path = os.path.join(root, os.fsdecode(self.files[self.file_id[i]]))
         length = int(self.length[i])
         try:
             if path.endswith(".parquet"):  # the offset is the row there

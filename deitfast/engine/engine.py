@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from deitfast.cuda_graph import capture, on_stream
 from deitfast.data.batch import Batch, prepare, prepare_patches, targets, to_device
@@ -54,6 +55,10 @@ class Engine(Protocol):
     """What the loop knows of an engine. description: how it runs, for the log."""
 
     description: str
+
+    @property
+    def seconds_for_others(self) -> float:
+        """Host time blocked on sums with the other processes so far; a GPU waits for them without the host."""
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
         """Optimisation step number `step` on the next `accumulation` micro-batches."""
@@ -138,6 +143,7 @@ class PlainEngine:
     """The reference engine."""
 
     description = "plain loop: DistributedDataParallel, autocast, torch's optimiser"
+    seconds_for_others = 0.0  # DistributedDataParallel does not tell
 
     def __init__(
         self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
@@ -150,6 +156,8 @@ class PlainEngine:
         self.trained: nn.Module = model
         if world.size > 1:
             self.trained = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            if world.wire == torch.bfloat16:
+                self.trained.register_comm_hook(None, bf16_compress_hook)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         self.pace = Pace(world.device)
 
@@ -234,7 +242,10 @@ class FlatEngine:
         self.drop_path, self.teacher, self.captures = drop_path, teacher, captures
         self.class_weights = class_weights
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.flat = FlatState(model, recipe, self.dtype, accumulation > 1 or world.size > 1, world)
+        in_bf16 = world.wire == torch.bfloat16
+        self.flat = FlatState(
+            model, recipe, self.dtype, accumulation > 1 or (world.size > 1 and not in_bf16), world
+        )  # fmt: skip
         self.compute: Any = self.flat.compute_model()
         self.compute.train()
         device = world.device
@@ -244,7 +255,7 @@ class FlatEngine:
         on_cpu = " (CUDA graphs need a GPU)" if device.type == "cpu" else ""
         how = f"one CUDA graph from step {UNCAPTURED_STEPS} on" if captures else f"not captured{on_cpu}"
         shared = "" if world.size == 1 else f", each of {world.size} processes updates its share of the weights"
-        self.description = f"flat buffers, {how}{shared}"
+        self.description = f"flat buffers, {how}{shared}{', gradients summed in bf16' if in_bf16 and shared else ''}"
         self.steps_run = 0
         self.reduction = Reduction(self.flat) if world.size > 1 else None
         # Autograd remembers the stream on which a parameter's gradient was first accumulated and makes later ones wait
@@ -253,6 +264,10 @@ class FlatEngine:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple[list[Batch], Tensor] | None = None
         self.pace = Pace(device)
+
+    @property
+    def seconds_for_others(self) -> float:
+        return self.reduction.seconds_waiting if self.reduction else 0.0
 
     def busy(self) -> bool:
         return self.pace.busy()

@@ -12,6 +12,7 @@ more for the compute copy, and 4 more for the sum of gradients where they are ac
 
 Of W processes each updates 1/W of the elements, its shard (shards.py), and keeps moments and average of those alone:
 12 bytes a parameter become 12/W, beside a shard's own gradients (4/W, or 2/W), master (4/W) and compute copy (2/W).
+Gradients travel between them in the dtype of `World.wire`: bf16 takes 2 more where they are summed here in fp32.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class FlatState:
     master, compute (N,), grad, grad_sum (n,), n <= N: the buffers, of all. compute is master in fp32, grad_sum None
     without `accumulates`. exp_avg, exp_avg_sq, ema, reduced (m,): of this process's shard; m = n for one alone. ema is
     None without `recipe.ema_decay`, exp_avg_sq None for SGD, whose momentum is exp_avg. `gather` fills outgoing,
-    which is grad_sum, or else grad; reduced is its sum over the processes, which `update` reads: the same buffer for
-    one process alone. norm () fp32: gradient norm of the last update, not clipped. skipped () int64:
-    updates left out because that norm was infinite or NaN.
+    which is grad_sum, or else grad; sent is what of it travels, in the wire's dtype, the same buffer where that is its
+    own; reduced is the sum of sent over the processes, which `update` reads: outgoing for one process alone. norm ()
+    fp32: gradient norm of the last update, not clipped. skipped () int64: updates left out because that norm was
+    infinite or NaN.
     Raises DeitfastError for parameters that are not fp32, lie on several devices, or of which none is trained.
     """
 
@@ -97,9 +99,11 @@ class FlatState:
         sums = accumulates and compute_dtype != torch.float32
         self.grad_sum = torch.zeros(trained, device=device) if sums else None
         self.outgoing = self.grad if self.grad_sum is None else self.grad_sum
-        self.reduced = self.outgoing
+        self.sent = self.reduced = self.outgoing
         if not shards.is_whole:
-            self.reduced = torch.zeros(shards.own_size, dtype=self.outgoing.dtype, device=device)
+            if shards.world.wire == torch.bfloat16 != self.outgoing.dtype:
+                self.sent = torch.zeros(trained, dtype=torch.bfloat16, device=device)
+            self.reduced = torch.zeros(shards.own_size, dtype=self.sent.dtype, device=device)
         self.exp_avg = torch.zeros(shards.own_size, device=device)
         self.exp_avg_sq = None if recipe.optimizer == "sgd" else torch.zeros(shards.own_size, device=device)
         self._own_master = shards.own(self.master[:trained])

@@ -86,7 +86,10 @@ def largest_micro_batch(model: DeiT, recipe: Recipe, world: World, bf16: bool, t
     """
     if world.device.type != "cuda":
         return LARGEST_ON_CPU
-    return images_that_fit(free_bytes(world.device), model, recipe, bf16, world.size, teacher_image_bytes)
+    free = free_bytes(world.device)
+    if world.size > 1 and world.wire == torch.bfloat16:
+        free -= 2 * sum(p.numel() for p in model.parameters())  # what is sent of sums in fp32
+    return images_that_fit(free, model, recipe, bf16, world.size, teacher_image_bytes)
 
 
 def images_that_fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from deitfast.engine.flat import FlatState
@@ -13,7 +14,7 @@ class Reduction:
     When autograd has the last gradient of a bucket, its reduce-scatter starts; `wait` ends the step's. Buckets go in
     one order, from the last, whose gradients come first, to the first: all processes must begin the same collective,
     whatever order their gradients arrive in. A bucket's run are the parameters that end in it: all that lies in it is
-    there once its run and those behind have arrived.
+    there once its run and those behind have arrived. seconds_waiting: host time that `wait` took so far.
     """
 
     def __init__(self, flat: FlatState) -> None:
@@ -27,6 +28,7 @@ class Reduction:
             self._runs[bucket], self._size[bucket], size = slice(start, end), self._size[bucket] + 1, start
             parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
         self._pending: list[Any] = []
+        self.seconds_waiting = 0.0
         self.begin(active=False, first=True)
 
     def begin(self, *, active: bool, first: bool) -> None:
@@ -39,9 +41,11 @@ class Reduction:
         """Send the buckets that some parameter without a gradient held back, and wait for all (on the device)."""
         while self._next >= 0:
             self._send()
+        began = time.perf_counter()
         for work in self._pending:
             work.wait()
         self._pending.clear()
+        self.seconds_waiting += time.perf_counter() - began
 
     def _arrived(self, bucket: int) -> None:
         self._missing[bucket] -= 1
@@ -49,6 +53,10 @@ class Reduction:
             self._send()
 
     def _send(self) -> None:
-        self.flat.gather(self._first, self._runs[self._next])
-        self._pending.append(self.shards.sum(self._next, self.flat.outgoing, self.flat.reduced))
+        flat = self.flat
+        flat.gather(self._first, self._runs[self._next])
+        if flat.sent is not flat.outgoing:
+            bucket = self.shards.bounds(self._next)
+            flat.sent[bucket].copy_(flat.outgoing[bucket])
+        self._pending.append(self.shards.sum(self._next, flat.sent, flat.reduced))
         self._next -= 1

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from deitfast.files import write_atomically
+from deitfast.guard import WIRE
 from deitfast.integrity import hash_of_all
 
-_TOLD = ("commit", "code", "torch", "triton", "python", "gpu")
+_TOLD = ("commit", "code", "torch", "triton", "python", "gpu", "wire")
 _MOST_KEPT = 100
 
 
@@ -32,6 +33,7 @@ def environment() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "gpu": None,
+        "wire": os.environ.get(WIRE) or "fp32",
         "commit": _commit(),
         "code": _code(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),

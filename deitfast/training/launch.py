@@ -37,9 +37,9 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", description: str = "") -> Recipe:
     """`base` with the fields given as flags replaced, checked.
 
-    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Three more are the command's:
-    `--scale-lr` gives the batch the learning rate that belongs to it, `--smoke` and `--profile` are for `run`. Unknown
-    and mistyped ones raise DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
+    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Four more are the command's:
+    `--scale-lr` gives the batch the learning rate that belongs to it, the others are for `run`. Unknown and mistyped
+    ones raise DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
     """
     return _applied(_flags_of(base, prog, description), base, arguments)[0]
 
@@ -70,6 +70,13 @@ def _flags_of(base: Recipe, prog: str = "", description: str = "") -> _Parser:
         "--smoke",
         action="store_true",
         help="prove the installation: 3 small steps, save, resume, evaluate; leaves nothing behind",
+    )
+    command.add_argument(
+        "--stage",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="copy the data to DIR, on a disk of each machine, while training, and read the copies that are there",
     )
     command.add_argument(
         "--profile",
@@ -164,6 +171,6 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
         elif said.smoke:
             smoke(chosen)
         else:
-            train(chosen, stated=recipe)
+            train(chosen, stated=recipe, stage=said.stage)
 
     guarded(main)

@@ -32,7 +32,11 @@ class Meter:
     def resume(self) -> None:
         """Start the clock again after a pause (evaluation, saving) that is not training time."""
         self.window_start = time.monotonic()
-        self.waited_before = self.loader.seconds_waiting
+        self.waited_before = self._waited()
+
+    def _waited(self) -> tuple[float, float]:
+        """Host seconds blocked so far on data, and on other processes."""
+        return self.loader.seconds_waiting, self.engine.seconds_for_others
 
     @property
     def images_per_second(self) -> float:
@@ -49,14 +53,16 @@ class Meter:
         steps = step - before
         seconds = time.monotonic() - self.window_start
         loss_sum, skipped_steps = self.engine.pop_loss()
-        waits = torch.zeros(self.world.size, dtype=loss_sum.dtype)
-        waits[self.world.rank] = (self.loader.seconds_waiting - self.waited_before) / max(seconds, 1e-9)
+        waits = torch.zeros(2, self.world.size, dtype=loss_sum.dtype)
+        for kind, (now, then) in enumerate(zip(self._waited(), self.waited_before, strict=True)):
+            waits[kind, self.world.rank] = (now - then) / max(seconds, 1e-9)
         due = run.saver is not None and run.saver.due(60 * self.recipe.save_minutes)
-        own = torch.cat([torch.tensor([len(self.loader.quarantined), due], dtype=loss_sum.dtype), waits])
+        own = torch.cat([torch.tensor([len(self.loader.quarantined), due], dtype=loss_sum.dtype), waits.view(-1)])
         sums = self.world.sum(
             torch.cat([torch.stack([loss_sum, skipped_steps / self.world.size]), own.to(loss_sum.device)])
         ).tolist()
-        skipped, self.save_due, waits_of_all = round(sums[1]), sums[3] > 0, sums[4:]
+        skipped, self.save_due = round(sums[1]), sums[3] > 0
+        data_waits, peer_waits = sums[4 : 4 + self.world.size], sums[4 + self.world.size :]
         if sums[2]:  # the same file may have met several processes
             met = len({name for names in self.world.gather(self.loader.quarantined) for name, _ in names})
             if run.folder and met > self.bad_files:
@@ -72,16 +78,23 @@ class Meter:
         self.resume()
         self._check(step, before, loss)
         if run.folder:
-            self._write(lr, {"loss": loss} if skipped < steps else {}, steps / seconds, waits_of_all)
+            self._write(lr, {"loss": loss} if skipped < steps else {}, steps / seconds, data_waits, peer_waits)
 
-    def _write(self, lr: float, loss: dict[str, float], steps_per_second: float, waits: list[float]) -> None:
-        """The lines of a window. waits: by process, share of the window in which it waited for data."""
+    def _write(
+        self, lr: float, loss: dict[str, float], steps_per_second: float, waits: list[float], peer_waits: list[float]
+    ) -> None:
+        """The lines of a window. waits: by process, share of the window in which it waited for data; for others."""
         run, folder, step, best = self.run, self.run.folder, self.run.step, self.run.best
         assert folder
         speed, epoch = steps_per_second * self.recipe.batch, step / run.order.steps_per_epoch
         stall = round(run.saver.stall, 3) if run.saver else 0.0
         waiting = max(waits)
-        by_process = {"data_waits": [round(w, 4) for w in waits]} if len(waits) > 1 else {}
+        by_process = {}
+        if len(waits) > 1:
+            by_process = {
+                name: [round(w, 4) for w in of_all]
+                for name, of_all in (("data_waits", waits), ("peer_waits", peer_waits))
+            }
         memory, held = "", {}
         if self.world.device.type == "cuda":
             used, total = (
@@ -96,6 +109,8 @@ class Meter:
             **held,
         )  # fmt: skip
         slowest = f" (process {waits.index(waiting)})" if len(waits) > 1 and waiting > 0.05 else ""
+        if (longest := max(peer_waits)) - min(peer_waits) > 0.05:  # whoever waits least is waited for
+            slowest += f", {100 * longest:.0f}% for process {peer_waits.index(min(peer_waits))}"
         faults = run.faults.summary()
         remaining = (run.total_steps - step) * self.recipe.batch / max(self.images_per_second, 1e-9)
         done = 100 * step / run.total_steps

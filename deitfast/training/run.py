@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deitfast.data import Dataset, Manifest, Order, imagenet_classes, open_datas
 from deitfast.data.cores import thread_count
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import read_manifest
+from deitfast.data.staging import Stage, staged
 from deitfast.distributed import World, start
 from deitfast.engine.drop_path import DropPath
 from deitfast.engine.engine import Engine, make_engine
@@ -57,6 +59,7 @@ class Run:
     notes: list[str]  # what was found out while setting up, for the log
     kernels: Verdict  # how each op runs, and why
     faults: FaultLog
+    stage: Stage | None = None  # of one process a machine, where its data is copied to a disk of its own
     saver: Saver | None = None  # of the leading process, once the run has begun
     step: int = 0
     resumed_from: str = ""  # identity of the checkpoint
@@ -89,6 +92,8 @@ class Run:
 
     def close(self) -> None:
         """Let go of the run folder, with what is being written in full, and of what the engine holds."""
+        if self.stage:
+            self.stage.close()
         try:
             if self.saver:
                 self.saver.join()
@@ -116,7 +121,9 @@ class Run:
             print(text, file=sys.stderr, flush=True)
 
 
-def set_up(recipe: Recipe, depth: int | None = None, quiet: bool = False) -> tuple[Run, Dataset]:
+def set_up(
+    recipe: Recipe, depth: int | None = None, quiet: bool = False, stage: Path | None = None
+) -> tuple[Run, Dataset]:
     """Join the processes, open the data, make the model, take the run folder: all that can fail on a user's mistake."""
     world = start(recipe.device)
     world.agree(lambda: find_variant(recipe.model))  # a name that is not one, before the data's faults are looked for
@@ -126,6 +133,9 @@ def set_up(recipe: Recipe, depth: int | None = None, quiet: bool = False) -> tup
     notes: list[str] = []
     scanned = data.train
     train_data = world.agree(lambda: run_images(recipe, scanned, notes.append))
+    val_data = data.val
+    if stage:
+        train_data, val_data = (world.agree(partial(staged, one, stage)) for one in (train_data, val_data))
     order = world.agree(lambda: Order.of(train_data.label, recipe))
     bf16 = world.wants_bf16(recipe.precision)
     torch.manual_seed(recipe.seed)
@@ -159,7 +169,7 @@ def set_up(recipe: Recipe, depth: int | None = None, quiet: bool = False) -> tup
     how = trust_capture(recipe, world, model, classes, micro_batch, accumulation, bf16, kernels, notes.append)
     if teacher:
         teacher.check(
-            data.val, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, decode=decode, say=notes.append
+            val_data, world, crop_ratio=recipe.eval_crop_ratio, workers=recipe.workers, decode=decode, say=notes.append
         )  # fmt: skip
     class_weights = None
     if recipe.class_weights == "balanced":
@@ -172,7 +182,7 @@ def set_up(recipe: Recipe, depth: int | None = None, quiet: bool = False) -> tup
         recipe=recipe,
         world=world,
         train_data=train_data,
-        val_data=data.val,
+        val_data=val_data,
         order=order,
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -185,6 +195,8 @@ def set_up(recipe: Recipe, depth: int | None = None, quiet: bool = False) -> tup
         kernels=kernels,
         faults=FaultLog(Path(recipe.out) / "faults.jsonl"),
     )
+    if stage and world.local_rank == 0:
+        run.stage = Stage([train_data, val_data], run.warn)
     return run, data
 
 

@@ -31,20 +31,20 @@ from deitfast.use.evaluate import Interrupted
 
 def train(
     recipe: Recipe, *, stop_at: int | None = None, eval_images: int | None = None, depth: int | None = None,
-    stated: Recipe | None = None, quiet: bool = False,
+    stated: Recipe | None = None, quiet: bool = False, stage: Path | None = None,
 ) -> Result | None:  # fmt: skip
     """Run `recipe` on this process, one of torchrun's or the only one; resume if its run folder holds a checkpoint.
 
     stop_at: save and return after this step; the result is None then, unless eval_images is given.
     eval_images: evaluate on the first so many images only. depth: blocks of the model where not its own number.
     stated: the recipe as its file states it, from which deviations are told; None: the DeiT paper's.
-    quiet: what is said goes to log.txt alone.
+    quiet: what is said goes to log.txt alone. stage: folder on a disk of this machine to which the data is copied.
     Raises DeitfastError for anything the user can mend; what can be checked is checked before a file is written.
     """
     trains()
     recipe.check()
     with StopRequest() as stop:
-        run, data = set_up(recipe, depth, quiet)
+        run, data = set_up(recipe, depth, quiet, stage)
         try:
             begin(run, data, stated)
             result = _until_done(run, stop, stop_at, eval_images)

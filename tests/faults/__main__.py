@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import disk, processes
+from tests.faults import disk, hostile, nodes, processes, resumes
 
 Row = Callable[[Path, int], str]
 
@@ -20,11 +20,21 @@ ROWS: list[tuple[str, str, Row, int, int]] = [
     ("3", "SIGKILL the launcher", processes.killed_launcher, 1, 5),
     ("4", "signals in training, to launcher and rank", processes.asked_to_stop, 2, 10),
     ("4", "signals in start-up, a second one", processes.asked_in_start_up, 1, 5),
+    ("5", "resumes in a row", resumes.resumed, 4, 10),
+    ("6", "resumes with the rest on", resumes.everything_on, 2, 6),
+    ("7", "saves at odd moments, in evaluation", resumes.saved_anywhere, 1, 1),
+    ("8", "2, 1 and 2 processes", resumes.other_worlds, 1, 4),
+    ("9", "4, 3, 2 and 1 processes", resumes.many_worlds, 1, 1),
     ("10", "flipped bits", disk.flipped_bits, 20, 100),
     ("11", "lost, cut, stray files and folders", disk.lost_folders, 1, 1),
     ("12", "full disk", disk.full_disk, 1, 3),
+    ("13", "NaN", resumes.not_finite, 1, 1),
+    ("14", "bad images", hostile.bad_images, 1, 1),
     ("15", "a hung rank", processes.hung_rank, 1, 5),
     ("16", "the same crash three times", processes.same_crash, 1, 1),
+    ("17", "recipe, data or code changed", resumes.changed_since, 1, 1),
+    ("18", "hostile files", hostile.hostile_files, 150, 1250),
+    ("19", "a cut link between two nodes", nodes.cut_link, 1, 5),
 ]
 
 

@@ -103,6 +103,40 @@ def train(out: Path, processes: int = 2, **changes: object) -> None:
         assert code == 0, run.text()[-2000:]
 
 
+# A recipe file: that of the digits, changed so that a fault happens where it should.
+RECIPE = """
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+from deitfast import run
+from deitfast.engine.engine import FlatEngine
+from deitfast.training import train as training
+from deitfast.use import evaluate
+from recipes.deit_digits import RECIPE
+
+{change}
+run(RECIPE, name="changed")
+"""
+STOPPING = "training.train = partial(training.train, stop_at={step})"
+
+
+def changed(folder: Path, change: str) -> Path:
+    """A recipe file with these lines before its run."""
+    path = folder / f"changed-{len(list(folder.glob('changed-*')))}.py"
+    path.write_text(RECIPE.format(change=change))
+    return path
+
+
+def stop_after(out: Path, *steps: int, processes: int = 2, **changes: object) -> None:
+    """Start the run once for each of `steps`, after which it saves and ends."""
+    for step in steps:
+        train(out, processes, recipe=changed(out.parent, STOPPING.format(step=step)), **changes)
+        assert reached(out)["step"] == step
+
+
 _REFERENCES: dict[str, Path] = {}
 
 
@@ -153,9 +187,14 @@ def tensors_of(path: Path) -> bytes:
     return data[8 + int.from_bytes(data[:8], "little") :]
 
 
-def losses(out: Path) -> list[float]:
+def metrics(out: Path, key: str) -> list[dict]:
+    """The lines of metrics.jsonl that have `key`."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line for line in lines if key in line]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in metrics(out, "loss")]
 
 
 def assert_same(one: Path, two: Path, *, losses_too: bool = True) -> None:

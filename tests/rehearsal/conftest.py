@@ -24,10 +24,11 @@ def only_the_tables_entries(monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
 
 @pytest.fixture(autouse=True)
 def one_round_of_a_pretended_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It tells the same time in every round, and a round computes each op ten times on the CPU."""
+    """It tells the same time in every round and replay, and each replay computes the op on the CPU."""
     from deitfast.verification import timing
 
     monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUND_MS", 0.0)
 
 
 @pytest.fixture(autouse=True)
