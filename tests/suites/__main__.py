@@ -41,6 +41,8 @@ SUITES = {
     "transformers": Suite(("tests/models/vit/test_modeling_vit.py", "tests/models/deit/test_modeling_deit.py")),
 }
 
+QUIET = ("-p", "plugin", "-p", "no:cacheprovider", "--noconftest", "-q", "--tb=line", "-W", "ignore")
+
 
 def run(library: str, checkout: Path, accelerate: bool, options: list[str], keywords: str) -> dict[str, Any]:
     """Outcomes by test, messages, counts, what was left alone and the version, of one run of a library's tests."""
@@ -53,24 +55,10 @@ def run(library: str, checkout: Path, accelerate: bool, options: list[str], keyw
             "DEITFAST_SUITE_ACCELERATE": "1" if accelerate else "",
             "HF_HUB_OFFLINE": "1",  # what needs the network fails at once, both times
         }
-        command = [
-            sys.executable,
-            *[
-                "-m",
-                "pytest",
-                "-p",
-                "plugin",
-                "-p",
-                "no:cacheprovider",
-                "--noconftest",
-                "-q",
-                "--tb=line",
-                "-W",
-                "ignore",
-            ],
-        ]
-        command += [*options, *(["-k", keywords] if keywords else []), *SUITES[library].files]
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pytest", *QUIET, *options, *(["-k", keywords] if keywords else [])]
+        done = subprocess.run(
+            [*command, *SUITES[library].files], cwd=checkout, env=environment, capture_output=True, text=True
+        )
         if not results.exists() or done.returncode > 1:
             raise SystemExit(f"error: pytest ended with {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}")
         return json.loads(results.read_text())

@@ -40,8 +40,7 @@ _left: collections.Counter[str] = collections.Counter()
 def pytest_configure() -> None:
     _make_torchvision_import()
     if os.environ.get("DEITFAST_SUITE_ACCELERATE"):
-        _accelerate_timm()
-        _accelerate_transformers()
+        {"timm": _accelerate_timm, "transformers": _accelerate_transformers}[os.environ["DEITFAST_SUITE_LIBRARY"]]()
         _count_fused_calls()
 
 
@@ -71,10 +70,8 @@ def _accelerated(model: nn.Module) -> nn.Module:
 
 
 def _accelerate_timm() -> None:
-    try:
-        import timm
-    except ImportError:
-        return
+    import timm
+
     original = timm.create_model
 
     @functools.wraps(original)
@@ -86,10 +83,8 @@ def _accelerate_timm() -> None:
 
 
 def _accelerate_transformers() -> None:
-    try:
-        from transformers import PreTrainedModel
-    except ImportError:
-        return
+    from transformers import PreTrainedModel
+
     original = PreTrainedModel.post_init
 
     @functools.wraps(original)
