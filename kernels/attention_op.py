@@ -52,6 +52,7 @@ from deitfast.kernels.common import (
     autocast,
     check_dtypes,
     check_last_contiguous,
+    has_data,
     launch,
     on_16_bytes,
     op,
@@ -301,25 +302,31 @@ def _heads(packed: Tensor, num_heads: int) -> Tensor:
     return packed.unflatten(-1, (num_heads, -1)).transpose(1, 2).float()
 
 
+def _packed(heads: Tensor) -> Tensor:
+    """The inverse of `_heads`, in fp32."""
+    return heads.transpose(1, 2).flatten(2)
+
+
 def _eager_fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+    if not has_data(qkv) or not qkv.numel():
+        return qkv.new_empty(batch, tokens, width // 3), lse
     q, k, v = (_heads(part, num_heads) for part in qkv.chunk(3, dim=-1))
-    scores = q @ k.mT * (scale * LOG2_E)
-    top = scores.amax(-1, keepdim=True)
-    weights = torch.exp2(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    out = (weights @ v / total).transpose(1, 2).flatten(2)
-    return out.to(qkv.dtype), (top + total.log2()).squeeze(-1)
+    out, natural = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return _packed(out).to(qkv.dtype), torch.mul(natural, LOG2_E, out=lse)
 
 
 def _eager_bwd(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if not has_data(qkv) or not qkv.numel():
+        return qkv.new_empty(qkv.shape), qkv.new_zeros(1, qkv.shape[-1] // 3, dtype=torch.float32)
     q, k, v = (_heads(part, num_heads) for part in qkv.chunk(3, dim=-1))
-    g, o = _heads(dout, num_heads), _heads(out, num_heads)
-    p = torch.exp2(q @ k.mT * (scale * LOG2_E) - lse[..., None])
-    ds = p * (g @ v.mT - (o * g).sum(-1, keepdim=True)) * scale
-    dq = ds @ k
-    dqkv = torch.cat([part.transpose(1, 2).flatten(2) for part in (dq, ds.mT @ q, p.mT @ g)], dim=-1)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _heads(dout, num_heads), q, k, v, _heads(out, num_heads), lse / LOG2_E, 0.0, False, scale=scale
+    )
+    dqkv = torch.cat([_packed(part) for part in (dq, dk, dv)], dim=-1)
     return dqkv.to(qkv.dtype), dq.sum((0, 2)).flatten()[None]
 
 

@@ -7,8 +7,8 @@
 
 Tensors are distributed as in a trained ViT: rows of activations have a mean of about a third of their spread, weights
 keep the size of what passes, biases and LayerScale are small. What decides whether a result is right, the definitions
-in float64 and the tolerances, lives with those who judge. The augmentations (`image_ops`) and the optimiser's update
-have no gradients, write in place, and are not here.
+in float64 and the tolerances, lives with those who judge. The augmentations and the optimiser's update have no
+gradients; they are in `gradient_free`.
 """
 
 from __future__ import annotations
@@ -246,18 +246,22 @@ def _heads(shape: Shape) -> Mapping[str, Any]:
 class Op:
     """One op. function, reference: the same keyword arguments, named as in `inputs`, plus `options(shape)`.
 
+    They give a tensor, or several by name where there is no backward.
+
     out: shape of the result. per_sample: inputs whose first dimension is the batch; none where the samples do not
-    stand for themselves. constants: inputs without a gradient; an op of nothing else has no backward.
+    stand for themselves. constants: inputs without a gradient; an op of nothing else has no backward. exact: integers,
+    which must be those of the reference on the host; that one may wait for the device, so no CUDA graph has it.
     """
 
     name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
     inputs: Callable[[Draw, Shape], Tensors]
     options: Callable[[Shape], Mapping[str, Any]] = field(default=_no_options)
     out: Callable[[Shape], tuple[int, ...]] = field(default=_stream)
     per_sample: frozenset[str] = frozenset({"x", "qkv", "residual", "path_scale"})
     constants: frozenset[str] = frozenset({"path_scale"})
+    exact: bool = False
 
 
 _LOSS: dict[str, Any] = {

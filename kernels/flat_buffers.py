@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -92,10 +92,11 @@ class FlatBuffers:
     gather: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        device, blocks = self.master.device, self.master.numel() // BLOCK
-        self.squares = torch.zeros((2, blocks), dtype=torch.float32, device=device)  # sums of squares of own blocks
-        self.norm_partials = torch.zeros(PARTS, dtype=torch.float32, device=device)
-        self.ratios = torch.ones(len(self.segments.segment_decay) + 1, dtype=torch.float32, device=device)
+        like: dict[str, Any] = {"dtype": self.master.dtype, "device": self.master.device}
+        blocks = self.master.numel() // BLOCK
+        self.squares = torch.zeros((2, blocks), **like)  # sums of squares of own blocks
+        self.norm_partials = torch.zeros(PARTS, **like)
+        self.ratios = torch.ones(len(self.segments.segment_decay) + 1, **like)
 
     def of_all(self, squares: Tensor) -> Tensor:
         """The sums of squares (k, blocks) of all blocks, from those of this process's own (k, own blocks)."""

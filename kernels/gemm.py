@@ -274,12 +274,10 @@ def linear_gelu_fwd(
     """
     if not runs_triton(a):
         h = F.linear(a, weight, bias).float()
-        Phi = 0.5 + 0.5 * torch.erf(h * 0.5**0.5)
-        factor = 1.0 if path_scale is None else _rows_of(path_scale, h.shape[0])
-        if not save:
-            return (h * Phi * factor).to(a.dtype), a.new_empty(0)
-        derivative = Phi + h * torch.exp(-0.5 * h * h) * 0.3989422804014327
-        return (h * Phi * factor).to(a.dtype), (derivative * factor).to(a.dtype)
+        factor = h.new_ones(1, 1) if path_scale is None else _rows_of(path_scale, h.shape[0])
+        gelu = F.gelu(h) if path_scale is None else F.gelu(h).mul_(factor)
+        derivative = torch.ops.aten.gelu_backward(factor.expand_as(h), h) if save else a.new_empty(0)
+        return gelu.to(a.dtype), derivative.to(a.dtype)
     out = torch.empty((a.shape[0], weight.shape[0]), dtype=a.dtype, device=a.device)
     derivative = torch.empty_like(out) if save else out.new_empty(0)
     given = derivative if save else None
@@ -309,7 +307,7 @@ def linear_residual_fwd(
         if scaled and path_scale is not None:
             branch = F.linear(a, weight)
             branch = branch if bias is None else branch + _rows_of(path_scale, a.shape[0]) * bias
-            return (residual + branch).to(residual.dtype)
+            return branch.add_(residual).to(residual.dtype)
         branch = F.linear(a, weight, bias).to(residual.dtype)
         if gamma is not None:
             branch = branch * gamma
@@ -319,7 +317,7 @@ def linear_residual_fwd(
             return out.index_copy_(0, rows, (residual[rows] + branch * subset.scale).to(out.dtype))
         if path_scale is not None:
             branch = branch * _rows_of(path_scale, a.shape[0])
-        return (residual + branch).to(residual.dtype)
+        return branch.add_(residual).to(residual.dtype)
     if out is None:
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     samples: dict[str, Any] = {"path_scale": path_scale, "subset": subset}
@@ -333,7 +331,7 @@ def linear_gelu_bwd(
 ) -> tuple[Tensor, Tensor]:
     """dh = (dgelu W) * gelu'(h) with dgelu (M, K), W (K, N), gelu' (M, N) -> dh (M, N), column sums (N,) of `dtype`."""
     if not runs_triton(dgelu):
-        dh = (dgelu @ weight) * derivative
+        dh = (dgelu @ weight).mul_(derivative)
         return dh, dh.float().sum(0).to(dtype)
     dh = torch.empty_like(derivative)
     column_sums = _linear(dgelu, weight, dh, transposed=False, epilogue="gelu_grad", derivative=derivative)

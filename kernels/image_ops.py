@@ -45,6 +45,7 @@ from deitfast.kernels.photometric import (
     tables_kernel,
     tables_reference,
 )
+from deitfast.kernels.replaced import replaceable
 from deitfast.kernels.warp import AFFINE, affine, affine_reference
 
 SKIP = tl.constexpr(-1)
@@ -74,8 +75,8 @@ APPLY_LAUNCH = Launch({"BLOCK": 256}, num_warps=8, num_stages=1, fp_fusion=False
 BOX_LAUNCH = Launch({"BLOCK": 1024}, num_warps=4, num_stages=1, fp_fusion=False)
 
 
-def image_ops_reference(images: Tensor, plan: Tensor, fill: tuple[int, int, int]) -> Tensor:
-    """The op in eager PyTorch, on any device."""
+def image_ops_reference(images: Tensor, plan: Tensor, fill: tuple[int, int, int], blurs: bool = False) -> Tensor:
+    """The op in eager PyTorch, on any device; which samples an operation is for is asked of the device, so it waits."""
     out = images.clone()
     for slot in plan.to(images.device):
         op, amount = slot[:, 0].long(), slot[:, 2:]
@@ -183,6 +184,7 @@ def _blur(images: Tensor, scratch: Tensor, plan: Tensor, out: Tensor) -> None:
         source = target
 
 
+@replaceable(image_ops_reference)
 def image_ops(images: Tensor, plan: Tensor, fill: tuple[int, int, int], blurs: bool = False) -> Tensor:
     """Apply each sample's operations: uint8 (m, H, W, 3) -> a new tensor like it.
 

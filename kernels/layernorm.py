@@ -235,10 +235,8 @@ def layernorm_fwd(
             assert other_out is not None
             other_out.copy_(x)
             x = x[subset.numbers()]
-        mean = x.float().mean(1)
-        centred = x.float() - mean[:, None]
-        rstd = centred.square().mean(1).add(eps).rsqrt()
-        return (centred * rstd[:, None] * weight.float() + bias.float()).to(dtype), mean, rstd
+        out, mean, rstd = torch.native_layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps)
+        return out.to(dtype), mean.flatten(), rstd.flatten()
     M, D = branch_rows(x, subset), x.shape[1]
     out = torch.empty((M, D), dtype=dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
@@ -283,12 +281,12 @@ def layernorm_bwd(
             rows = subset.numbers()
             dx, dweight, dbias = layernorm_bwd(dout, x[rows], weight, mean, rstd, dresidual[rows])
             return dresidual.index_copy(0, rows, dx), dweight, dbias
-        xhat = (x.float() - mean[:, None]) * rstd[:, None]
-        g = dout.float() * weight.float()
-        dx = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
+        parameters = weight.float(), weight.float()  # the bias is asked for its shape alone
+        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+            dout.float(), x.float(), x.shape[1:], mean[:, None], rstd[:, None], *parameters, [True, True, True]
+        )
         if dresidual is not None:
             dx += dresidual
-        dweight, dbias = (dout.float() * xhat).sum(0), dout.float().sum(0)
         return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype)
     M, D = dout.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from deitfast.kernels.common import Launch, launch, runs_triton
 from deitfast.kernels.flat_buffers import BLOCK, PARTS, FlatBuffers, Optimizer, Scalars
-from deitfast.kernels.optimizer_eager import update_eager
+from deitfast.kernels.optimizer_eager import update_eager, update_reference
 from deitfast.kernels.optimizer_kernels import (
     adamw_kernel,
     block_squares_kernel,
@@ -42,6 +42,7 @@ from deitfast.kernels.optimizer_kernels import (
     sgd_kernel,
     sum_squares_kernel,
 )
+from deitfast.kernels.replaced import CHOSEN
 
 BLOCK_LAUNCH = Launch({"BLOCK": BLOCK}, num_warps=4, num_stages=3)
 UPDATE_LAUNCH = replace(BLOCK_LAUNCH, tiles={"BLOCK": BLOCK, "PARTS_BLOCK": triton.next_power_of_2(PARTS)})
@@ -53,9 +54,12 @@ UPDATE_PROGRAMS = 8448
 def update(optimizer: Optimizer, buffers: FlatBuffers, scalars: Tensor) -> None:
     """One update of `buffers`, in place. scalars: fp32 (12,), on their device, of the fields of `Scalars` in order.
 
-    CPU tensors take `update_eager`, which also scales the gradient in place where it clips.
+    CPU tensors take `update_eager`, which also scales the gradient in place where it clips. Where the optimiser's name
+    is in `replaced.CHOSEN`, `update_reference` takes the kernels' place.
     """
-    if runs_triton(buffers.master):
+    if optimizer in CHOSEN:
+        update_reference(optimizer, buffers, scalars)
+    elif runs_triton(buffers.master):
         update_triton(optimizer, buffers, scalars)
     else:
         update_eager(optimizer, buffers, Scalars(*scalars.tolist()))

@@ -1,11 +1,18 @@
-"""The update of `deitfast.kernels.optimizer` for CPU tensors: torch's fused CPU kernels, or few passes in place.
+"""The update of `deitfast.kernels.optimizer` in PyTorch: fast on CPU tensors, and by its formulas anywhere.
+
+`update_eager` is for CPU tensors: torch's fused CPU kernels, or few passes in place.
 
 On a CPU the host may read the norm, so that a step whose gradient is not finite simply returns. AdamW and SGD go
 through PyTorch's own one-pass kernels, one call for the segments of each weight decay. Norms are added up block by
 block, in double precision, so that they have the same bits however the blocks are spread over processes.
+
+`update_reference` is what the kernels are compared with, and what runs where they are wrong: nothing is read on the
+host, so a CUDA graph takes it; it needs room for six vectors of the weights' size.
 """
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +26,7 @@ from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Scalars
 def update_eager(optimizer: Optimizer, buffers: FlatBuffers, scalars: Scalars) -> None:
     """One update of `buffers`, in place; the gradient is scaled in place where it is clipped."""
     b = buffers
-    squares = b.of_all(_block_squares(b.grad)[None])
-    b.norm.copy_(squares.sum(dtype=torch.float64).sqrt())
+    b.norm.copy_(_norm(b))
     if not b.norm.isfinite():
         b.skipped += 1
         return
@@ -36,9 +42,54 @@ def update_eager(optimizer: Optimizer, buffers: FlatBuffers, scalars: Scalars) -
         b.compute.copy_(b.master)
 
 
+@torch.no_grad()
+def update_reference(optimizer: Optimizer, buffers: FlatBuffers, scalars: Tensor) -> None:
+    """One update of `buffers`, in place, on any device. scalars: as `update` takes them.
+
+    Also in float64, where all of `buffers` and `scalars` is.
+    """
+    b, s = buffers, cast(Any, Scalars)(*scalars.unbind())
+    p, m, decay = b.master.view(-1, BLOCK), b.exp_avg.view(-1, BLOCK), b.segments.block_decay[:, None]
+    b.norm.copy_(_norm(b))
+    slack = 0.0 if optimizer == "lamb" else 1e-6
+    factor = torch.where(s.clip_norm > 0, (s.clip_norm / (b.norm + slack)).clamp(max=1), 1.0)
+    g = b.grad.to(p.dtype).view(-1, BLOCK) * factor
+    if optimizer == "sgd":
+        g = g + decay * p
+        new = {"exp_avg": s.beta1 * m + g}
+        new["master"] = p - s.lr * (g + s.beta1 * new["exp_avg"])
+    else:
+        assert b.exp_avg_sq is not None
+        new = {"exp_avg": m + s.one_minus_beta1 * (g - m)}
+        new["exp_avg_sq"] = s.beta2 * b.exp_avg_sq.view(-1, BLOCK) + s.one_minus_beta2 * g * g
+        u = new["exp_avg"] / s.bias_correction1 / (new["exp_avg_sq"].sqrt() / s.bias_correction2_sqrt + s.eps)
+        if optimizer == "adamw":
+            new["master"] = p * (1 - s.lr * decay) - s.lr * u
+        else:
+            u += decay * p
+            new["master"] = p - s.lr * _trust_ratios(b, u)[b.segments.block_segment.long(), None] * u
+    if b.ema is not None:
+        average = b.ema.view(-1, BLOCK)
+        new["ema"] = average + s.ema_weight * (new["master"] - average)
+    finite = b.norm.isfinite()
+    for name, value in new.items():
+        buffer: Tensor = getattr(b, name)
+        buffer.copy_(torch.where(finite, value.view(-1), buffer))
+    b.steps.copy_(torch.where(finite, s.step, b.steps))
+    b.skipped += ~finite
+    if b.compute is not None:
+        b.compute.copy_(b.master)
+
+
+def _norm(b: FlatBuffers) -> Tensor:
+    """Of the whole gradient, in float64."""
+    return b.of_all(_block_squares(b.grad)[None]).sum(dtype=torch.float64).sqrt()
+
+
 def _block_squares(flat: Tensor) -> Tensor:
-    """Sum of squares of each block of `flat`, fp32."""
-    return torch.linalg.vector_norm(flat.view(-1, BLOCK), dim=1, dtype=torch.float32).square()
+    """Sum of squares of each block of `flat`, fp32; float64 of float64."""
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    return torch.linalg.vector_norm(flat.view(-1, BLOCK), dim=1, dtype=dtype).square()
 
 
 def _by_decay(buffers: FlatBuffers, *flat: Tensor) -> list[tuple[float, list[list[Tensor]]]]:
@@ -89,9 +140,10 @@ def _trust_ratios(b: FlatBuffers, direction: Tensor) -> Tensor:
     """|weights| / |direction| of each segment, 1 where one of them is 0 or nothing is decayed, and 1 for padding."""
     segments = b.segments
     squares = b.of_all(torch.stack([_block_squares(b.master), _block_squares(direction)])).double()
-    count = len(segments.segment_decay)
-    segment = torch.repeat_interleave(torch.arange(count), segments.first_block.long().diff())
-    weights, updates = squares.new_zeros(2, count).index_add_(1, segment, squares).sqrt().float()
+    block = torch.arange(segments.blocks, device=squares.device)
+    segment = torch.searchsorted(segments.first_block[1:].long(), block, right=True)
+    sums = squares.new_zeros(2, len(segments.segment_decay)).index_add_(1, segment, squares)
+    weights, updates = sums.sqrt().to(b.ratios.dtype)
     adapted = (segments.segment_decay != 0) & (weights > 0) & (updates > 0)
     b.ratios[:-1] = torch.where(adapted, weights / updates, 1.0)
     return b.ratios

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -13,8 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from deitfast.cli.train import add_train
+from deitfast.cli.train import _launch, add_train
+from deitfast.guard import EXIT_FILE
 from deitfast.training.launch import parse_flags
 from tests.faults.harness import reached
 
@@ -120,6 +124,22 @@ def test_a_signal_to_the_ssh_script_reaches_every_host(stand_ins: Path, number: 
     script.send_signal(number)
     assert script.wait(20) == 75
     assert len(said(stand_ins, "ssh")) == 4
+
+
+def test_a_launcher_that_loses_the_others_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def lost(_: list[str]) -> None:
+        raise RendezvousConnectionError("The connection to the C10d store has failed.\nSee inner exception.")
+
+    monkeypatch.setattr(torchrun, "main", lost)
+    for name in (EXIT_FILE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "PET_SIGNALS_TO_HANDLE"):
+        monkeypatch.setenv(name, "")  # which `_launch` sets
+    with pytest.raises(SystemExit) as end:
+        _launch([], Path("recipe.py"))
+    logging.disable(logging.NOTSET)
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another machine's launcher is out of reach (The connection to the C10d store has failed.)." in line
+    assert line.endswith("The same command on all resumes")
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,6 +278,40 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path: Path) -> None:
         assert checkpoint.load(tmp_path / f"step-000000{step}").tensors["model"]["w"].eq(step).all()
     assert saver.saved == 2
     assert saver.stall > 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no permission to mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_save_that_a_full_tmpfs_ends_is_told_and_leaves_nothing_and_the_next_one_with_space_succeeds(
+    small_disk: Path,
+) -> None:
+    folder, filler, told = small_disk / "ckpt", small_disk / "filler", []
+    saver, tensors = make_saver(folder, told), {"model": {"w": torch.ones(100_000)}}
+    state = {"best": None, "steps_per_epoch": 1}
+    saver.save(1, tensors, state)
+    saver.join()
+    filler.write_bytes(bytes(1_300_000))  # a fifth of a checkpoint is left
+    saver.save(2, tensors, state)
+    saver.join()
+    assert len(told) == 1
+    assert "No space left" in told[0]
+    assert "Training goes on and tries again; step 1 is safe" in told[0]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-0000001"]
+    filler.unlink()
+    saver.save(3, tensors, state)
+    saver.join()
+    found = checkpoint.load_newest(folder, told.append)
+    assert found is not None
+    assert found.step == 3
+    assert len(told) == 1
 
 
 def test_a_run_that_cannot_save_for_long_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

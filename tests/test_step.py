@@ -191,6 +191,27 @@ def test_bf16_follows_fp32() -> None:
     assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
 
 
+def test_weight_gradients_are_summed_in_fp32() -> None:
+    """What the engine asks of cuBLAS, and why: 16 parts of the sum over 512 images' tokens, rounded to bf16 or not."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # torch's default
+    run(RECIPE, 0)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    generator = torch.Generator().manual_seed(0)
+    dout, x = (torch.randn(16, 512 * 197 // 16, 24, generator=generator).bfloat16() for _ in range(2))
+    exact = torch.einsum("pkm,pkn->mn", dout.double(), x.double())
+    parts = dout.float().transpose(1, 2) @ x.float()
+    rounded = torch.zeros_like(parts[0]).bfloat16()
+    for part in parts:
+        rounded += part.bfloat16()
+
+    def distance(found: torch.Tensor) -> float:
+        return float((found.double() - exact).norm() / exact.norm())
+
+    once = distance(exact.bfloat16())
+    assert distance(parts.sum(0).bfloat16()) < 1.01 * once
+    assert distance(rounded) > 1.5 * once
+
+
 def test_subset_drop_path_trains() -> None:
     recipe = replace(RECIPE, engine="flat", drop_path_form="subset", mix_group=32)
     one, _ = run(recipe, 4, accumulation=1)

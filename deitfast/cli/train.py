@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from deitfast.cli.recipes import find_recipe, is_recipe, shipped_recipes
-from deitfast.errors import EXIT_HOPELESS, EXIT_INTERRUPTED, EXIT_USER_ERROR, DeitfastError, say
+from deitfast.errors import EXIT_HOPELESS, EXIT_INTERRUPTED, EXIT_USER_ERROR, DeitfastError, first_line, say
 from deitfast.guard import EXIT_FILE, TRAINED, WIRE
 
 _PORT = 29400
@@ -77,6 +77,7 @@ def _launch(arguments: list[str], file: Path) -> None:
     """torchrun in this process, with an exit code that says why a run ended. file: the recipe's."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
     # Workers that share the launcher's store meet what is left of the last attempt there: of 8 restarts 2 hung and 4
@@ -95,6 +96,11 @@ def _launch(arguments: list[str], file: Path) -> None:
                 raise DeitfastError(f"{file} ended without training. A recipe ends with run(Recipe(...), name=...)")
         except SignalException:  # from outside, or from a worker that ended on purpose
             sys.exit(_left_behind(end) or EXIT_INTERRUPTED)
+        except RendezvousError as error:  # the link is cut for longer than the launchers wait for each other
+            if code := _left_behind(end):
+                sys.exit(code)
+            say(f"another machine's launcher is out of reach ({first_line(error)}). The same command on all resumes")
+            sys.exit(1)
         except ChildFailedError as error:
             _, first = error.get_first_failure()
             if code := _left_behind(end):

@@ -12,8 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,12 +52,8 @@ class Stage:
     def __init__(self, manifests: Sequence[Manifest], say: Callable[[str], None]) -> None:
         self.say = say
         self._folder = manifests[0].staged
-        self._files = [
-            (Path(m.root) / name, Path(m.staged) / name)
-            for m in manifests
-            for name in map(os.fsdecode, m.files)
-            if not os.path.isabs(name) and ".." not in Path(name).parts  # nothing is written elsewhere
-        ]
+        self._manifests = manifests
+        self._todo = self._files()
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._failed = ""  # the first reason
@@ -75,24 +70,39 @@ class Stage:
         """Wait until everything is copied that can be."""
         self._thread.join()
 
+    def _files(self) -> Iterator[tuple[str, str]]:
+        """(file, its copy); without those of a crafted list that would be written elsewhere."""
+        for manifest in self._manifests:
+            for name in map(os.fsdecode, manifest.files):
+                if not os.path.isabs(name) and ".." not in name.split("/"):
+                    yield os.path.join(manifest.root, name), os.path.join(manifest.staged, name)
+
     def _run(self) -> None:
         began = time.monotonic()
-        for folder in {target.parent for _, target in self._files}:
-            _sweep(folder)
-        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="stage") as pool:
-            list(pool.map(self._stage, self._files))
-        there = self._copied + self._kept
-        if self._ended.is_set() and not self._failed and there < len(self._files):
+        for folder in {os.path.dirname(target) for _, target in self._files()}:
+            _sweep(Path(folder))
+        workers = [threading.Thread(target=self._work, name="stage", daemon=True) for _ in range(_AT_ONCE)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        there, count = self._copied + self._kept, sum(1 for _ in self._files())
+        if there < count and not self._failed:
             return  # the run is over
-        told = f"staged {there:,} of {len(self._files):,} files"
+        told = f"staged {there:,} of {count:,} files"
         if self._copied:
             told += f", {self._copied:,} copied ({self._bytes / 1e9:,.1f} GB in {time.monotonic() - began:,.0f} s)"
         self.say(f"{told}; {self._failed}. The others are read where they are" if self._failed else told)
 
-    def _stage(self, pair: tuple[Path, Path]) -> None:
-        source, target = pair
-        if self._ended.is_set():
-            return
+    def _work(self) -> None:
+        while not self._ended.is_set():
+            with self._lock:  # one at a time: a class folder has a million files
+                pair = next(self._todo, None)
+            if pair is None:
+                return
+            self._stage(*map(Path, pair))
+
+    def _stage(self, source: Path, target: Path) -> None:
         try:
             there = os.stat(source)
             if _same(target, there):

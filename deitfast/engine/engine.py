@@ -32,6 +32,7 @@ from deitfast.engine.losses import training_loss
 from deitfast.engine.optim import Ema, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 from deitfast.engine.reduction import Reduction
 from deitfast.model.deit import DeiT
+from deitfast.precision import sum_in_fp32
 from deitfast.recipe import Recipe
 
 UNCAPTURED_STEPS = 3
@@ -107,6 +108,7 @@ def make_engine(
     class_weights: of `training_loss`.
     """
     model.recompute = recipe.recompute
+    sum_in_fp32()
     if recipe.engine == "plain":
         return PlainEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, class_weights)
     captures = world.device.type == "cuda" and recipe.engine != "flat"

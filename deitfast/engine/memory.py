@@ -105,9 +105,10 @@ def images_that_fit(
     parameters = sum(p.numel() for p in model.parameters())
     left = _USABLE * free - state_bytes(parameters, recipe, bf16, accumulates=True, processes=processes)
     trained = max(image_bytes(model, recipe, bf16, kernels), teacher_image_bytes)
-    # Evaluation comes beside the step's memory, which a graph keeps.
-    evaluated = evaluated_image_bytes(model, bf16)
-    left -= 2 * parameters * bf16  # the weights as autocast casts them
+    # Evaluation comes beside the step's memory, which a graph keeps. It is a graph too, with a pool of its own, beside
+    # which what it replays runs once uncaptured, to be compared.
+    evaluated = 2 * evaluated_image_bytes(model, bf16)
+    left -= 2 * 2 * parameters * bf16  # the weights as autocast casts them
     if processes > 1 and recipe.ema_decay:
         left -= 4 * parameters  # their average, whole
     most = left / (trained + evaluated)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
+from deitfast.model.class_token import is_classifier, reading, tokens_read
 from deitfast.model.deit import Block
 from deitfast.model.fitness import Fusible, examine, find_problem
 from deitfast.model.fused import (
@@ -59,10 +60,10 @@ def _question(shape: torch.Size, num_heads: int, dtype: torch.dtype, backward: b
     )  # fmt: skip
 
 
-class AcceleratedBlock(Fusible, nn.Module):
-    """Mixed into a library's block by `accelerate`: `super().forward` is the library's own."""
+class Accelerated(nn.Module):
+    """Mixed into a library's module by `accelerate`."""
 
-    adapter: ClassVar[type[AcceleratedBlock]]
+    adapter: ClassVar[type[Accelerated]]
     original: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -71,31 +72,52 @@ class AcceleratedBlock(Fusible, nn.Module):
         return (_new_accelerated, (self.adapter, self.original), *state)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Called by torch.jit.script, which puts what it gets in the block's place, in the model that it was given."""
+        """Called by torch.jit.script, which puts what it gets in the module's place, in the model that it was given."""
         warnings.warn(
             "deitfast: torch.jit.script knows no fused blocks and has put the library's own back into this model. Call "
             "accelerate(model) again to fuse them",
             stacklevel=2,
         )
-        block = self.original.__new__(self.original)
-        block.__dict__.update(self.__getstate__())
-        return block
+        module = self.original.__new__(self.original)
+        module.__dict__.update(self.__getstate__())
+        return module
+
+
+class AcceleratedBlock(Fusible, Accelerated):
+    """A block: `super().forward` is the library's own."""
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [super().extra_repr(), "fused by deitfast"]))
 
 
-_classes: dict[tuple[type[AcceleratedBlock], type[nn.Module]], type[AcceleratedBlock]] = {}
+class AcceleratedClassifier(Accelerated):
+    """A classifier whose `forward`, its library's own, says that only class tokens are read of the last block."""
 
 
-def _accelerated_class(adapter: type[AcceleratedBlock], original: type[nn.Module]) -> type[AcceleratedBlock]:
+_classes: dict[tuple[type[Accelerated], type[nn.Module]], type[Accelerated]] = {}
+
+
+def _accelerated_class(adapter: type[Accelerated], original: type[nn.Module]) -> type[Accelerated]:
     if (adapter, original) not in _classes:
         members = {"adapter": adapter, "original": original, "__module__": __name__, "__doc__": original.__doc__}
+        if adapter is AcceleratedClassifier:
+            members["forward"] = _reading_forward(original)
         _classes[adapter, original] = type(original.__name__, (adapter, original), members)
     return _classes[adapter, original]
 
 
-def _new_accelerated(adapter: type[AcceleratedBlock], original: type[nn.Module]) -> AcceleratedBlock:
+def _reading_forward(original: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(original.forward)  # trainers look at its arguments
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original.forward(self, *args, **kwargs)
+        with reading(self, kwargs):
+            return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _new_accelerated(adapter: type[Accelerated], original: type[nn.Module]) -> Accelerated:
     cls = _accelerated_class(adapter, original)
     return cls.__new__(cls)
 
@@ -155,6 +177,7 @@ class _TimmBlock(AcceleratedBlock):
             eps2=block.norm2.eps,
             path_scale1_B=_draw_path_scales(block.drop_path1, x),
             path_scale2_B=_draw_path_scales(block.drop_path2, x),
+            prefix=tokens_read(self),
         )
 
 
@@ -217,7 +240,10 @@ class _TransformersLayer(AcceleratedBlock):
         qkv = Packed(torch.cat([linear.weight for linear in packed]), torch.cat(biases) if biases else None)
         before, after, mlp = block.layernorm_before, block.layernorm_after, block.mlp
         tensors = BlockTensors.of(before, qkv, attention.o_proj, after, mlp.fc1, mlp.fc2)
-        return _verified_forward(hidden_states, tensors, attention.num_attention_heads, eps1=before.eps, eps2=after.eps)
+        return _verified_forward(
+            hidden_states, tensors, attention.num_attention_heads,
+            eps1=before.eps, eps2=after.eps, prefix=tokens_read(self),
+        )  # fmt: skip
 
 
 class _TorchvisionBlock(AcceleratedBlock):
@@ -255,7 +281,9 @@ class _TorchvisionBlock(AcceleratedBlock):
         attention, mlp = block.self_attention, block.mlp
         qkv = Packed(attention.in_proj_weight, attention.in_proj_bias)
         tensors = BlockTensors.of(block.ln_1, qkv, attention.out_proj, block.ln_2, mlp[0], mlp[3])
-        return _verified_forward(input, tensors, attention.num_heads, eps1=block.ln_1.eps, eps2=block.ln_2.eps)
+        return _verified_forward(
+            input, tensors, attention.num_heads, eps1=block.ln_1.eps, eps2=block.ln_2.eps, prefix=tokens_read(self)
+        )
 
 
 _MASKS = "calls with an attention mask{} run the library's own forward"
@@ -310,7 +338,7 @@ class AccelerationReport:
         """
         for block, original in self._originals:
             fused = FusedBlock if original is Block else type(block)
-            if isinstance(block, AcceleratedBlock):
+            if isinstance(block, Accelerated):
                 fused = _accelerated_class(block.adapter, block.original)
             if type(block) not in (fused, original):
                 raise DeitfastError(
@@ -352,6 +380,7 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
     if torch.cuda.is_available():
         check_compiler()
     report = AccelerationReport(type(model).__name__)
+    classifiers: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in list(model.named_modules()):
         cls = type(module)
         name = name or "the model itself"
@@ -373,8 +402,20 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
                 report.left[name] = problem
             else:
                 _give_class(report, name, module, FusedBlock)
+        elif isinstance(module, AcceleratedClassifier):
+            report._originals.append((module, module.original))
+        elif is_classifier(module):
+            classifiers.append((module, cls))
         elif _foreign_block(module):
             report.left[name] = f"{cls.__module__}.{cls.__qualname__} is no plain pre-norm ViT block"
+    if classifiers and (report.replaced or report.already):
+        report.notes.append(
+            "the last block computes the class token alone in calls of the model itself, outside torch.compile; calls "
+            "that want other tokens (forward_features, hidden states, hooks, checkpointing) compute all"
+        )
+        for module, cls in classifiers:
+            report._originals.append((module, cls))
+            module.__class__ = _accelerated_class(AcceleratedClassifier, cls)
     if not (report.replaced or report.already or report.left):
         raise DeitfastError(
             f"accelerate found no transformer block in {report.model}. Give it a timm ViT or DeiT, a Hugging Face ViT "

@@ -29,7 +29,7 @@ _SETTINGS = (
     "add_zero_attn", "batch_first",
 )  # fmt: skip
 """Attributes of modules inside a block, in any of the libraries, on which it depends what the block computes."""
-_RECORDERS = "transformers.utils.output_capturing"
+RECORDERS = "transformers.utils.output_capturing"
 """The hooks by which transformers records attention weights: adapters send the calls that want these elsewhere."""
 
 
@@ -224,12 +224,11 @@ def find_problem(kind: type[Fusible], block: nn.Module, active: bool = False) ->
     for name, module in block.named_modules():
         if module is block:
             continue
-        hooks = (hook for kind in HOOKS for hook in vars(module)[kind].values())
-        if any(getattr(hook, "__module__", "") != _RECORDERS for hook in hooks):
+        if any(getattr(hook, "__module__", "") != RECORDERS for hook in hooks_of(module)):
             return f"{name} has a hook, which the kernels would never call"
         if "forward" in vars(module):
             return f"{name}'s forward is patched"
-        if patch := _foreign_forward(type(module)):
+        if patch := foreign(type(module), "forward"):
             return f"{name}'s forward is {patch}'s"
     try:
         return next(kind.problems(block), None) or next(_dropouts(kind, block, active), None)
@@ -237,10 +236,15 @@ def find_problem(kind: type[Fusible], block: nn.Module, active: bool = False) ->
         return f"not the layout this version of deitfast knows: {error}"
 
 
-def _foreign_forward(cls: type[nn.Module]) -> str | None:
-    """The module whose function was put in place of a class's forward; None where it is the class's own."""
-    owner = next(c for c in cls.__mro__ if "forward" in vars(c))
-    home = getattr(vars(owner)["forward"], "__module__", owner.__module__)
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The functions that others want called around a module."""
+    return [hook for kind in HOOKS for hook in vars(module)[kind].values()]
+
+
+def foreign(cls: type[nn.Module], method: str) -> str | None:
+    """The module whose function was put in place of a class's method; None where it is the class's own."""
+    owner = next(c for c in cls.__mro__ if method in vars(c))
+    home = getattr(vars(owner)[method], "__module__", owner.__module__)
     return None if home == owner.__module__ else home
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deitfast.data.augmentation import Augmentation
 from deitfast.distributed import World
 from deitfast.engine.trial import capture_problem
 from deitfast.errors import DeitfastError, say
@@ -21,17 +22,22 @@ from deitfast.verification.verify import BLOCK_OPS, Question, adopt, told, verif
 
 
 def question(recipe: Recipe, model: DeiT, micro_batch: int, bf16: bool) -> Question:
-    """The ops of one training step, at its own shapes."""
-    ops = [] if recipe.engine == "plain" else ["input_patches"]
+    """The ops of one training step and of its images' augmentation, at its own shapes."""
+    augmented = Augmentation(recipe, model.image_size, torch.device("cuda")).active
+    ops = ["image_ops"] if augmented else []
+    if recipe.engine != "plain":
+        ops += ["input_patches", recipe.optimizer]
     if isinstance(model.blocks[0], FusedBlock):
         ops += ["patch_embed", *BLOCK_OPS]
     ops.append("mixed_bce" if recipe.loss == "bce" else "mixed_cross_entropy")
     drops = max(model.drop_path_rates, default=0.0)
     skips = bool(drops) and recipe.drop_path_form == "subset"
     of_group = max(1, round(recipe.mix_group * (1 - drops)))
+    absent = {"path_scale": not drops, "ema": not recipe.ema_decay}
     return question_about(
         model, tuple(ops), micro_batch, torch.bfloat16 if bf16 else torch.float32,
-        without=() if drops else ("path_scale",), subset=micro_batch // recipe.mix_group * of_group if skips else 0,
+        without=tuple(name for name, is_absent in absent.items() if is_absent),
+        subset=micro_batch // recipe.mix_group * of_group if skips else 0,
     )  # fmt: skip
 
 

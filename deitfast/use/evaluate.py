@@ -21,6 +21,7 @@ from deitfast.distributed import World
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.preprocessing import Preprocessing
+from deitfast.use.graphs import Graphed
 
 CALIBRATION_BINS = 15
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
@@ -97,6 +98,7 @@ def evaluate_each(
     loader = _loader(
         manifest if limit is None else manifest.head(limit), model, world, crop_ratio, batch, workers, decode
     )
+    forward = _forward(model, world, batch, bf16)
     with _evaluating(model):
         for images, labels in loader:
             if asked_to_stop and asked_to_stop():
@@ -104,7 +106,7 @@ def evaluate_each(
                 break
             for total, entered in zip(totals, weights, strict=True):
                 with entered():
-                    total += _tally(_heads(model, images, world, bf16), labels)
+                    total += _tally(forward(images), labels)
     if world.sum(stopped).item():
         raise Interrupted
     return [_scores(world.sum(total), model.distilled) for total in totals]
@@ -128,10 +130,10 @@ def evaluate_in_detail(
     # A label here is the image's number: whatever the loader leaves out, answers stay with their images.
     labels_M = torch.from_numpy(manifest.label).to(world.device)
     loader = _loader(_numbered(manifest), model, world, crop_ratio, batch, workers, decode, preprocessing)
-    started = time.perf_counter()
+    started, forward = time.perf_counter(), _forward(model, world, batch, bf16, preprocessing)
     with _evaluating(model):
         for images, numbers in loader:
-            heads, labels = _heads(model, images, world, bf16, preprocessing), labels_M[numbers]
+            heads, labels = forward(images), labels_M[numbers]
             totals += _tally(heads, labels)
             confidence, answer = heads[0].softmax(1).max(1)
             confusion += torch.bincount(labels * classes + answer, minlength=classes * classes)
@@ -199,6 +201,16 @@ def _evaluating(model: DeiT) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def _forward(
+    model: DeiT, world: World, batch: int, bf16: bool, preprocessing: Preprocessing | None = None
+) -> Callable[[Tensor], list[Tensor]]:
+    """`_heads` of at most `batch` images; on a GPU by one CUDA graph, which lives as long as what this returns."""
+    graphed = Graphed(
+        lambda images: torch.stack(_heads(model, images, world, bf16, preprocessing), 1), world.device, size=batch
+    )
+    return lambda images: list(graphed(images).unbind(1))
 
 
 def _heads(

@@ -7,25 +7,19 @@ that size, captured at its first use. On a CPU the model runs in eager PyTorch.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deitfast.compiler import check_compiler
-from deitfast.cuda_graph import capture
 from deitfast.data import normalise
-from deitfast.errors import DeitfastError, first_line, say
+from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import as_loaded
 from deitfast.model.preprocessing import Preprocessing
-from deitfast.verification.verdict import REPORT
+from deitfast.use.graphs import LARGEST_GRAPH, Graphed, graph_size
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LARGEST_GRAPH = 256
-"""Images of the largest graph; a longer batch is run in pieces of so many."""
-_SAME = 2.0**-8
-"""Of the largest logit: how far those of a replay may be from those of the model."""
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -41,13 +35,6 @@ def pick_device(device: str | torch.device) -> torch.device:
     if where.type == "cuda":
         check_compiler()
     return where
-
-
-@dataclass
-class _Graph:
-    images: Tensor  # uint8 (m, S, S, 3), static
-    logits: Tensor  # fp32 (m, classes), static
-    graph: torch.cuda.CUDAGraph
 
 
 class Predictor:
@@ -83,11 +70,10 @@ class Predictor:
             model = fuse(model, on_cpu=False)
         self.model, self.image_size = model, model.image_size
         self.preprocessing = preprocessing or as_loaded(model).preprocessing
-        self.graphs = graphs and on_gpu
-        self._captured: dict[int, _Graph] = {}
+        self._graphed = Graphed(self._run, self.device, on=graphs)
         self._trusted = not on_gpu
         if on_gpu:
-            self.how = f"{precision}, fused blocks, {'a CUDA graph a batch size' if self.graphs else 'no CUDA graphs'}"
+            self.how = f"{precision}, fused blocks, {'a CUDA graph a batch size' if graphs else 'no CUDA graphs'}"
         else:
             self.how = f"{precision}, eager PyTorch: fused blocks and CUDA graphs need a GPU"
 
@@ -101,9 +87,7 @@ class Predictor:
             )
         if not self._trusted:
             self._trust(min(len(images), LARGEST_GRAPH))
-        if not self.graphs:
-            return self._run(images.to(self.device, non_blocking=True))
-        return torch.cat([self._replay(part) for part in images.split(LARGEST_GRAPH)] or [self._run(images)])
+        return self._graphed(images)
 
     def _trust(self, count: int) -> None:
         """Have the ops verified on this GPU before the first image runs through them."""
@@ -122,37 +106,3 @@ class Predictor:
     def _run(self, images: Tensor) -> Tensor:
         wants = self.preprocessing
         return self.model(normalise(images, wants.mean, wants.std, dtype=self.dtype)).float()
-
-    def _replay(self, images: Tensor) -> Tensor:
-        count = len(images)
-        size = graph_size(count)
-        if size not in self._captured:
-            try:
-                self._captured[size] = self._capture(size)
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self.graphs = False
-                say(f"inference goes on without CUDA graphs: one cannot be trusted here: {first_line(error)}. {REPORT}")
-        if not self.graphs:
-            return self._run(images.to(self.device, non_blocking=True))
-        captured = self._captured[size]
-        captured.images[:count].copy_(images, non_blocking=True)
-        captured.graph.replay()
-        return captured.logits[:count].clone()
-
-    def _capture(self, size: int) -> _Graph:
-        """The graph of `size` images. Raises RuntimeError where there is none, or what it replays is not the model."""
-        images = torch.zeros(size, self.image_size, self.image_size, 3, dtype=torch.uint8, device=self.device)
-        graph, logits = capture(lambda: self._run(images), device=self.device)
-        images.random_(256)
-        graph.replay()
-        expected = self._run(images)
-        if not torch.allclose(logits, expected, rtol=0, atol=_SAME * float(expected.abs().max()), equal_nan=True):
-            raise RuntimeError(f"a replay is up to {float((logits - expected).abs().max()):.3g} off the model's logits")
-        return _Graph(images, logits, graph)
-
-
-def graph_size(count: int) -> int:
-    """The power of two that `count` images, at most `LARGEST_GRAPH`, are padded to."""
-    return 1 << max(count - 1, 0).bit_length()

@@ -48,19 +48,23 @@ class Case:
         dropped = without | {"path_scale"} if "subset" in inputs else without
         tensors = {name: x for name, x in inputs.items() if x is not None and name not in dropped}
         differentiable = backward and any(name not in op.constants for name in tensors)
-        out = op.out(shape)
-        dout = draw.normal(*out) if out else torch.ones((), device=draw.device)
+        dout = None
+        if differentiable:
+            out = op.out(shape)
+            dout = draw.normal(*out) if out else torch.ones((), device=draw.device)
         drawn: dict[str, Any] = {"backward": backward, "without": without, "subset": subset}
-        return cls(op, shape, tensors, options, dout if differentiable else None, draw.dtype, drawn)
+        return cls(op, shape, tensors, options, dout, draw.dtype, drawn)
 
-    def run(self, function: Callable[..., Tensor], tensors: Tensors | None = None) -> Tensors:
-        """The output of `function` and, with `dout`, the gradient of every input that gets one."""
+    def run(self, function: Callable[..., Tensor | Tensors], tensors: Tensors | None = None) -> Tensors:
+        """What `function` gives and, with `dout`, the gradient of every input that gets one."""
         leaves = {}
         for name, x in (self.tensors if tensors is None else tensors).items():
             wants = self.dout is not None and x.is_floating_point() and name not in self.op.constants
             leaves[name] = x.detach().requires_grad_(wants)
         with torch.set_grad_enabled(self.dout is not None):
             out = function(**leaves, **self.options)
+        if not isinstance(out, Tensor):
+            return out
         found = {"output": out.detach()}
         if self.dout is not None:
             wanting = [name for name, x in leaves.items() if x.requires_grad]
@@ -69,7 +73,13 @@ class Case:
         return found
 
     def exact(self) -> Tensors:
-        """`run` of the reference in float64, where samples stand for themselves a part of the batch at a time."""
+        """`run` of the reference in float64, where samples stand for themselves a part of the batch at a time.
+
+        Of integers: on the host.
+        """
+        if self.op.exact:
+            found = self.run(self.op.reference, {name: x.cpu() for name, x in self.tensors.items()})
+            return {name: x.to(self.device) for name, x in found.items()}
         per_sample = self.op.per_sample & self.tensors.keys()
         size = max(2, _CHUNK // (self.shape.tokens * self.shape.width) // 2 * 2)
         if not per_sample or size >= self.shape.batch:
@@ -108,7 +118,7 @@ class Expected:
     def problem(self, found: Tensors) -> str:
         """The first thing in `found` that is wrong, in words."""
         for name, x in found.items():
-            factor = OUTPUT if name == "output" else GRADIENT
+            factor = GRADIENT if name.startswith("gradient of ") else OUTPUT
             if why := problem(name, x, self.exact[name], self.eager[name].to(x.dtype), factor):
                 return why
         return ""

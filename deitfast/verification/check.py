@@ -26,7 +26,8 @@ def check(
 ) -> OpVerdict:  # fmt: skip
     """What there is to say of `op` at `shape`; with half the batch where the GPU's memory does not suffice.
 
-    timed: a right op's fastest form, not just itself; offers: of what. of_case: keywords of `Case.draw`.
+    timed: a right op's fastest form, not just itself, where its reference fits into a CUDA graph; offers: of what.
+    of_case: keywords of `Case.draw`.
     """
     offers = offers or Offers()
     try:
@@ -37,7 +38,7 @@ def check(
             why = _attempt(lambda: _wrong(case, other, expected))
         if why:
             return OpVerdict(op.name, EAGER, why, seed=seed)
-        if not timed or device.type != "cuda":
+        if not timed or op.exact or device.type != "cuda":
             return OpVerdict(op.name, seed=seed)
         return fastest_form(case, expected, _attempt, offers, seed)
     except torch.OutOfMemoryError:

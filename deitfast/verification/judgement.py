@@ -32,7 +32,7 @@ def problem(
     """Why `actual` is not right, in words; empty where it is.
 
     It may be `factor` times as far from `reference64` as `eager` is, plus a little. Runs on the tensors' device.
-    actual, eager: same shape and dtype; reference64: same shape, float64.
+    actual, eager: same shape and dtype; reference64: same shape, float64. Integers must be those of `reference64`.
     slack: fraction of the magnitude of `reference64`; default `SLACK` of the dtype.
     magnitude: tensor whose size scales the slack instead of `reference64`, for a result that cancels to about zero
         (the gradient of q where there is one key: give the gradient of the whole qkv).
@@ -40,6 +40,9 @@ def problem(
     if not actual.shape == reference64.shape == eager.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (actual, reference64, eager))
         return f"{name}: the shapes of result, reference and eager differ: {shapes}"
+    if not actual.is_floating_point():
+        wrong = int((actual != reference64).sum())
+        return f"{name}: {wrong:,} of {actual.numel():,} values are not the reference's" if wrong else ""
     if actual.dtype != eager.dtype or reference64.dtype != torch.float64:
         return f"{name}: dtypes {actual.dtype}, {reference64.dtype}, {eager.dtype}; expected eager's, float64"
     if actual.numel() == 0:

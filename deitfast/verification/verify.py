@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from deitfast.errors import DeitfastError, say
-from deitfast.kernels import replaced
-from deitfast.kernels.catalogue import OPS, Shape
+from deitfast.kernels import catalogue, replaced
+from deitfast.kernels.catalogue import Shape
+from deitfast.kernels.gradient_free import GRADIENT_FREE
 from deitfast.kernels.tunable import entry_of, pick, recorded
+from deitfast.precision import sum_in_fp32
 from deitfast.verification import process
 from deitfast.verification.check import check
 from deitfast.verification.choice import Offers
@@ -38,7 +40,8 @@ from deitfast.verification.verdict import (
 )
 
 BLOCK_OPS = ("layernorm_attention", "layernorm_mlp")
-TRAINING_OPS = ("input_patches", "patch_embed", *BLOCK_OPS, "mixed_cross_entropy")
+TRAINING_OPS = ("image_ops", "input_patches", "patch_embed", *BLOCK_OPS, "mixed_cross_entropy", "adamw")
+OPS = {**catalogue.OPS, **GRADIENT_FREE}
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,11 @@ def search(question: Question, device: torch.device, say: Callable[[str], None],
 
     Those try what was found beside their tables' entries, at their own shapes, and verify it as they do these.
     """
-    say(f"searching the launch constants of {len(question.ops)} ops on this {machine(device)['gpu']}, {minutes:g} min")
+    ops = [op for op in question.ops if op not in GRADIENT_FREE]  # those have no constants to search
+    say(f"searching the launch constants of {len(ops)} ops on this {machine(device)['gpu']}, {minutes:g} min")
     verdict, end = Verdict(), time.monotonic() + 60 * minutes
-    for i, op in enumerate(question.ops):
-        share = max(1.0, end - time.monotonic()) / 60 / (len(question.ops) - i)
+    for i, op in enumerate(ops):
+        share = max(1.0, end - time.monotonic()) / 60 / (len(ops) - i)
         known = searched(device)
         found = ask(replace(question, ops=(op,)), device, say, known=known, minutes=share)
         keep(_key_of_search(device), {**known, **{name: recorded(entry) for name, entry in found.launches.items()}})
@@ -166,6 +170,7 @@ def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     settled, known = ({name: entry_of(x) for name, x in job[part].items()} for part in ("settled", "known"))
     deadline = time.monotonic() + job["search_s"]
     torch.zeros(1, device=device)
+    sum_in_fp32()
     yield READY
     for name in question.ops:
         yield {"begins": name}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import resource
+import signal
 import tempfile
 import time
 import traceback
@@ -43,13 +45,15 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the full counts: hours")
     parser.add_argument("--rows", nargs="*", help="these rows alone, by number")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, under nohup the
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # other one too, and so would the runs
     failed, began = 0, time.monotonic()
-    print("| row | fault | verdict | measured | seconds |\n|---|---|---|---|---|", flush=True)
+    print("| row | fault | verdict | measured | seconds | CPU seconds |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory(prefix="deitfast-faults-") as folder:
         for number, fault, row, few, many in ROWS:
             if args.rows and number not in args.rows:
                 continue
-            place, then = Path(tempfile.mkdtemp(dir=folder)), time.monotonic()
+            place, then, used = Path(tempfile.mkdtemp(dir=folder)), time.monotonic(), _cpu_seconds()
             try:
                 measured = row(place, many if args.full else few)
                 verdict = "pass"
@@ -57,12 +61,17 @@ def main() -> None:
                 failed += 1
                 verdict, measured = "FAIL", f"{type(error).__name__}: {str(error)[:300]}".replace("\n", " ")
                 traceback.print_exc()
-            print(
-                f"| {number} | {fault} | {verdict} | {measured.replace('|', '/')} | {time.monotonic() - then:.0f} |",
-                flush=True,
-            )
-    print(f"{failed} failed, {(time.monotonic() - began) / 60:.0f} minutes")
+            seconds, cpu_seconds = time.monotonic() - then, _cpu_seconds() - used
+            measured = measured.replace("|", "/")
+            print(f"| {number} | {fault} | {verdict} | {measured} | {seconds:.0f} | {cpu_seconds:.0f} |", flush=True)
+    print(f"{failed} failed, {(time.monotonic() - began) / 60:.0f} minutes, {_cpu_seconds() / 60:.0f} of a core")
     raise SystemExit(bool(failed))
+
+
+def _cpu_seconds() -> float:
+    """Of this process and all that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import torch
 from deitfast import kernels
 from deitfast.kernels import loss
 from deitfast.kernels.catalogue import MODELS, OPS, Draw, Shape
+from deitfast.kernels.gradient_free import GRADIENT_FREE
+from deitfast.kernels.image_ops import CODES
 
 SHAPE = Shape(width=64, heads=1, tokens=6, batch=8, prefix=2, patch_size=4, classes=10)
 
@@ -38,6 +40,26 @@ def test_an_op_gives_what_its_reference_gives_and_a_gradient_for_every_input(nam
     if wanting := [t for t in leaves.values() if t.requires_grad]:
         assert all(bool(gradient.any()) for gradient in torch.autograd.grad(out.square().sum(), wanting))
     assert all(len(tensors[k]) == SHAPE.batch for k in op.per_sample & tensors.keys())
+
+
+@pytest.mark.parametrize("name", GRADIENT_FREE)
+def test_an_op_without_gradients_gives_what_its_reference_gives(name, device):
+    op = GRADIENT_FREE[name]
+    tensors = op.inputs(Draw(0, torch.float32, device), SHAPE)
+    assert op.constants >= tensors.keys()
+    out, expected = (f(**tensors, **op.options(SHAPE)) for f in (op.function, op.reference))
+    torch.testing.assert_close(out, expected, rtol=0 if op.exact else 1e-5, atol=0 if op.exact else 1e-7)
+    if not op.exact:
+        assert (out["skipped"], out["steps"]) == (1, 3)
+        assert not torch.equal(out["master"], tensors["master"])
+
+
+def test_the_images_get_every_operation_and_none_but_the_first_is_a_blur():
+    code = GRADIENT_FREE["image_ops"].inputs(Draw(0, torch.float32), SHAPE)["plan"][..., 0]
+    assert set(code[0].tolist()) == set(CODES.values())
+    assert set(code[2].tolist()) == set(CODES.values()) - {CODES["skip"], CODES["blur"]}
+    assert not (code[1:] == CODES["blur"]).any()
+    assert ((code[0] == CODES["skip"]) & (code[1] == CODES["skip"])).any()
 
 
 @pytest.mark.parametrize(("tokens", "prefix", "pixels"), [(197, 1, 224), (198, 2, 224), (577, 1, 384), (578, 2, 384)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from deitfast.kernels.common import INTERPRETED
 from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Scalars, Segments
 from deitfast.kernels.optimizer import update
+from deitfast.kernels.replaced import EAGER, OURS, chosen
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "one element": [(1,)],
@@ -123,6 +124,13 @@ REFERENCES: dict[Optimizer, Callable[[Sequence[Tensor], float], torch.optim.Opti
     "lamb": timm_lamb,
     "sgd": torch_sgd,
 }
+
+
+@pytest.fixture(autouse=True, params=[OURS, EAGER])
+def form(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test also of the form that runs where the kernels are found wrong."""
+    with chosen(**dict.fromkeys(REFERENCES, request.param)):
+        yield
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def bind(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 def install() -> None:
     """Put all of this in place of the kernels' launches, for the rest of the process."""
     import deitfast.kernels
-    from deitfast.engine import flat
+    from deitfast.kernels import optimizer
     from deitfast.verification import process
 
     driver.set_active(Driver())
@@ -103,7 +103,7 @@ def install() -> None:
             launch = op._backend_fns.get("cuda")
             if launch is not None and not hasattr(launch, "rehearsed"):
                 op._backend_fns["cuda"] = _both(launch)
-    flat.update = _update(flat.update)
+    optimizer.update_triton = _update(optimizer.update_triton)
     process.answers = process.here  # another process would have no pretended device
 
 
@@ -134,15 +134,12 @@ def _facts(tree: Any) -> list[Any]:
 
 
 def _update(update: Callable[..., None]) -> Callable[..., None]:
-    """The optimiser's update, which is no op of the dispatcher's."""
+    """The optimiser's kernels, which are no op of the dispatcher's."""
 
     def run(optimizer: Any, buffers: Any, scalars: torch.Tensor) -> None:
         from deitfast.kernels.optimizer_eager import update_eager
         from deitfast.kernels.optimizer_kernels import Scalars
 
-        if not buffers.master.is_cuda:
-            update(optimizer, buffers, scalars)
-            return
         assert scalars.is_cuda
         written = [x for x in vars(buffers).values() if isinstance(x, torch.Tensor)]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ from deitfast.data.decoder import choose_decoder
 from deitfast.data.quarantine import Quarantine
 from deitfast.distributed import World
 from deitfast.errors import DeitfastError
+from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
-from deitfast.use.evaluate import evaluate_each
+from deitfast.use import graphs
+from deitfast.use.evaluate import Scores, evaluate_each
 from tests.rehearsal import cuda, memory
 
 RECIPE = Recipe(model="deit_digits_patch4_16", data="digits", batch=32, mix_group=16, workers=1, decode="gpu")
@@ -93,6 +98,38 @@ def test_evaluation_scores_are_the_cpus(digits: Dataset) -> None:
         found += evaluate_each(model.to(device), [contextlib.nullcontext], data, world, crop_ratio=0.875, **options)
     assert found[0].images == found[1].images == 100
     assert found[1].loss == pytest.approx(found[0].loss, rel=0.05)  # another resize
+
+
+@contextlib.contextmanager
+def turned(model: DeiT) -> Iterator[None]:
+    """Another head, in the same memory."""
+    with torch.no_grad():
+        model.head.weight.neg_()
+        yield
+        model.head.weight.neg_()
+
+
+def test_evaluation_is_one_graph_and_scores_what_it_does_uncaptured(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert digits.val is not None
+    torch.manual_seed(0)
+    model = create_model(RECIPE.model, num_classes=10, depth=2, fused=True).to("cuda")
+    torch.nn.init.normal_(model.head.weight)
+    captures = Mock(wraps=graphs.capture)
+    monkeypatch.setattr(graphs, "capture", captures)
+
+    def scores() -> list[Scores]:
+        world, weights = World(0, 1, 0, 1, torch.device("cuda")), [contextlib.nullcontext, partial(turned, model)]
+        options = {"crop_ratio": 0.875, "batch": 64, "workers": 1, "bf16": True}
+        return evaluate_each(model, weights, digits.val.head(100), world, **options)
+
+    captured = scores()
+    assert captures.call_count == 1
+    assert captured[0] != captured[1]
+    captures.side_effect = RuntimeError("operation not permitted")
+    assert scores() == captured
+    assert "without CUDA graphs: one cannot be trusted here: operation not permitted" in "".join(capsys.readouterr())
 
 
 def test_a_gpu_that_cannot_decode_is_told_and_the_cpu_decodes(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

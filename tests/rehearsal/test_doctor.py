@@ -46,13 +46,13 @@ def test_the_table_is_printed_and_a_run_takes_its_choices(
         shown = capsys.readouterr()
         main([*COMMAND, "--out", str(tmp_path), "--json"])
         found = json.loads(capsys.readouterr().out)
-    assert "verifying 5 kernels on this Pretended H100, once" in shown.err
+    assert "verifying 7 kernels on this Pretended H100, once" in shown.err
     assert "GPU 3: Pretended H100, 80 GiB, sm_90" in shown.out
-    assert "4 of 5 ops run their kernels here" in shown.out
+    assert "6 of 7 ops run their kernels here" in shown.out
     assert "the GPU decodes these images as libjpeg does" in shown.out
     rows = {line.split()[0]: line for line in shown.out.split("\n\n")[1].splitlines()[1:]}
-    assert len(rows) == 5
-    assert "ours 0.100, eager 0.100" in rows["patch_embed"]  # a millisecond of ten replays
+    assert len(rows) == 7
+    assert "ours 1.000, eager 1.000" in rows["patch_embed"]  # the clock ticks once a replay
     assert "largest error" in rows["layernorm_mlp"]
     assert forms(found)["layernorm_mlp"] == EAGER
     choices = tmp_path / "choices.json"

@@ -17,13 +17,15 @@ import torch
 from deitfast.data import decoder
 from deitfast.engine.engine import UNCAPTURED_STEPS, FlatEngine
 from deitfast.errors import DeitfastError
-from deitfast.kernels import gemm, replaced, tunable
+from deitfast.kernels import gemm, optimizer, replaced, tunable
 from deitfast.kernels.catalogue import OPS, Shape
+from deitfast.kernels.flat_buffers import FlatBuffers
 from deitfast.kernels.replaced import EAGER, OURS
 from deitfast.kernels.tunable import Selection, recorded
 from deitfast.model.acceleration import accelerate
 from deitfast.model.deit import DeiT
 from deitfast.recipe import Recipe
+from deitfast.training import first_contact
 from deitfast.training.train import train
 from deitfast.use.inference import Predictor
 from deitfast.verification import check, choice, verify
@@ -66,6 +68,12 @@ def plant(monkeypatch: pytest.MonkeyPatch, broken: Fault) -> None:
     monkeypatch.setitem(op._backend_fns, "cuda", planted)
 
 
+def only(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
+    """A run verifies these ops alone: what is looked for is in them, and each of the others takes a second."""
+    asked = first_contact.question
+    monkeypatch.setattr(first_contact, "question", lambda *args: replace(asked(*args), ops=ops))
+
+
 @pytest.fixture(scope="module")
 def with_eager_mlp(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the run in which the MLP is eager PyTorch by choice."""
@@ -80,9 +88,11 @@ def test_a_gpu_without_fault_runs_every_kernel_and_is_asked_once(
 ) -> None:
     found, log, facts = run(tmp_path / "first")
     assert set(forms(facts).values()) == {OURS}
-    assert "kernels: 5 of 5 verified on this GPU and in use" in log
-    assert all(op["ms"].keys() >= {OURS, EAGER} for op in facts["choices"]["kernels"]["ops"])
-    assert capsys.readouterr().err.count("verifying 5 kernels on this Pretended H100, once") == 1
+    assert "kernels: 7 of 7 verified on this GPU and in use" in log
+    timed = {op["op"]: op["ms"].keys() for op in facts["choices"]["kernels"]["ops"]}
+    assert not timed.pop("image_ops"), "no CUDA graph has its reference"
+    assert all(forms >= {OURS, EAGER} for forms in timed.values())
+    assert capsys.readouterr().err.count("verifying 7 kernels on this Pretended H100, once") == 1
     monkeypatch.setattr(check, "check", lambda *_, **__: pytest.fail("asked again"))
     again, _, _ = run(tmp_path / "second")
     assert again == found
@@ -95,16 +105,66 @@ def test_a_faulty_op_is_replaced_and_training_goes_on_with_the_right_loss(
 ) -> None:
     make, told = FAULTS[fault]
     plant(monkeypatch, make())
+    only(monkeypatch, "layernorm_mlp", "layernorm_attention")
     found, log, facts = run(tmp_path / "run")
     assert found == with_eager_mlp
-    assert forms(facts) == {**dict.fromkeys(forms(facts), OURS), "layernorm_mlp": EAGER}
+    assert forms(facts) == {"layernorm_mlp": EAGER, "layernorm_attention": OURS}
     lines = [line for line in log.splitlines() if "layernorm_mlp" in line]
     assert len(lines) == 1
     assert re.search(f"runs as eager PyTorch: its kernels are wrong on this GPU: .*{told}.*Please report", lines[0])
 
 
+def test_an_image_kernel_that_is_off_by_one_is_replaced_and_the_images_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch)
+    right, _, _ = run(tmp_path / "right")
+    kernels: Any = importlib.import_module("deitfast.kernels.image_ops")._image_ops
+    op = kernels._backend_fns["cuda"]
+
+    def off_by_one(images: torch.Tensor, *args: Any) -> torch.Tensor:
+        out: torch.Tensor = op(images, *args)
+        if out.is_cuda:
+            out[-1, -1, -1, -1] ^= 1
+        return out
+
+    monkeypatch.setitem(kernels._backend_fns, "cuda", off_by_one)
+    only(monkeypatch, "image_ops")
+    found, log, facts = run(tmp_path / "run")
+    assert found == right
+    assert forms(facts) == {"image_ops": EAGER}
+    [line] = [line for line in log.splitlines() if "image_ops" in line]
+    assert "image_ops runs as eager PyTorch: its kernels are wrong on this GPU: output: 1 of " in line
+    with pytest.raises(DeitfastError, match=r"image_ops .* --fused yes asks for the kernels"):
+        run(tmp_path / "insists", replace(SHORT, fused="yes"))
+
+
+@pytest.mark.parametrize(("name", "engine"), [("adamw", "graph"), ("lamb", "flat"), ("sgd", "flat")])
+def test_an_update_that_is_wrong_in_its_last_element_is_replaced(
+    name: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(SHORT, optimizer=name, engine=engine)
+    steps = UNCAPTURED_STEPS + 1 if engine == "graph" else 2
+    only(monkeypatch)
+    right, _, _ = run(tmp_path / "right", recipe, steps)
+    kernels = optimizer.update_triton
+
+    def wrong(which: Any, buffers: FlatBuffers, scalars: torch.Tensor) -> None:
+        kernels(which, buffers, scalars)
+        buffers.master[-1] += 0.01
+
+    monkeypatch.setattr(optimizer, "update_triton", wrong)
+    only(monkeypatch, name)
+    found, log, facts = run(tmp_path / "run", recipe, steps)
+    assert found == pytest.approx(right, rel=1e-3)
+    assert forms(facts) == {name: EAGER}
+    [line] = [line for line in log.splitlines() if f"{name} runs" in line]
+    assert f"{name} runs as eager PyTorch: its kernels are wrong on this GPU: master: largest error" in line
+
+
 def test_who_insists_on_the_kernels_is_told_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, FAULTS["wrong in its last column"][0]())
+    only(monkeypatch, "layernorm_mlp")
     with pytest.raises(DeitfastError, match=r"layernorm_mlp .* --fused yes asks for the kernels"):
         run(tmp_path / "run", replace(SHORT, fused="yes"))
     assert not (tmp_path / "run" / "ckpt").exists()
@@ -119,6 +179,7 @@ def test_without_fused_kernels_nothing_is_verified(tmp_path: Path) -> None:
 def test_an_op_that_is_slower_than_eager_is_replaced_and_another_run_repeats_the_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_eager_mlp: list[float]
 ) -> None:
+    only(monkeypatch, "layernorm_mlp")
     takes(monkeypatch, "layernorm_mlp", lambda way: 2.0 if way == OURS else 1.0)
     found, log, facts = run(tmp_path / "run")
     assert found == with_eager_mlp
@@ -152,6 +213,7 @@ def test_kernels_run_by_the_entry_that_is_faster_and_another_run_repeats_it(
         return only_the_tables_entries(self, asked) if asked.name == name else []
 
     monkeypatch.setattr(choice.Offers, "of", of_one)
+    only(monkeypatch, "layernorm_mlp")
     ms = {"BLOCK_N=256": 0.5, "other entries": 0.8}
     takes(monkeypatch, "layernorm_mlp", lambda way: next((ms[words] for words in ms if words in way), 1.0))
     found, log, facts = run(tmp_path / "run")
@@ -199,6 +261,7 @@ def bakes_the_host_in(self: FlatEngine, loss: torch.Tensor) -> torch.Tensor:
 def test_a_step_that_cannot_be_captured_runs_uncaptured_with_the_same_losses(
     fault: Callable[..., torch.Tensor], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    only(monkeypatch)
     right = FlatEngine.loss
     monkeypatch.setattr(FlatEngine, "loss", lambda self, batch: fault(self, right(self, batch)))
     steps, recipe = UNCAPTURED_STEPS + 2, replace(SHORT, engine="auto")
@@ -214,6 +277,7 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured_with_the_same_losses(
 def test_a_gpu_decoder_that_is_off_by_thirty_levels_is_left_for_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    only(monkeypatch)
     right = decoder.gathered
 
     def off(outputs: Any, *args: Any) -> torch.Tensor:
@@ -237,6 +301,8 @@ def test_a_gpu_decoder_that_is_off_by_thirty_levels_is_left_for_the_cpu(
 
 
 def test_a_gpu_decoder_that_fails_is_left_for_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+
     def missing(encoded: Any, where: str) -> Any:
         if where == "gpu":
             raise RuntimeError("nvJPEG error (7): the library is missing")

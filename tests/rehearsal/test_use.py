@@ -35,7 +35,7 @@ def test_graphs_of_every_size_give_what_a_cpu_gives(device: str) -> None:
     for batch in (1, 3, 8, 300, 2, 1) if device == "cuda" else (3, 2):
         expected = exact(pixels(batch, 32))
         torch.testing.assert_close(graphed(pixels(batch, 32)).cpu(), expected, rtol=1e-5, atol=1e-4)
-    assert set(graphed._captured) == ({1, 2, 4, 8, 64, 256} if device == "cuda" else {4, 2})
+    assert set(graphed._graphed.captured) == ({1, 2, 4, 8, 64, 256} if device == "cuda" else {4, 2})
     assert graphed(pixels(0, 32)).shape == (0, 5)
 
 

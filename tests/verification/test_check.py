@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from deitfast.kernels.catalogue import OPS, Draw, Shape
+from deitfast.kernels.catalogue import Draw, Shape, Tensors
+from deitfast.kernels.gradient_free import GRADIENT_FREE
 from deitfast.kernels.replaced import EAGER, OURS, chosen
 from deitfast.verification import case as checking
 from deitfast.verification.arena import GUARD, Arena
 from deitfast.verification.case import Case
 from deitfast.verification.check import check
 from deitfast.verification.timing import fastest
+from deitfast.verification.verify import OPS
 from tests.verification.planted import FAULTS
 
 SHAPE = Shape(width=64, heads=1, tokens=17, batch=8, patch_size=4, classes=10)
@@ -38,6 +42,61 @@ def verdict(name: str, function: Any = None, **of_case: Any) -> Any:
 def test_nothing_is_said_of_an_op_that_is_right(name: str, of_case: dict[str, Any]) -> None:
     found = verdict(name, **of_case)
     assert (found.form, found.why) == (OURS, "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GRADIENT_FREE)
+def test_nothing_is_said_of_an_op_without_gradients_that_is_right(name: str, dtype: torch.dtype) -> None:
+    found = check(OPS[name], SHAPE, dtype, CPU, seed=3, backward=True)
+    assert (found.form, found.why) == (OURS, "")
+
+
+def off_by_one(out: Tensor) -> Tensor:
+    out = out.clone()
+    out[-1, -1, -1, -1] ^= 1
+    return out
+
+
+def test_an_image_that_is_off_by_one_is_found() -> None:
+    found = verdict("image_ops", lambda **arguments: off_by_one(OPS["image_ops"].function(**arguments)))
+    assert found.form == EAGER
+    assert found.why == "output: 1 of 19,968 values are not the reference's"
+
+
+def last_weight_is_wrong(found: Tensors) -> None:
+    found["master"][-1] *= 1.01
+
+
+def copy_is_not_written(found: Tensors) -> None:
+    found["compute"][-1] = math.nan
+
+
+def infinite_gradient_is_applied(found: Tensors) -> None:
+    found["skipped"] -= 1
+
+
+def first_moment_is_rounded(found: Tensors) -> None:
+    found["exp_avg"].copy_(found["exp_avg"].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (last_weight_is_wrong, "master: largest error"),
+        (copy_is_not_written, "compute: 1 values are not finite"),
+        (infinite_gradient_is_applied, "skipped: 1 of 1 values are not the reference's"),
+        (first_moment_is_rounded, "exp_avg: largest error"),
+    ],
+)
+def test_an_update_with_a_fault_is_found(fault: Callable[[Tensors], None], told: str) -> None:
+    def wrong(**arguments: Any) -> Tensors:
+        found: Tensors = OPS["adamw"].function(**arguments)
+        fault(found)
+        return found
+
+    found = check(replace(OPS["adamw"], function=wrong), SHAPE, torch.bfloat16, CPU, seed=3, backward=True)
+    assert found.form == EAGER
+    assert found.why.startswith(told), found.why
 
 
 @pytest.mark.parametrize("fault", FAULTS)
