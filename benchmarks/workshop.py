@@ -338,10 +338,10 @@ def _block(shape: Shape, form: str, gamma: bool, halves: tuple[str, ...] = HALVE
 
 
 def _attention(head_dim: int, tokens: int, dtype: torch.dtype) -> None:
-    """By itself, with two heads; and before a projection whose bias wants the sums of dq."""
+    """By itself, with two heads; and with drop-path's factor, before a projection whose bias wants the sums of dq."""
     shape = Shape(2 * head_dim, 2, tokens, 16)
     _use("attention", shape, dtype)
-    _block(shape, "whole", gamma=False, halves=("layernorm_attention",), dtype=dtype, stream=dtype)
+    _block(shape, "scaled", gamma=False, halves=("layernorm_attention",), dtype=dtype, stream=dtype)
 
 
 def _input(patch_size: int, mixes: bool, dtype: torch.dtype) -> None:

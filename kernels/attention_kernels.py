@@ -7,6 +7,9 @@ t = scale * log2(e) * (q . k), and lse = log2(sum_keys 2^t), so that the hardwar
 Rows past N and channels past D are read as zeros and never written. Zeros alone do not make the padding keys harmless:
 2^(0 - lse) overflows where all real scores lie far below zero, so their scores are set to -inf before the exponential.
 Padding queries have lse = +inf in the backward, hence probability zero.
+
+With path_scale, drop-path's factor s of each sample, out is stored times s and dout comes without it: the gradient of
+the attention's own result is s * dout, and rowsum(out * dout) has its factor already.
 """
 
 from __future__ import annotations
@@ -82,6 +85,7 @@ def attention_fwd_short_kernel(
     kv2, kv3,  # the same tensor, never descriptors; no kv3 where KEYS3 is 0
     out,  # (B, N, H, D)
     lse,  # (B, H, N) fp32
+    path_scale,  # (B,) fp32 or None
     N, scale_log2,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr,
     KEYS1: tl.constexpr, KEYS2: tl.constexpr, KEYS3: tl.constexpr, TMA: tl.constexpr,
@@ -130,6 +134,8 @@ def attention_fwd_short_kernel(
         tl.store(lse + sequence.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
         # One division a row instead of one a value, where ptxas does not spill for it.
         result = result * (1.0 / total)[:, None] if TMA else result / total[:, None]
+        if path_scale is not None:
+            result *= tl.load(path_scale + b)
         store_tile(out, result, b, h, row, N, H, D, QUERIES, C, TMA)
 
 
@@ -138,6 +144,7 @@ def attention_fwd_kernel(
     q, kv,  # (B, N, 3H, D), blocks of QUERIES and KEYS rows
     out,  # (B, N, H, D)
     lse,  # (B, H, N) fp32
+    path_scale,  # (B,) fp32 or None
     N, scale_log2,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +170,10 @@ def attention_fwd_kernel(
 
     rows = row + tl.arange(0, QUERIES)
     tl.store(lse + sequence.to(tl.int64) * N + rows, top + tl.log2(total), mask=rows < N)
-    store_tile(out, result / total[:, None], b, h, row, N, H, D, QUERIES, C, TMA)
+    result /= total[:, None]
+    if path_scale is not None:
+        result *= tl.load(path_scale + b)
+    store_tile(out, result, b, h, row, N, H, D, QUERIES, C, TMA)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -173,6 +183,7 @@ def attention_bwd_short_kernel(
     lse,  # (B, H, N) fp32
     dq, dkv,  # (B, N, 3H, D), written; blocks of QUERIES and KEYS rows
     sums,  # (B, H, D) fp32 or None, written: see store_column_sums
+    path_scale,  # (B,) fp32 or None
     N, scale, scale_log2,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -183,6 +194,8 @@ def attention_bwd_short_kernel(
 
     # First: it is on its way while the loads of descriptors are waited for, one by one.
     row_lse = tl.load(lse + sequence.to(tl.int64) * N + rows, mask=rows < N, other=float("inf"))
+    if path_scale is not None:
+        factor = tl.load(path_scale + b)
     o = load_tile(out, b, h, 0, N, H, D, QUERIES, C, TMA)
     g = load_tile(dout, b, h, 0, N, H, D, QUERIES, C, TMA)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
@@ -192,8 +205,14 @@ def attention_bwd_short_kernel(
         k = load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
         v = load_tile(kv, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
         p = tl.exp2(key_scores(query, k, key, N, KEYS) * scale_log2 - row_lse[:, None])
-        store_tile(dkv, product(tl.trans(p.to(g.dtype)), g), b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
-        ds = (p * (product(g, v.T) - delta[:, None])).to(g.dtype)
+        grad_v = product(tl.trans(p.to(g.dtype)), g)
+        if path_scale is not None:
+            grad_v *= factor
+        store_tile(dkv, grad_v, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        grad_p = product(g, v.T)
+        if path_scale is not None:
+            grad_p *= factor
+        ds = (p * (grad_p - delta[:, None])).to(g.dtype)
         store_tile(dkv, product(tl.trans(ds), query) * scale, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
         grad_q = product(ds, k, grad_q)
     if sums is not None:
@@ -209,6 +228,7 @@ def attention_bwd_dq_kernel(
     delta,  # (B, H, N) fp32, written: rowsum(out * dout), which the dk, dv kernel reads
     dq,  # (B, N, 3H, D), its first third written; blocks of QUERIES rows
     sums,  # (B * blocks of queries, H, D) fp32 or None, written: see store_column_sums
+    path_scale,  # (B,) fp32 or None
     N, scale, scale_log2,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -226,12 +246,17 @@ def attention_bwd_dq_kernel(
     tl.store(delta + statistics, row_delta, mask=rows < N)
     query = load_tile(q, b, h, row, N, 3 * H, D, QUERIES, C, TMA)
     row_lse = tl.load(lse + statistics, mask=rows < N, other=float("inf"))
+    if path_scale is not None:
+        factor = tl.load(path_scale + b)
     grad_q = tl.zeros((QUERIES, C), tl.float32)
     for key in tl.range(0, N, KEYS):
         k = load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
         v = load_tile(kv, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
         p = tl.exp2(key_scores(query, k, key, N, KEYS) * scale_log2 - row_lse[:, None])
-        ds = (p * (product(g, v.T) - row_delta[:, None])).to(k.dtype)
+        grad_p = product(g, v.T)
+        if path_scale is not None:
+            grad_p *= factor
+        ds = (p * (grad_p - row_delta[:, None])).to(k.dtype)
         grad_q = product(ds, k, grad_q)
     if sums is not None:
         store_column_sums(sums, grad_q, b * blocks + row // QUERIES, h, scale, H, D, C)
@@ -244,6 +269,7 @@ def attention_bwd_dkdv_kernel(
     dout,  # (B, N, H, D), blocks of QUERIES rows
     lse, delta,  # (B, H, N) fp32
     dkv,  # (B, N, 3H, D), its last two thirds written; blocks of KEYS rows
+    path_scale,  # (B,) fp32 or None
     N, scale, scale_log2,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -258,6 +284,8 @@ def attention_bwd_dkdv_kernel(
 
     k = load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
     v = load_tile(kv, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+    if path_scale is not None:
+        factor = tl.load(path_scale + b)
     grad_k = tl.zeros((KEYS, C), tl.float32)
     grad_v = tl.zeros((KEYS, C), tl.float32)
     for row in tl.range(0, N, QUERIES):
@@ -269,7 +297,12 @@ def attention_bwd_dkdv_kernel(
         g = load_tile(dout, b, h, row, N, H, D, QUERIES, C, TMA)
         p = tl.exp2(product(k, query.T) * scale_log2 - row_lse[None, :])
         grad_v = product(p.to(g.dtype), g, grad_v)
-        ds = (p * (product(v, g.T) - row_delta[None, :])).to(g.dtype)
+        grad_p = product(v, g.T)
+        if path_scale is not None:
+            grad_p *= factor
+        ds = (p * (grad_p - row_delta[None, :])).to(g.dtype)
         grad_k = product(ds, query, grad_k)
+    if path_scale is not None:
+        grad_v *= factor
     store_tile(dkv, grad_k * scale, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
     store_tile(dkv, grad_v, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)

@@ -241,9 +241,15 @@ def _prepared(x: Tensor) -> Tensor:
     return x if on_16_bytes(x) else x.clone()
 
 
-def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = None) -> tuple[Tensor, Tensor]:
-    """qkv (B, N, 3D) -> out (B, N, D), lse (B, H, N) fp32; `arch` overrides the chip's launch table."""
+def attention_fwd(
+    qkv: Tensor, num_heads: int, scale: float, arch: int | None = None, path_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """qkv (B, N, 3D) -> out (B, N, D), lse (B, H, N) fp32; `arch` overrides the chip's launch table.
+
+    path_scale (B,) fp32, for the kernels alone: out times the factor of its sample.
+    """
     if not runs_triton(qkv):
+        assert path_scale is None
         return _eager_fwd(qkv, num_heads, scale)
     arch = _table_key(qkv) if arch is None else arch
     qkv = _prepared(qkv)
@@ -254,7 +260,7 @@ def attention_fwd(qkv: Tensor, num_heads: int, scale: float, arch: int | None = 
     if qkv.numel():
         kernel, entry = _forward_launch(arch, qkv.itemsize, head_dim, tokens)
         pieces = {"kv": qkv, "kv1": qkv, "kv2": qkv, "kv3": qkv if entry.tiles.get("KEYS3") else None}
-        tensors = {"q": qkv, "out": out, "lse": lse} | pieces
+        tensors = {"q": qkv, "out": out, "lse": lse, "path_scale": path_scale} | pieces
         _run(kernel, entry, num_heads, head_dim, scale, tensors)
     return out, lse
 
@@ -268,14 +274,19 @@ def attention_bwd(
     scale: float,
     arch: int | None = None,
     wants_sums: bool = False,
+    path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dout (B, N, D) and what the forward took and gave -> the gradient of qkv (B, N, 3D), and parts of dq's sum.
 
     The parts (any number, D) fp32, None unless wanted, add up to the sum of dq over all tokens; that of dv is the sum
     of dout, since rows of p sum to 1, and that of dk is 0, since rows of ds do. So the gradient of qkv's bias needs no
     pass over the gradient of qkv.
+
+    path_scale: as the forward had it. dout is the gradient of `out` without that factor, as of a product after which
+    the factor was to follow (layernorm_attention_op.py).
     """
     if not runs_triton(qkv):
+        assert path_scale is None
         return _eager_bwd(dout, qkv, out, lse, num_heads, scale)
     arch = _table_key(qkv) if arch is None else arch
     dout, qkv, out, lse = (_prepared(x) for x in (dout, qkv, out, lse))
@@ -288,7 +299,7 @@ def attention_bwd(
         blocks = triton.cdiv(tokens, launches[0][1].tiles["QUERIES"])
         sums = qkv.new_empty(batch * blocks, width, dtype=torch.float32)
     tensors = {"q": qkv, "kv": qkv, "out": out, "dout": dout, "lse": lse, "dq": dqkv, "dkv": dqkv, "sums": sums}
-    tensors["delta"] = torch.empty_like(lse)
+    tensors |= {"delta": torch.empty_like(lse), "path_scale": path_scale}
     for kernel, entry in launches:
         _run(kernel, entry, num_heads, width // num_heads, scale, tensors)
     return dqkv, sums

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,11 +50,14 @@ from deitfast.kernels.tunable import tunable
 
 # Launch tables -------------------------------------------------------------------------------------------------------
 
+_MULTIPROCESSORS = {90: 132, 100: 148}
 
-def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, parts: int = 0) -> Launch:
+
+def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, parts: int = 0, programs: int = 0) -> Launch:
     accumulators = m * n // (32 * num_warps)  # a thread
     parts = parts or {128: 4, 64: 2}.get(accumulators, 1)
-    return Launch({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "EPILOGUE_PARTS": parts}, num_warps, num_stages)
+    tiles = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "EPILOGUE_PARTS": parts}
+    return Launch(tiles, num_warps, num_stages, programs=programs)
 
 
 _ANY_CHIP = {
@@ -78,37 +80,36 @@ LAUNCHES: dict[int, dict[tuple[int, int], Launch]] = {
         (2, 64): _tile(128, 64, 64, num_warps=4, num_stages=3),
         (2, 128): _tile(128, 128, 32, num_warps=8, num_stages=4),
     },
-    90: _TMA,
+    90: _TMA | {(2, 256): _tile(128, 256, 64, num_warps=8, num_stages=4, programs=_MULTIPROCESSORS[90])},
     100: _TMA,
 }
 """Architecture -> (bytes per element, columns of a tile; 0 for rows not aligned to 16 bytes) -> launch.
 
 Tiles of 128 columns let two programs share a multiprocessor, so that the epilogue of one runs under the products of the
-other; 256 columns read less and are for the light epilogues.
+other; 256 columns read less and, where a program takes one tile, are for the light epilogues. On sm_90 the programs of
+256 columns stay and take tiles in turns: a tile's first loads are issued under the epilogue of the one before. A layer
+of 768 channels has but twelve steps a tile to hide them in.
 """
 
 
-_MULTIPROCESSORS = {90: 132, 100: 148}
-
-
 def _in_turns(arch: int) -> Iterator[Launch]:
-    """Programs that stay and take tiles in turns, as many as fit the chip (H100, B200): a tile's loads are issued under
-    the epilogue of the one before. A layer of 768 channels has but twelve steps a tile to hide its first loads in."""
+    """Programs that stay and take tiles in turns, as many as fit the chip (H100, B200)."""
     if arch in _MULTIPROCESSORS:
-        for tile, together in ((_tile(128, 256, 64, 8, 4), 1), (_tile(128, 128, 64, 4, 3), 2)):
-            yield replace(tile, programs=together * _MULTIPROCESSORS[arch])
+        yield _tile(128, 256, 64, 8, 4, programs=_MULTIPROCESSORS[arch])
+        yield _tile(128, 128, 64, 4, 3, programs=2 * _MULTIPROCESSORS[arch])
 
 
 def _other_tiles(
     arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool
 ) -> Iterator[Launch | None]:
-    """Programs that stay; cuBLAS, whose epilogue can add a bias; the chip's other tiles."""
+    """Programs that stay, or that take a tile each; cuBLAS, whose epilogue can add a bias; the chip's other tiles."""
     if itemsize == 2 and aligned_rows:
         yield from _in_turns(arch)
     if epilogue == "bias":
         yield None
     if itemsize == 2 and aligned_rows:
         yield from (entry for (size, width), entry in LAUNCHES[arch].items() if size == itemsize and width)
+        yield from (_TMA[2, 256],) * (arch == 90)
 
 
 def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Iterator[Launch | None]:
@@ -127,7 +128,7 @@ def _all_tiles(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_
 
 @tunable(_other_tiles, _all_tiles)
 def linear_launch(arch: int, itemsize: int, N: int, K: int, epilogue: str, aligned_rows: bool) -> Launch | None:
-    """The widest tile of the chip's table that divides N, at most 128 columns with GELU; else 128.
+    """The widest tile of the chip's table that divides N, else 128 columns; at most 128 with GELU but on sm_90.
 
     epilogue: the kernel's, and "bias" for a "linear" that adds no more than that; there None is cuBLAS. aligned_rows:
     whether the operands' rows are, as `aligned` says.
@@ -137,7 +138,7 @@ def linear_launch(arch: int, itemsize: int, N: int, K: int, epilogue: str, align
         return table[4, 64]
     if not aligned_rows:
         return table[2, 0]
-    limit = 256 if epilogue in ("linear", "bias") else 128
+    limit = 256 if arch == 90 or epilogue in ("linear", "bias") else 128
     widths = (width for size, width in sorted(table, reverse=True) if size == itemsize and 0 < width <= limit)
     return table[itemsize, next((width for width in widths if N % width == 0), 128)]
 

@@ -42,13 +42,15 @@ from deitfast.kernels.common import (
     launch,
     runs_triton,
 )
-from deitfast.kernels.row_sums import row_sums
+from deitfast.kernels.row_sums import row_sums_of_two
 from deitfast.kernels.subset_rows import SubsetRows, branch_rows, copy_other_rows, subset_row
 from deitfast.kernels.tunable import tunable
 
 BWD_PROGRAMS = {2: 528, 4: 396}
 """Bytes a value of x -> programs of the backward: four or, where registers allow no more, three for each of an H100's
 132 multiprocessors; fixed, so that no chip changes the sums."""
+BWD_PROGRAMS_UNALIGNED = 264
+"""Of rows that are no multiple of 16 values, which no thread loads as vectors: two for each."""
 
 
 def _other_rows(stage: str, columns: int, itemsize: int) -> Iterator[Launch]:
@@ -68,15 +70,20 @@ def _all_rows(stage: str, columns: int, itemsize: int) -> Iterator[Launch]:
 
 def _launch(stage: str, columns: int, itemsize: int) -> Launch:
     block = triton.next_power_of_2(columns)
+    if stage == "fwd":
+        tiles = {"BLOCK_M": max(1, (32768 if INTERPRETED else 1024) // block), "BLOCK_D": block}
+        return Launch(tiles, num_warps=min(16, max(1, block // 1024)), num_stages=2)
     tiles = {"BLOCK_M": max(1, (32768 if INTERPRETED else 2048) // block), "BLOCK_D": block}
-    programs = BWD_PROGRAMS[itemsize] if stage == "bwd" else 0
-    return Launch(tiles, num_warps=min(16, max(4, block // 512)), num_stages=2, programs=programs)
+    programs = BWD_PROGRAMS_UNALIGNED if columns % 16 else BWD_PROGRAMS[itemsize]
+    return Launch(tiles, min(16, max(4, block // 512)), num_stages=2, programs=programs)
 
 
 @tunable(_other_rows, _all_rows)
 def layernorm_launch(stage: str, columns: int, itemsize: int) -> Launch:
-    """Rows a program holds at once and warps, for any chip: about 16 values of each operand a thread.
+    """Rows a program holds at once and warps, for any chip.
 
+    The forward has whole rows in one warp up to 1,024 columns, so that no sum waits for other warps: 32 values a
+    thread. The backward holds three operands and two sums: about 16 values of each a thread.
     stage: fwd or bwd; itemsize: bytes a value of x. Triton's interpreter pays for every operation, whatever the size of
     its tensors: there programs hold more rows.
     """
@@ -147,8 +154,7 @@ def layernorm_bwd_kernel(
     dresidual,  # (M, D) or None
     subset,  # (K,) int64 or None
     dx,  # (M, D)
-    dweight_parts,  # (programs, D) fp32
-    dbias_parts,  # (programs, D) fp32
+    parts,  # (programs, 2, D) fp32: of dweight and dbias
     stride_x,
     M,
     D,
@@ -173,6 +179,9 @@ def layernorm_bwd_kernel(
         offset = row_x[:, None] * D + column[None, :]
         g = tl.load(dout + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x + row_x[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if dresidual is not None and dresidual.dtype.element_ty.primitive_bitwidth == 16:
+            # Before the sums over rows, which wait for all that was asked for; of fp32 the registers are too few.
+            past = tl.load(dresidual + offset, mask=mask, other=0.0)
         row_mean = tl.load(mean + row, mask=row < M, other=0.0)
         row_rstd = tl.load(rstd + row, mask=row < M, other=0.0)
         xhat = tl.where(mask, (values - row_mean[:, None]) * row_rstd[:, None], 0.0)
@@ -183,14 +192,16 @@ def layernorm_bwd_kernel(
         mean_g_xhat = tl.sum(g * xhat, 1) / D
         result = row_rstd[:, None] * (g - mean_g[:, None] - xhat * mean_g_xhat[:, None])
         if dresidual is not None:
-            result += tl.load(dresidual + offset, mask=mask, other=0.0).to(tl.float32)
+            if dresidual.dtype.element_ty.primitive_bitwidth != 16:
+                past = tl.load(dresidual + offset, mask=mask, other=0.0)
+            result += past.to(tl.float32)
         tl.store(dx + offset, result.to(dx.dtype.element_ty), mask=mask)
     if subset is not None:
         for start in tl.range(program * BLOCK_M, other_rows, tl.num_programs(0) * BLOCK_M):
             copy_other_rows(dresidual, dx, subset, start, D, other_rows, K, D, rows_per_sample, BLOCK_M, BLOCK_D)
-    part = program.to(tl.int64) * D + column
-    tl.store(dweight_parts + part, tl.sum(dweight, 0), mask=column < D)
-    tl.store(dbias_parts + part, tl.sum(dbias, 0), mask=column < D)
+    part = parts + program.to(tl.int64) * 2 * D + column
+    tl.store(part, tl.sum(dweight, 0), mask=column < D)
+    tl.store(part + D, tl.sum(dbias, 0), mask=column < D)
 
 
 def check_layernorm(op: str, x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight_name: str, weight: Tensor) -> None:
@@ -292,7 +303,7 @@ def layernorm_bwd(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     entry, samples = layernorm_launch("bwd", D, x.element_size()), subset_arguments(x, subset)
     programs = min(entry.programs, triton.cdiv(max(M, samples["other_rows"]), entry.tiles["BLOCK_M"]))
-    parts = torch.empty((2, programs, D), dtype=torch.float32, device=x.device)
+    parts = torch.empty((programs, 2, D), dtype=torch.float32, device=x.device)
     launch(
         layernorm_bwd_kernel,
         (programs,),
@@ -304,11 +315,10 @@ def layernorm_bwd(
         rstd=rstd,
         dresidual=dresidual,
         dx=dx,
-        dweight_parts=parts[0],
-        dbias_parts=parts[1],
+        parts=parts,
         stride_x=x.stride(0),
         M=M,
         D=D,
         **samples,
     )
-    return dx, row_sums(parts[0], weight.dtype), row_sums(parts[1], weight.dtype)
+    return dx, *row_sums_of_two(parts, weight.dtype)

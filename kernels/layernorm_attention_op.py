@@ -16,6 +16,10 @@ samples of the subset alone; the output is not needed. With g = dout * path_scal
     da = (g * gamma) Wproj      dqkv = attention backward of da      dn = dqkv Wqkv      dWqkv = dqkv^T LayerNorm(x)
     dx = dout + LayerNorm backward of dn      dWproj = gamma * (g^T a)      dgamma as in linear_residual_op.py
 
+Drop-path's factor s takes no pass of its own: the attention stores s * a, its backward takes dout Wproj and multiplies
+by s on chip, and dWproj = dout^T (s a). With LayerScale, or a residual stream in fp32, g * gamma has to be written
+anyway, and there the factor goes with it; and in fp32.
+
 The gradient of qkv_bias, the sum of dqkv over all tokens, takes no pass over dqkv. Its part for v is the sum of da, as
 each query's probabilities add up to 1, and so (gamma * sum_m g) Wproj; its part for k is zero, since a bias on the keys
 shifts all scores of a query alike; its part for q comes from the attention's backward kernel, which has dq on chip.
@@ -31,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.kernels.attention_op import attention_bwd, attention_fwd, attention_reference, check_heads
-from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, op, rows
+from deitfast.kernels.common import autocast, check_dtypes, needed_gradients, op, rows, runs_triton
 from deitfast.kernels.gemm import check_linear, linear_residual_fwd
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd
 from deitfast.kernels.layernorm_linear import layernorm_linear_fwd
@@ -68,6 +72,20 @@ def layernorm_attention_reference(
     return linear_residual_reference(attended(x), proj_weight, proj_bias, x, gamma, path_scale)
 
 
+def _factor_of_sequences(
+    x: Tensor, proj_weight: Tensor, gamma: Tensor | None, path_scale: Tensor | None
+) -> Tensor | None:
+    """Drop-path's factor of each sequence of x (B, ..., N, D), where the attention carries it.
+
+    Not in fp32, whose kernels have no register left for it, nor in eager PyTorch.
+    """
+    if path_scale is None or gamma is not None or not runs_triton(x):
+        return None
+    if x.dtype == torch.float32 or x.dtype != proj_weight.dtype:
+        return None
+    return path_scale if x.ndim == 3 else path_scale.repeat_interleave(math.prod(x.shape[1:-2]))
+
+
 @op("layernorm_attention")
 def _layernorm_attention(
     x: Tensor,
@@ -90,8 +108,11 @@ def _layernorm_attention(
     sequences = math.prod(x.shape[:-2] if subset is None else (subset.shape[0], *x.shape[1:-2]))
     qkv, normed = layernorm_linear_fwd(rows(x), ln_weight, ln_bias, eps, qkv_weight, qkv_bias, branch_rows, out)
     qkv = qkv.view(sequences, tokens, 3 * width)
-    attended, lse = attention_fwd(qkv, num_heads, scale)
-    out = linear_residual_fwd(rows(attended), proj_weight, proj_bias, rows(x), gamma, path_scale, branch_rows, out)
+    factor = _factor_of_sequences(x, proj_weight, gamma, path_scale)
+    attended, lse = attention_fwd(qkv, num_heads, scale, path_scale=factor)
+    out = linear_residual_fwd(
+        rows(attended), proj_weight, proj_bias, rows(x), gamma, path_scale, branch_rows, out, scaled=factor is not None
+    )
     return out.view(x.shape), *normed, qkv, attended, lse
 
 
@@ -119,11 +140,23 @@ def _layernorm_attention_bwd(
     wanted_proj: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dout, branch_rows = rows(dout).contiguous(), subset_rows(x, subset, subset_scale)
+    factor = _factor_of_sequences(x, proj_weight, gamma, path_scale)
     proj = linear_residual_bwd(
-        dout, rows(attended), proj_weight, proj_bias, gamma, path_scale, branch_rows, wanted_proj, wants_sums=wanted_qkv
+        dout,
+        rows(attended),
+        proj_weight,
+        proj_bias,
+        gamma,
+        path_scale,
+        branch_rows,
+        wanted_proj,
+        wants_sums=wanted_qkv,
+        scaled=factor is not None,
     )
     dattended = (proj.dlinear @ proj_weight).view(attended.shape)
-    dqkv, dq_sums = attention_bwd(dattended, qkv, attended, lse, num_heads, scale, wants_sums=wanted_qkv)
+    dqkv, dq_sums = attention_bwd(
+        dattended, qkv, attended, lse, num_heads, scale, wants_sums=wanted_qkv, path_scale=factor
+    )
     dqkv = rows(dqkv)
     dqkv_weight, dqkv_bias = (qkv_weight.new_empty(0) for _ in range(2))
     if wanted_qkv and dq_sums is not None and proj.sums is not None:

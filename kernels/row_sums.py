@@ -26,6 +26,7 @@ def row_sums_kernel(
     x,  # (R, C), contiguous columns
     weights,  # (R,) fp32 or None
     out,  # (C,)
+    second,  # (C,) or None: the sums of the next C columns of x
     stride_x,
     R,
     C,
@@ -33,6 +34,8 @@ def row_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    which = tl.program_id(1)
+    x += which * C
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in tl.range(0, R, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
@@ -42,7 +45,12 @@ def row_sums_kernel(
         if weights is not None:
             values *= tl.load(weights + row, mask=row < R, other=0.0)[:, None]
         sums += values
-    tl.store(out + column, tl.sum(sums, 0).to(out.dtype.element_ty), mask=column < C)
+    total = tl.sum(sums, 0).to(out.dtype.element_ty)
+    if second is None:
+        tl.store(out + column, total, mask=column < C)
+    else:
+        tl.store(out + column, total, mask=(column < C) & (which == 0))
+        tl.store(second + column, total, mask=(column < C) & (which == 1))
 
 
 def row_sums(x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -50,7 +58,22 @@ def row_sums(x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, out: 
     out = torch.empty(x.shape[1], dtype=dtype, device=x.device) if out is None else out
     if not runs_triton(x):
         return out.copy_(x.float().sum(0) if weights is None else weights @ x.float())
-    entry = INTERPRETER_LAUNCH if INTERPRETED else LAUNCH
-    (R, C), grid = x.shape, (triton.cdiv(x.shape[1], entry.tiles["BLOCK_C"]),)
-    launch(row_sums_kernel, grid, entry, x=x, weights=weights, out=out, stride_x=x.stride(0), R=R, C=C)
+    _launch(x, weights, out, None)
     return out
+
+
+def row_sums_of_two(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (R, 2, C) contiguous -> the two halves' sums, (C,) of `dtype` each, in one launch."""
+    first, second = (torch.empty(x.shape[2], dtype=dtype, device=x.device) for _ in range(2))
+    if not runs_triton(x):
+        sums = x.float().sum(0)
+        return first.copy_(sums[0]), second.copy_(sums[1])
+    _launch(x.flatten(1), None, first, second)
+    return first, second
+
+
+def _launch(x: Tensor, weights: Tensor | None, out: Tensor, second: Tensor | None) -> None:
+    entry = INTERPRETER_LAUNCH if INTERPRETED else LAUNCH
+    R, C = x.shape[0], out.shape[0]
+    grid = triton.cdiv(C, entry.tiles["BLOCK_C"]), 1 if second is None else 2
+    launch(row_sums_kernel, grid, entry, x=x, weights=weights, out=out, second=second, stride_x=x.stride(0), R=R, C=C)

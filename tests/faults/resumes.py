@@ -150,7 +150,7 @@ def logits_apart(one: Path, two: Path) -> float:
 
     images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        heads = [load_model(str(out / "best")).eval()(images) for out in (one, two)]
+        heads = [load_model(None, out / "best").model.eval()(images) for out in (one, two)]
     return float((heads[0] - heads[1]).abs().max())
 
 

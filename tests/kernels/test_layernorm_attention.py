@@ -36,6 +36,13 @@ def test_without_optional_inputs(device, dtype, absent):
     check(ATTENTION, inputs | dict.fromkeys(absent), num_heads=2)
 
 
+@pytest.mark.parametrize("leading", [(2, 197), (3, 17), (2, 2, 5)])
+def test_the_attention_carries_the_factor_of_drop_path(device, dtype, leading):
+    """Without LayerScale its result is stored times the factor, 0 among them, and its backward has the factor too."""
+    inputs = ATTENTION.inputs(Draw(6, dtype, device), leading, 64)
+    check(ATTENTION, inputs | {"gamma": None}, num_heads=1)
+
+
 def test_is_the_chain_of_its_three_ops(device, dtype):
     """The same kernels on the same numbers, but for two gradients: that of x is rounded once instead of twice, and that
     of qkv_bias never sums the rounded gradient of qkv.

@@ -98,7 +98,7 @@ def test_programs_that_share_the_rows_are_part_of_an_entry() -> None:
     fewer = replace(own, programs=7)
     with picked({selection(layernorm.layernorm_launch, "bwd", 768, 2).name: fewer}):
         (found,) = (x for x in launches_of(lambda: _mlp(768)) if x.entry is fewer)
-    assert found.arguments["dweight_parts"].shape[0] == 7
+    assert found.arguments["parts"].shape[0] == 7
 
 
 @pytest.mark.parametrize("arch", [0, 80, 90, 100])

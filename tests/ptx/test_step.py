@@ -29,18 +29,18 @@ IN_A_BLOCK = {
     "layernorm_fwd_kernel": 2,
     "linear_kernel": 4 + 1,  # qkv, projection, fc1 and fc2 forward; backward only fc2's, times GELU's derivative
     "attention_fwd_short_kernel": 1,
-    "scale_and_sum_kernel": 2,  # each branch's incoming gradient, times drop-path's factor, and its bias gradient
+    "scale_and_sum_kernel": 2,  # the bias gradient of each branch's last layer, times drop-path's factor
     "layernorm_bwd_kernel": 2,
-    # Partial sums added up: for weight and bias of two LayerNorms, the biases of the projection, fc1 and fc2, and those
-    # of queries and values (that of keys has no gradient: it shifts all scores of a softmax alike).
-    "row_sums_kernel": 4 + 3 + 2,
+    # Partial sums added up: for weight and bias together of two LayerNorms, the biases of the projection, fc1 and fc2,
+    # and those of queries and values (that of keys has no gradient: it shifts all scores of a softmax alike).
+    "row_sums_kernel": 2 + 3 + 2,
 }
 IN_THE_LAST_BLOCK = {  # where keys and values are of all tokens, all else of the class token alone
     "layernorm_fwd_kernel": 3,  # before keys and values, before the queries, before the MLP
     "linear_kernel": 5 + 1,  # keys and values, queries, projection, fc1 and fc2 forward; fc2's backward
     "scale_and_sum_kernel": 4,  # as above, and the bias gradients of keys and values, and of queries
     "layernorm_bwd_kernel": 3,
-    "row_sums_kernel": 6 + 5,  # weight and bias of three LayerNorms; five biases
+    "row_sums_kernel": 3 + 5,  # three LayerNorms; five biases
 }
 IN_A_STEP = {
     "input_patches_kernel": 1,
