@@ -530,3 +530,62 @@ def test_training_knows_weights_by_the_name_of_the_other_commands() -> None:
     from deitfast.training.launch import parse_flags
 
     assert parse_flags(Recipe(), ["--weights", "w.pth"]) == parse_flags(Recipe(), ["--init", "w.pth"])
+
+
+@pytest.fixture
+def run_with_an_average(tmp_path: Path) -> Path:
+    """A run's folder whose last checkpoint holds other weights than its average."""
+    step = tmp_path / "run/ckpt/step-0000004"
+    step.mkdir(parents=True)
+    save_file(state(seed=1), step / "model.safetensors")
+    save_file(state(seed=2), step / "ema.safetensors")
+    (step / "state.json").write_text(json.dumps({"step": 4, "recipe": {"model": MODEL}, "classes": list("abcd")}))
+    (tmp_path / "run/ckpt/latest").write_text(step.name)
+    return tmp_path / "run"
+
+
+def test_the_average_can_be_asked_for_wherever_weights_are_named(run_with_an_average: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for ema, seed in ((False, 1), (True, 2)):
+        expected = inference_model(network(seed=seed), image, device="cpu")["pred_scores"]
+        found = inference_model(run_with_an_average, image, device="cpu", ema=ema)
+        assert np.array_equal(found["pred_scores"], expected)
+        assert found["pred_class"] in "abcd"
+        model = create_model(None, weights=run_with_an_average, ema=ema, fused=False)
+        assert torch.equal(model.head.bias, network(seed=seed).head.bias)
+    for call in (lambda: create_model(MODEL, ema=True), lambda: inference_model(network(), image, ema=True)):
+        with pytest.raises(DeitfastError, match="ema chooses among a run's weights"):
+            call()
+
+
+def test_a_run_that_went_on_is_read_again(run_with_an_average: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    file = run_with_an_average / "ckpt/step-0000004/model.safetensors"
+    before = inference_model(run_with_an_average, image, device="cpu")["pred_scores"]
+    save_file(state(seed=3), file)
+    os.utime(file, ns=(1, 1))  # another time than before, however coarse the clock
+    after = inference_model(run_with_an_average, image, device="cpu")["pred_scores"]
+    assert np.array_equal(after, inference_model(network(seed=3), image, device="cpu")["pred_scores"])
+    assert not np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_weights_with_and_without_a_distillation_token_say_which_model_takes_them(distilled: bool, tmp_path) -> None:
+    names = ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"]
+    save_file(create_model(names[distilled], image_size=32, num_classes=4).state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(DeitfastError) as refused:
+        create_model(names[not distilled], weights=tmp_path / "x.safetensors", image_size=32)
+    said = str(refused.value)
+    assert f"holds weights of {names[distilled]}, not of {names[not distilled]}" in said
+    assert f"Use --model {names[distilled]}" in said
+    assert f"or give a file {'without' if distilled else 'with'} distillation token" in said
+
+
+def test_no_image_size_is_zero_in_python_as_in_the_commands(tmp_path) -> None:
+    save_file(state(image_size=32), tmp_path / "x.safetensors", metadata={"image_size": "32", "model": MODEL})
+    for size in (0, None):
+        assert create_model(MODEL, image_size=size).image_size == 16
+        assert create_model(None, weights=tmp_path / "x.safetensors", image_size=size).image_size == 32
+        assert load_model(None, tmp_path / "x.safetensors", image_size=size).model.image_size == 32
+    with pytest.raises(DeitfastError, match="image size -16 is no multiple"):
+        create_model(MODEL, image_size=-16)

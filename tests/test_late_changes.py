@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deitfast import create_model
 from deitfast.errors import DeitfastError
 from deitfast.kernels import attention, layernorm_attention, layernorm_mlp
+from deitfast.model import fitness
 from deitfast.model.acceleration import AcceleratedBlock, accelerate
 from deitfast.model.fitness import Fusible
 from deitfast.model.fused import FusedBlock, fuse
@@ -433,6 +434,18 @@ def test_a_traced_model_is_the_librarys_own():
     traced = torch.jit.trace(model, x)
     assert torch.equal(traced(x), expected)
     assert "deitfast::" not in str(traced.inlined_graph)
+
+
+def test_a_model_traced_by_fx_is_the_librarys_own_and_says_so(monkeypatch):
+    monkeypatch.setattr(fitness, "_told", set())
+    model = small_timm().eval()
+    x = images(model)
+    expected = logits(model, x)
+    accelerate(model, verbose=False)
+    with pytest.warns(UserWarning, match=r"unfused forward: torch\.fx and its like trace PyTorch's own"):
+        traced = torch.fx.symbolic_trace(model, concrete_args={"attn_mask": None, "is_causal": False})
+    assert torch.equal(traced(x), expected)
+    assert "deitfast" not in traced.code
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

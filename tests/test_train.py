@@ -244,6 +244,7 @@ def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path) -> N
             {"model": "deit_tinny_patch16_224"},
             "model 'deit_tinny_patch16_224' unknown. Did you mean deit_tiny_patch16_224?",
         ),
+        ({"model": "deit_tinny_patch16_224", "batch": 4096}, "unknown. Did you mean deit_tiny_patch16_224?"),
         ({"init": "WRONG_WEIGHTS"}, "another model, not of deit_digits_patch4_16"),
         ({"init": "missing.safetensors"}, "no weight file missing.safetensors"),
         ({"batch": 31}, "--batch is 31, odd, but mixup and cutmix mix pairs"),

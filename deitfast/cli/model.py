@@ -61,7 +61,9 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     _model_flags(parser)
     _run_flags(parser)
     parser.add_argument("--top", type=int, default=5, help="classes to name [5]")
-    parser.add_argument("--batch", type=int, default=0, help="images at once; 0: 256 on a GPU, 16 on a CPU")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="images at once, changes speed alone; 0: 256 on a GPU, 16 on a CPU"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--csv", action="store_true", help="file,rank,label,class,score")
@@ -219,7 +221,7 @@ def _add_test(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--eval-crop-ratio", type=float, default=0, help="side share the centre crop keeps; 0: as published (.875 or 1)"
     )
-    parser.add_argument("--batch", type=int, default=64, help="images at once a process [64]")
+    parser.add_argument("--batch", type=int, default=64, help="images at once a process, changes speed alone [64]")
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 on a GPU")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"], help="[auto]")
     parser.add_argument(

@@ -34,6 +34,7 @@ def create_model(
     reset_head: bool = False,
     depth: int | None = None,
     fused: bool | None = None,
+    ema: bool = False,
 ) -> DeiT:
     """A DeiT by timm's name.
 
@@ -43,14 +44,15 @@ def create_model(
         hash in their name).
     classes: the data's class names, for which `num_classes` need not be given; a head whose weights name their classes
         is brought into their order, or refused.
-    num_classes, image_size, layer_scale: those of the weights where None, else 1000 and the name's own. Position
-        embeddings of weights are interpolated to the image size.
+    num_classes, image_size, layer_scale: those of the weights where None (image_size: or 0, as in the commands), else
+        1000 and the name's own. Position embeddings of weights are interpolated to the image size.
     drop_path: probability of dropping a residual branch of the last block; it rises linearly from 0 over depth, or is
         the same in every block with constant_drop_path.
     reset_head: start the heads at zero, whatever the weights' class count.
     depth: blocks; None for the name's own. Fewer make another, smaller model: for smoke tests.
     fused: True runs the blocks through the ops of `deitfast.kernels`, False in eager PyTorch; None decides by where the
         model runs: fused on CUDA, eager on CPU.
+    ema: the averaged weights, where a run keeps both.
     Raises DeitfastError for an unknown name and for a weight file that is another model's.
     """
     if weights is not None and pretrained:
@@ -60,7 +62,9 @@ def create_model(
     if name is not None:
         find_variant(name)  # before anything is read
     source = weights if weights is not None else published_weights(str(name)) if pretrained is True else pretrained
-    file = read_weights(source) if source else None
+    if ema and not source:
+        raise DeitfastError("ema chooses among a run's weights, and none are given. Give weights=")
+    file = read_weights(source, ema=ema) if source else None
     state = to_ours(file.tensors) if file else {}
     shapes = shapes_of(state)
     name = name or _told_by(file, shapes)
@@ -158,8 +162,8 @@ def load_model(
 
     name: as for `create_model`; None to tell it from the file. weights: what `read_weights` takes; None for the
     published ones of `name`. ema: the averaged weights, where a run keeps both. fused: as for `create_model`.
-    num_classes, image_size: the file's where None; a file that does not state its
-    image size has `name`'s where a name is given. Raises DeitfastError for weights that do not fit.
+    num_classes, image_size: the file's where None (image_size: or 0, as in the commands); a file that does not state
+    its image size has `name`'s where a name is given. Raises DeitfastError for weights that do not fit.
     """
     if weights is None:
         if name is None:

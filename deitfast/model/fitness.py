@@ -74,7 +74,10 @@ class Fusible:
         """Whether this call must run the block's own forward; the reason is told the first time."""
         if torch.compiler.is_dynamo_compiling():
             return _steps_aside_in_graph(self)
-        if not isinstance(x, Tensor) or is_wrapper(x):  # a proxy of torch.fx; a DTensor, a nested tensor
+        if not isinstance(x, Tensor):
+            _tell_once("torch.fx and its like trace PyTorch's own operations")
+            return True
+        if is_wrapper(x):  # a DTensor, a nested tensor
             return True
         return _steps_aside(self)
 
@@ -93,9 +96,7 @@ _steps_aside_in_graph._dynamo_marked_constant = True  # type: ignore[attr-define
 
 def _steps_aside(block: Any) -> bool:
     if reason := _surroundings():
-        if reason not in _told:
-            _told.add(reason)
-            _tell(reason)
+        _tell_once(reason)
         return True
     found: _Examination | None = block.__dict__.get("_examination")
     if found is None or _differs(block, found):
@@ -106,6 +107,12 @@ def _steps_aside(block: Any) -> bool:
 
 
 _told: set[str] = set()
+
+
+def _tell_once(reason: str) -> None:
+    if reason not in _told:
+        _told.add(reason)
+        _tell(reason)
 
 
 def _tell(reason: str) -> None:

@@ -88,7 +88,7 @@ def read_weights(source: str | Path, *, ema: bool = False) -> WeightFile:
     ema: the averaged weights instead of the raw ones, where a run keeps both.
     Raises DeitfastError for what cannot be read, and for a file that is not what was written where a hash tells.
     """
-    path = fetch(str(source), cache_folder("weights")) if is_url(source) else _find_file(Path(source), ema)
+    path = fetch(str(source), cache_folder("weights")) if is_url(source) else find_weight_file(Path(source), ema)
     kind = _kind_of(path)
     meta: Mapping[str, Any] = {}
     found: Any
@@ -174,7 +174,7 @@ def _facts_of_pickle(found: Mapping[Any, Any]) -> dict[str, Any]:
     return facts
 
 
-def _find_file(path: Path, ema: bool) -> Path:
+def find_weight_file(path: Path, ema: bool) -> Path:
     """The weight file that `path`, a file or a folder, stands for."""
     path = path.expanduser()
     if path.is_dir():

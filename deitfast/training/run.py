@@ -27,6 +27,7 @@ from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import model_of
+from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 from deitfast.training.faults import FaultLog
 from deitfast.training.first_contact import trust_capture, trust_kernels
@@ -125,6 +126,7 @@ def set_up(
 ) -> tuple[Run, Dataset]:
     """Join the processes, open the data, make the model, take the run folder: all that can fail on a user's mistake."""
     world = start(recipe.device)
+    world.agree(lambda: find_variant(recipe.model))  # a name that is not one, before the data's faults are looked for
     data = world.agree(lambda: open_data(recipe, world))
     assert data.train is not None
     assert data.val is not None

@@ -17,6 +17,7 @@ from deitfast.model.class_names import class_names
 from deitfast.model.deit import DeiT
 from deitfast.model.download import is_url
 from deitfast.model.factory import LoadedModel, as_loaded, create_model, load_model
+from deitfast.model.weights import find_weight_file
 from deitfast.use.images import batches
 from deitfast.use.inference import Predictor, pick_device
 
@@ -94,6 +95,7 @@ def inference_model(
     *,
     precision: str = "auto",
     classes: Sequence[str] | None = None,
+    ema: bool = False,
 ) -> Prediction | list[Prediction]:
     """What `model` sees in an image, or in each of a list of images.
 
@@ -101,6 +103,7 @@ def inference_model(
     image: a path, URL, encoded bytes, PIL image or uint8 array (H, W, 3) in RGB; or a list of these, which is run in
     batches. weights: what `read_weights` takes; None for the published ones. classes: class names in index order, where
     the weights bring none. device: cuda, cpu, or auto. precision: bf16, fp16, fp32, or auto (bf16 on a GPU, else fp32).
+    ema: the averaged weights, where a run keeps both.
 
     Returns {"pred_label": int, "pred_class": str, "pred_score": float, "pred_scores": float32 (classes,)}, a list of
     them for a list. A named model stays loaded for the next call. Raises DeitfastError for an unreadable image.
@@ -108,13 +111,16 @@ def inference_model(
     if isinstance(model, DeiT):
         if weights is not None:
             raise DeitfastError("weights are for a model's name; this model has its own. Use load_weights(model, ...)")
+        if ema:
+            raise DeitfastError("ema chooses among a run's weights; this model has its own. Give the run's folder")
         return Classifier(as_loaded(model, classes), device, precision)(image)
     if weights is None and (isinstance(model, Path) or os.path.exists(model) or is_url(model)):
         name, weights = None, model
     else:
         name = str(model)
-    stamp = os.stat(weights).st_mtime_ns if weights is not None and os.path.exists(weights) else 0
-    classifier = _loaded(name, None if weights is None else str(weights), str(device), precision, stamp)
+    local = weights is not None and not is_url(weights)
+    stamp = find_weight_file(Path(str(weights)), ema).stat().st_mtime_ns if local else 0
+    classifier = _loaded(name, None if weights is None else str(weights), str(device), precision, ema, stamp)
     if classes is not None:
         classifier = copy.copy(classifier)
         classifier.classes = class_names(len(classifier.classes), classes)
@@ -122,9 +128,9 @@ def inference_model(
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str | None, weights: str | None, device: str, precision: str, stamp: int) -> Classifier:
+def _loaded(name: str | None, weights: str | None, device: str, precision: str, ema: bool, stamp: int) -> Classifier:
     """stamp: the weight file's time, so that a changed one is read again."""
-    return Classifier(load_model(name, weights), device, precision)
+    return Classifier(load_model(name, weights, ema=ema), device, precision)
 
 
 def annotate(image: PILImage, lines: Sequence[tuple[str, float]]) -> PILImage:
