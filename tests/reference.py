@@ -43,6 +43,13 @@ def import_torchvision() -> ModuleType:
     return torchvision
 
 
+def import_transformers() -> ModuleType:
+    import_torchvision()  # which transformers takes where it is installed
+    import transformers
+
+    return transformers
+
+
 def dense(targets: Targets, classes: int) -> torch.Tensor:
     """Soft targets as a float32 (m, classes) matrix, whose rows sum to 1."""
     mixture = torch.zeros(len(targets.labels), classes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deitfast.model import acceleration
 from deitfast.model.acceleration import accelerate
-from tests.reference import import_timm
+from tests.reference import import_timm, import_transformers
 from tests.vit_peers import SMALL, assert_accelerates, images, logits, outputs_and_gradients, perturb, small_timm
 
 
@@ -38,7 +38,7 @@ def distilled_timm() -> nn.Module:
 
 
 def with_teacher() -> nn.Module:
-    import transformers
+    transformers = import_transformers()
 
     sizes = {"image_size": 24, "patch_size": 8, "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ from deitfast.model.fused import fuse
 from deitfast.model.preprocessing import Preprocessing
 from deitfast.use.export import export, exported_program
 from deitfast.use.images import centre_crop
-from tests.reference import import_torchvision
+from tests.reference import import_transformers
 from tests.test_weights import VARIETIES, assert_close, images, same, small
 
 NAME = "deit_digits_patch4_16"
@@ -67,8 +67,7 @@ def test_timm_loads_ours_strictly(timm, tmp_path: Path) -> None:
     ],
 )
 def test_transformers_loads_ours_strictly(variety: str, head_dist: bool, kind: str, tmp_path: Path) -> None:
-    import_torchvision()
-    import transformers
+    transformers = import_transformers()
 
     model = loaded(**VARIETIES[variety])
     if not head_dist:
@@ -97,8 +96,7 @@ def test_transformers_loads_ours_strictly(variety: str, head_dist: bool, kind: s
 
 def test_transformers_preprocesses_as_we_do(tmp_path: Path) -> None:
     """But where an odd number of pixels is cut away: its crop then begins one pixel earlier."""
-    import_torchvision()
-    import transformers
+    transformers = import_transformers()
 
     folder = export(replace(loaded(), preprocessing=Preprocessing(0.75)), "hf", tmp_path / "hf")
     processor = transformers.AutoImageProcessor.from_pretrained(folder)

@@ -36,7 +36,7 @@ from deitfast.model.unpickling import StandIn, load
 from deitfast.model.weights import load_weights, read_weights
 from deitfast.use.images import centre_crop
 from deitfast.use.predict import Classifier
-from tests.reference import import_torchvision
+from tests.reference import import_transformers
 
 MODEL = "deit_digits_patch4_16"
 COLOURS = {"apple": (200, 30, 30), "banana": (220, 210, 40), "cherry": (120, 10, 60), "date": (110, 70, 30)}
@@ -328,8 +328,7 @@ def test_hugging_faces_preprocessor_is_read(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["ViT", "CLIP"])
 def test_predictions_are_what_transformers_own_processor_gives(kind, tmp_path):
-    import_torchvision()  # so that transformers' processors import
-    import transformers
+    transformers = import_transformers()
 
     processor, _ = PROCESSORS[kind]
     loaded = load_model(MODEL, folder(tmp_path, {"model_type": "vit"}, processor), fused=False)

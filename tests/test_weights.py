@@ -18,7 +18,7 @@ from deitfast.model.convert import layout_of, to_huggingface, to_mmpretrain, to_
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model, load_model
 from deitfast.model.weights import load_weights, read_weights
-from tests.reference import import_torchvision
+from tests.reference import import_transformers
 from tests.vit_peers import perturb
 
 SIZES = {"width": 64, "depth": 2, "num_heads": 2, "image_size": 24, "patch_size": 8, "num_classes": 5}
@@ -55,8 +55,7 @@ VARIETIES: dict[str, dict[str, Any]] = {
 
 def transformers_model(kind: str) -> Any:
     """A small model of transformers off its initial values, with its default epsilon (1e-12)."""
-    import_torchvision()  # transformers wants it
-    import transformers
+    transformers = import_transformers()
 
     config = getattr(transformers, "ViTConfig" if kind.startswith("ViT") else "DeiTConfig")(
         image_size=24, patch_size=8, hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=256,

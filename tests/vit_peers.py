@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deitfast.model.acceleration import accelerate
 from tests.kernels.tolerance import assert_close_to_float64
-from tests.reference import import_timm, import_torchvision
+from tests.reference import import_timm, import_torchvision, import_transformers
 
 
 def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -36,7 +36,7 @@ def small_timm(**kwargs: Any) -> nn.Module:
 
 
 def transformers_model(kind: str, attn_implementation: str = "sdpa", **kwargs: Any) -> nn.Module:
-    import transformers
+    transformers = import_transformers()
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**kwargs)
