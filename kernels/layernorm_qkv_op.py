@@ -24,6 +24,7 @@ from deitfast.kernels.gemm import check_linear
 from deitfast.kernels.layernorm import check_layernorm, layernorm_bwd
 from deitfast.kernels.layernorm_linear import layernorm_linear_fwd
 from deitfast.kernels.linear_residual_op import linear_residual_bwd
+from deitfast.kernels.replaced import replaceable
 
 
 def layernorm_qkv_reference(
@@ -76,6 +77,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _layernorm_qkv.register_autograd(_backward, setup_context=_setup_context)
 
 
+@replaceable(layernorm_qkv_reference)
 def layernorm_qkv(
     x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-6
 ) -> Tensor:

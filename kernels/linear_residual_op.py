@@ -37,6 +37,7 @@ from deitfast.kernels.common import (
     rows,
 )
 from deitfast.kernels.gemm import check_linear, linear_residual_fwd, scale_and_sum
+from deitfast.kernels.replaced import replaceable
 from deitfast.kernels.subset_rows import SubsetRows
 
 
@@ -166,6 +167,7 @@ def check_residual(
     check_same_or_fp32(op, weight_name, weight, **given)
 
 
+@replaceable(linear_residual_reference)
 def linear_residual(
     x: Tensor,
     weight: Tensor,

@@ -168,13 +168,13 @@ LAUNCHES: dict[int, dict[tuple[int, int], Launch]] = {
 }
 """Architecture -> (bytes per element, columns of a tile; 0 for fp32 and for rows not aligned to 16 bytes) -> launch."""
 
-BWD_LAUNCH = Launch({"BLOCK_B": 16, "BLOCK_W": 256}, num_warps=4, num_stages=2, programs=792)
-"""Of the backward's pass: six programs for each multiprocessor of an H100, as many as fit there with an fp32 gradient
-(80 registers a thread); fixed, so that no chip changes the sums."""
+BWD_LAUNCH = Launch({"BLOCK_B": 16, "BLOCK_W": 256}, num_warps=4, num_stages=2, programs=528)
+"""Of the backward's pass: four programs for each multiprocessor, as many as fit on an A100 in fp32 (93 registers a
+thread); fixed, so that no chip changes the sums."""
 
 # Triton's interpreter pays for every operation, whatever the size of its tensors: there large tiles are fast.
 INTERPRETER_LAUNCH = _tile(256, 256, 256, num_warps=4, num_stages=1, parts=1)
-INTERPRETER_BWD_LAUNCH = Launch({"BLOCK_B": 2, "BLOCK_W": 1 << 15}, num_warps=4, num_stages=1, programs=792)
+INTERPRETER_BWD_LAUNCH = Launch({"BLOCK_B": 2, "BLOCK_W": 1 << 15}, num_warps=4, num_stages=1, programs=528)
 
 
 def _other_tiles(arch: int, itemsize: int, D: int, aligned_rows: bool) -> Iterator[Launch]:

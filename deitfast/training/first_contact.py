@@ -18,7 +18,7 @@ from deitfast.model.deit import DeiT
 from deitfast.model.fused import FusedBlock, question_about
 from deitfast.recipe import Recipe
 from deitfast.verification.verdict import REPORT, OpVerdict, Verdict, machine
-from deitfast.verification.verify import BLOCK_OPS, Question, adopt, told, verify
+from deitfast.verification.verify import FUSED_OPS, Question, adopt, told, verify
 
 
 def question(recipe: Recipe, model: DeiT, micro_batch: int, bf16: bool) -> Question:
@@ -28,7 +28,7 @@ def question(recipe: Recipe, model: DeiT, micro_batch: int, bf16: bool) -> Quest
     if recipe.engine != "plain":
         ops += ["input_patches", recipe.optimizer]
     if isinstance(model.blocks[0], FusedBlock):
-        ops += ["patch_embed", *BLOCK_OPS]
+        ops += ["patch_embed", *FUSED_OPS]
     ops.append("mixed_bce" if recipe.loss == "bce" else "mixed_cross_entropy")
     drops = max(model.drop_path_rates, default=0.0)
     skips = bool(drops) and recipe.drop_path_form == "subset"

@@ -92,9 +92,9 @@ class Predictor:
     def _trust(self, count: int) -> None:
         """Have the ops verified on this GPU before the first image runs through them."""
         from deitfast.model.fused import question_about
-        from deitfast.verification.verify import BLOCK_OPS, trust
+        from deitfast.verification.verify import FUSED_OPS, trust
 
-        ops = ("patch_embed", *BLOCK_OPS)
+        ops = ("patch_embed", *FUSED_OPS)
         trust(
             question_about(
                 self.model, ops, graph_size(max(count, 1)), self.dtype, backward=False, without=("path_scale",)

@@ -40,7 +40,9 @@ from deitfast.verification.verdict import (
 )
 
 BLOCK_OPS = ("layernorm_attention", "layernorm_mlp")
-TRAINING_OPS = ("image_ops", "input_patches", "patch_embed", *BLOCK_OPS, "mixed_cross_entropy", "adamw")
+FUSED_OPS = (*BLOCK_OPS, "layernorm_qkv", "linear_residual")
+"""Of fused blocks, the last one included, whose attention is for the prefix tokens alone."""
+TRAINING_OPS = ("image_ops", "input_patches", "patch_embed", *FUSED_OPS, "mixed_cross_entropy", "adamw")
 OPS = {**catalogue.OPS, **GRADIENT_FREE}
 
 

@@ -46,12 +46,12 @@ def test_the_table_is_printed_and_a_run_takes_its_choices(
         shown = capsys.readouterr()
         main([*COMMAND, "--out", str(tmp_path), "--json"])
         found = json.loads(capsys.readouterr().out)
-    assert "verifying 7 kernels on this Pretended H100, once" in shown.err
+    assert "verifying 9 kernels on this Pretended H100, once" in shown.err
     assert "GPU 3: Pretended H100, 80 GiB, sm_90" in shown.out
-    assert "6 of 7 ops run their kernels here" in shown.out
+    assert "8 of 9 ops run their kernels here" in shown.out
     assert "the GPU decodes these images as libjpeg does" in shown.out
     rows = {line.split()[0]: line for line in shown.out.split("\n\n")[1].splitlines()[1:]}
-    assert len(rows) == 7
+    assert len(rows) == 9
     assert "ours 1.000, eager 1.000" in rows["patch_embed"]  # the clock ticks once a replay
     assert "largest error" in rows["layernorm_mlp"]
     assert forms(found)["layernorm_mlp"] == EAGER
@@ -88,7 +88,7 @@ def test_a_search_is_kept_and_what_it_found_is_tried_by_the_runs_to_come(
     with chosen(), picked({}):
         main([*COMMAND, "--out", str(tmp_path), "--tune"])
         shown = capsys.readouterr()
-    assert "searching the launch constants of 5 ops on this Pretended H100, 10 min" in shown.err
+    assert "searching the launch constants of 7 ops on this Pretended H100, 10 min" in shown.err
     assert SELECTION in compiled
     assert "1 are faster here, and kept for runs" in shown.out
     assert f"layernorm_mlp, {SELECTION}: {wanted}" in shown.out

@@ -88,11 +88,11 @@ def test_a_gpu_without_fault_runs_every_kernel_and_is_asked_once(
 ) -> None:
     found, log, facts = run(tmp_path / "first")
     assert set(forms(facts).values()) == {OURS}
-    assert "kernels: 7 of 7 verified on this GPU and in use" in log
+    assert "kernels: 9 of 9 verified on this GPU and in use" in log
     timed = {op["op"]: op["ms"].keys() for op in facts["choices"]["kernels"]["ops"]}
     assert not timed.pop("image_ops"), "no CUDA graph has its reference"
     assert all(forms >= {OURS, EAGER} for forms in timed.values())
-    assert capsys.readouterr().err.count("verifying 7 kernels on this Pretended H100, once") == 1
+    assert capsys.readouterr().err.count("verifying 9 kernels on this Pretended H100, once") == 1
     monkeypatch.setattr(check, "check", lambda *_, **__: pytest.fail("asked again"))
     again, _, _ = run(tmp_path / "second")
     assert again == found
@@ -338,7 +338,7 @@ def test_inference_verifies_its_ops_once_and_goes_on_without_those_that_fail(
         found = Predictor(model, "cuda", "fp32")(images).cpu()
     torch.testing.assert_close(found, Predictor(model, "cpu")(images), rtol=1e-4, atol=1e-4)
     told = capsys.readouterr().err
-    assert told.count("verifying 3 kernels") == 1
+    assert told.count("verifying 5 kernels") == 1
     assert told.count("layernorm_mlp runs as eager PyTorch: its kernels are wrong on this GPU: output: largest") == 1
 
 
@@ -387,7 +387,7 @@ def test_an_accelerated_model_verifies_its_ops_at_its_first_use_on_a_gpu(
     for tensor in (on_cpu, found):
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-4)
     told = capsys.readouterr().err
-    assert told.count("verifying 2 kernels") == 1
+    assert told.count("verifying 4 kernels") == 1
     assert told.count("layernorm_mlp runs as eager PyTorch") == 1
 
 
