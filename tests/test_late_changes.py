@@ -448,6 +448,22 @@ def test_a_model_traced_by_fx_is_the_librarys_own_and_says_so(monkeypatch):
     assert "deitfast" not in traced.code
 
 
+def test_fx_keeps_whole_what_timm_says_it_must_not_trace(timm):
+    from timm.layers import get_notrace_functions, get_notrace_modules
+
+    model = timm.create_model("test_vit").eval()  # its positions are interpolated by code that reads the image's size
+    x = torch.randn(1, 3, 64, 64)
+    expected = logits(model, x)
+    assert accelerate(model, verbose=False).replaced
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return type(module) in get_notrace_modules() or super().is_leaf_module(module, name)
+
+    graph = Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(model)
+    assert torch.equal(torch.fx.GraphModule(model, graph)(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_a_scripted_model_is_the_librarys_own():
     model = small_timm().eval()

@@ -10,6 +10,7 @@ No such library is imported here: a model that comes from one has imported it al
 from __future__ import annotations
 
 import functools
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -107,14 +108,17 @@ def _accelerated_class(adapter: type[Accelerated], original: type[nn.Module]) ->
 
 
 def _reading_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    @functools.wraps(original.forward)  # trainers look at its arguments
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return original.forward(self, *args, **kwargs)
-        with reading(self, kwargs):
-            return original.forward(self, *args, **kwargs)
+    library, compiling, read = original.forward, torch.compiler.is_compiling, reading
 
-    return forward
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if compiling():
+            return library(self, *args, **kwargs)
+        with read(self, kwargs):
+            return library(self, *args, **kwargs)
+
+    # torch.fx wraps the functions that it must not trace in the globals of the root's forward: give it the library's.
+    own = types.FunctionType(forward.__code__, library.__globals__, closure=forward.__closure__)  # type: ignore[attr-defined]
+    return functools.wraps(library)(own)  # trainers look at its arguments
 
 
 def _new_accelerated(adapter: type[Accelerated], original: type[nn.Module]) -> Accelerated:

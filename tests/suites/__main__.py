@@ -38,7 +38,14 @@ SUITES = {
             "operations, and of the model, which sums in another order",
         },
     ),
-    "transformers": Suite(("tests/models/vit/test_modeling_vit.py", "tests/models/deit/test_modeling_deit.py")),
+    "transformers": Suite(
+        ("tests/models/vit/test_modeling_vit.py", "tests/models/deit/test_modeling_deit.py"),
+        differs={
+            "test_training_gradient_checkpointing": "it asks which gradients are not zero, with checkpoints and "
+            "without; those of key biases are zero but for rounding, which is another where the last block computes "
+            "class tokens alone",
+        },
+    ),
 }
 
 QUIET = ("-p", "plugin", "-p", "no:cacheprovider", "--noconftest", "-q", "--tb=line", "-W", "ignore")
