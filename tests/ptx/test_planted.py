@@ -58,7 +58,7 @@ def test_missing_wait(arch):
 REAL = [
     (80, "linear_residual", "linear_kernel", without(mutate.WAIT_CP_ASYNC), r"cp\.async not waited for"),
     (80, "linear_residual", "linear_kernel", without(mutate.BARRIER), "data races"),
-    (80, "layernorm_qkv", "layernorm_fwd_kernel", without(mutate.BARRIER), "data races"),
+    (80, "layernorm_qkv", "layernorm_bwd_kernel", without(mutate.BARRIER), "data races"),
     (80, "layernorm_qkv", "layernorm_fwd_kernel", replaced(r"@%p\d+ (st\.global)", r"\1"), "store of .* outside"),
     (80, "attention", "attention_bwd_dq_kernel", without(mutate.WAIT_CP_ASYNC), r"cp\.async not waited for"),
     (90, "linear_residual", "linear_kernel", without(mutate.WAIT_MBARRIER), "not waited for|in flight|more arrivals"),
