@@ -1,13 +1,15 @@
 """The DeiT paper's table in miniature: its claims tried on CIFAR-10, several seeds a row, and a verdict for each.
 
     python -m benchmarks.miniature --data CIFAR10 [--recipe mini_cifar10_cpu] [--seeds 3] [--rows NAME,...] --out DIR
+                                   [--images-per-class N]
     python -m benchmarks.miniature --quick
 
 CIFAR10 is what `deitfast train --data` takes: a folder with the authors' archive, or train/<class>/ and test/<class>/.
 --recipe mini_cifar10 runs the whole data set at 32 px (for a GPU); mini_cifar10_cpu a subset of it at 16 px, in about
-two minutes of one core a run. --rows names runs (`--list` prints them); those that they start from or are taught by are
-made first. A run that is written down is not run again, and one that was killed goes on from its newest checkpoint: the
-same command goes on where it stopped, also after SIGTERM (exit status 75).
+two minutes of one core a run; --images-per-class takes a larger subset of it, in as many steps. --rows names runs
+(`--list` prints them); those that they start from or are taught by are made first. A run that is written down is not
+run again, and one that was killed goes on from its newest checkpoint: the same command goes on where it stopped, also
+after SIGTERM (exit status 75).
 
 DIR/RUN-SEED.json, a file a run: its command, scores, losses, times, commit and machine; DIR/table.md and table.png:
 rows, spreads and verdicts; DIR/runs/: run folders and teachers. Seeds come one after the other, so that every row has
@@ -17,7 +19,6 @@ its first before any has its second. A claim holds where the difference is beyon
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measuring.command import fp32_is_fp32
-from benchmarks.paper import rows, table
+from benchmarks.paper import rows, table, training
 from benchmarks.paper.tokens import compare_tokens
 from benchmarks.paper.training import Table, slug, train, write_subset
 from deitfast.errors import DeitfastError, did_you_mean
@@ -40,7 +41,7 @@ _QUICK_PER_CLASS = 8
 
 def opened(options: argparse.Namespace) -> Table:
     """The table that the options ask for, with its data in place."""
-    stated = base_of(options.recipe)
+    stated = training.shipped(options.recipe)
     if options.quick:
         data = subset_in(options.out, "digits", _QUICK_PER_CLASS, _QUICK_PER_CLASS)
         base = replace(
@@ -48,15 +49,17 @@ def opened(options: argparse.Namespace) -> Table:
         )
         return Table(options.recipe, base, options.out, teacher_epochs=40, teacher_width=8, quick=True)
     per_class = PER_CLASS[options.recipe]
-    data = subset_in(options.out, options.data, per_class) if per_class else options.data
     width = 16 if per_class else 64
+    if per_class and options.images_per_class:
+        stated = seen_as_long(stated, options.images_per_class / per_class)
+        per_class = options.images_per_class
+    data = subset_in(options.out, options.data, per_class) if per_class else options.data
     return Table(options.recipe, replace(stated, data=data), options.out, teacher_epochs=100, teacher_width=width)
 
 
-def base_of(recipe: str) -> Recipe:
-    """The recipe in the shipped file of that name."""
-    found: Recipe = importlib.import_module(f"deitfast.recipes.{recipe}").RECIPE
-    return found
+def seen_as_long(recipe: Recipe, times: float) -> Recipe:
+    """The recipe for so many times the images: as many steps, so fewer passes."""
+    return replace(recipe, epochs=round(recipe.epochs / times), warmup_epochs=recipe.warmup_epochs / times)
 
 
 def subset_in(out: Path, data: str, train_images: int, val_images: int | None = None) -> str:
@@ -91,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", allow_abbrev=False)
     parser.add_argument("--data", help="CIFAR-10: a folder with its archive, or with train/ and test/")
     parser.add_argument("--recipe", choices=PER_CLASS, default="mini_cifar10_cpu")
+    parser.add_argument("--images-per-class", type=int, metavar="N", help="another subset for mini_cifar10_cpu [52]")
     parser.add_argument("--seeds", type=int, default=3, help="runs a row [3]")
     parser.add_argument("--rows", default="", help="names of runs, separated by commas [all]")
     parser.add_argument("--list", action="store_true", help="print the names of the runs")
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not options.data and not options.list:
             raise DeitfastError("no data. Give --data FOLDER with CIFAR-10's archive, or --quick")
         if options.list:
-            print("\n".join(slug(run.name) for run in rows.runs(base_of(options.recipe))))
+            print("\n".join(slug(run.name) for run in rows.runs(training.shipped(options.recipe))))
             return 0
         made = opened(options)
         seeds = range(options.seeds)

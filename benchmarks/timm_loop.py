@@ -155,12 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", default="mini_cifar10_cpu", help="name of a shipped recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=0, help="0: the recipe's")
+    parser.add_argument("--warmup-epochs", type=float, default=-1, help="-1: the recipe's")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     options = parser.parse_args(argv)
     fp32_is_fp32()
     stated: Recipe = importlib.import_module(f"deitfast.recipes.{options.recipe}").RECIPE
     epochs = options.epochs or stated.epochs
-    warmup = min(stated.warmup_epochs, epochs)
+    warmup = options.warmup_epochs if options.warmup_epochs >= 0 else min(stated.warmup_epochs, epochs)
     done = train(
         replace(stated, data=options.data, seed=options.seed, epochs=epochs, warmup_epochs=warmup), options.device
     )

@@ -149,6 +149,9 @@ def claims(base: Recipe) -> list[Claim]:
         ),
         Claim("longer training helps", Score("twice as long"), Score(BASE)),
         Claim("longer training helps with distillation", Score("hard, token, twice as long"), token),
+        Claim(
+            "distillation helps where training is longer", Score("hard, token, twice as long"), Score("twice as long")
+        ),
         Claim("fine-tuning at a larger resolution helps", Score("at twice the size"), Score(BASE)),
         Claim(
             "the engine learns like a loop of timm's parts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import shlex
@@ -54,6 +55,12 @@ class Table:
 
     def file(self, run: str, seed: int) -> Path:
         return self.out / f"{slug(run)}-{seed}.json"
+
+
+def shipped(recipe: str) -> Recipe:
+    """The recipe in the shipped file of that name."""
+    found: Recipe = importlib.import_module(f"deitfast.recipes.{recipe}").RECIPE
+    return found
 
 
 def slug(run: str) -> str:
@@ -192,7 +199,8 @@ def train_by_timm(table: Table, run: Run, recipe: Recipe) -> dict[str, Any]:
     images = found.steps * recipe.batch
     done = {
         "run": run.name, "seed": recipe.seed, "steps": found.steps,
-        "command": f"python -m benchmarks.timm_loop --recipe {table.name} --data {recipe.data} --seed {recipe.seed}",
+        "command": f"python -m benchmarks.timm_loop --recipe {table.name} --data {recipe.data} --seed {recipe.seed} "
+        f"--epochs {recipe.epochs} --warmup-epochs {recipe.warmup_epochs}",
         "scores": {"raw": {"top1": found.raw}, "ema": {"top1": found.ema}}, "images": images,
         "cpu_seconds": cpu, "wall_seconds": wall, "images_per_cpu_second": images / cpu,
         "engine": "plain loop of timm's parts", "loss": found.loss, "facts": facts(),
@@ -204,9 +212,10 @@ def train_by_timm(table: Table, run: Run, recipe: Recipe) -> dict[str, Any]:
 def command(table: Table, recipe: Recipe) -> str:
     """The run by itself, as a command."""
     words: list[str] = []
+    stated = shipped(table.name)
     for f in fields(Recipe):
         value = getattr(recipe, f.name)
-        if f.name in ("data", "seed") or (value != getattr(table.recipe, f.name) and f.name != "out"):
+        if f.name in ("data", "seed") or (value != getattr(stated, f.name) and f.name != "out"):
             words += [flag(f.name), shlex.quote(str(value))]
     return f"deitfast train {table.name} " + " ".join(words)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 from deitfast.recipes.mini_cifar10 import RECIPE as WHOLE
 from deitfast.recipes.mini_cifar10_cpu import RECIPE as ON_CPU
+from deitfast.training.launch import parse_flags
 from deitfast.training.train import train as train_until
 
 SEEDS = range(3)
@@ -76,14 +78,21 @@ def test_every_claim_speaks_of_runs_of_the_table_in_the_right_direction(base: Re
         assert not factor.is_on(without)
 
 
-@pytest.mark.parametrize("base", [WHOLE, ON_CPU], ids=["whole", "cpu"])
-def test_every_run_is_a_recipe_that_can_run(base: Recipe, tmp_path: Path) -> None:
-    made = training.Table("mini", replace(base, data="x"), tmp_path, teacher_epochs=1, teacher_width=8)
-    for run in rows.runs(base):
+@pytest.mark.parametrize("name", ["mini_cifar10", "mini_cifar10_cpu"])
+def test_every_run_is_a_recipe_that_can_run_and_its_command_repeats_it(name: str, tmp_path: Path) -> None:
+    stated = training.shipped(name)
+    made = training.Table(name, miniature.seen_as_long(replace(stated, data="x"), 4), tmp_path, 1, teacher_width=8)
+    for run in rows.runs(made.recipe):
         recipe = training.recipe_of(made, run, 1)
         recipe.check()
         assert recipe.seed == 1
-        assert f"--out {recipe.out}" not in training.command(made, recipe)
+        given = shlex.split(training.command(made, recipe))[3:]
+        assert replace(parse_flags(stated, given), out=recipe.out) == recipe
+
+
+def test_more_images_are_seen_in_as_many_steps() -> None:
+    longer = miniature.seen_as_long(ON_CPU, 208 / miniature.PER_CLASS["mini_cifar10_cpu"])
+    assert 10 * 208 // 64 * longer.epochs == pytest.approx(8 * ON_CPU.epochs, rel=0.01)
 
 
 def test_the_convnet_is_a_teacher_that_the_engine_takes(tmp_path: Path) -> None:
@@ -130,7 +139,7 @@ def test_a_table_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest
     """In its second run: the first is not run again, the second from its newest checkpoint on."""
     arguments = ["--data", "digits", "--rows", "base,bf16", "--seeds", "1", "--out", str(tmp_path)]
     small = replace(ON_CPU, batch=32, mix_group=32, micro_batch=32, epochs=4, eval_every=4, warmup_epochs=1.0)
-    monkeypatch.setattr(miniature, "base_of", lambda _: small)
+    monkeypatch.setattr(training, "shipped", lambda _: small)
     monkeypatch.setitem(miniature.PER_CLASS, "mini_cifar10_cpu", 8)
     begun: list[str] = []
     train = training.deitfast.train
