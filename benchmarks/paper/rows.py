@@ -51,7 +51,8 @@ class Run:
 
     teacher: of TEACHERS, or none. distilled: a model with the second token. start: the run whose best weights it starts
     from. longer: times the base's epochs. share: of the training images one in so many, seen as much oftener. by_timm:
-    by `timm_loop`.
+    by `timm_loop`. processes: under the launcher with so many, where it is not 1, which sum gradients in the dtype
+    `wire`.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Run:
     longer: int = 1
     share: int = 1
     by_timm: bool = False
+    processes: int = 1
+    wire: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def runs(base: Recipe) -> list[Run]:
     hard: dict[str, Any] = {"distillation": "hard"}
     flipped = {f.name: Run(_flipped(f, base), f.off if f.is_on(base) else f.on) for f in FACTORS}
     mixing = flipped.pop("mixup and cutmix")
+    halved = {"micro_batch": min(base.micro_batch or base.batch, base.batch // 2)}
     return [
         Run(BASE),
         mixing,
@@ -109,8 +113,11 @@ def runs(base: Recipe) -> list[Run]:
         Run("plain loop", {"engine": "plain"}),
         Run("bf16", {"precision": "bf16"}),
         Run("drop-path as a subset", {"drop_path": 0.1, "drop_path_form": "subset"}),
+        Run("two processes", halved, processes=2),
+        Run("two processes, bf16 sums", halved, processes=2, wire="bf16"),
         Run("twice as long", longer=2),
         Run("hard, token, twice as long", hard, CONVNET, distilled=True, longer=2),
+        Run("hard, class token, twice as long", hard, CONVNET, longer=2),
         Run("at twice the size", {"image_size": 2 * _image_size(base), **_FINE_TUNING}, start=BASE),
     ]
 
@@ -152,6 +159,10 @@ def claims(base: Recipe) -> list[Claim]:
         Claim(
             "distillation helps where training is longer", Score("hard, token, twice as long"), Score("twice as long")
         ),
+        Claim(
+            "the token helps over hard labels on the class token alone where training is longer",
+            Score("hard, token, twice as long"), Score("hard, class token, twice as long"),
+        ),
         Claim("fine-tuning at a larger resolution helps", Score("at twice the size"), Score(BASE)),
         Claim(
             "the engine learns like a loop of timm's parts",
@@ -162,6 +173,11 @@ def claims(base: Recipe) -> list[Claim]:
         Claim(
             "drop-path as a subset learns like drop-path per image", Score("drop-path as a subset"), Score(per_image),
             equal=True,
+        ),
+        Claim("two processes that share the update learn like one", Score("two processes"), Score(BASE), equal=True),
+        Claim(
+            "gradients summed over processes in bf16 learn like fp32", Score("two processes, bf16 sums"),
+            Score("two processes"), equal=True,
         ),
     ]  # fmt: skip
 

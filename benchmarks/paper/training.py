@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import resource
 import shlex
+import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +27,7 @@ from deitfast.data import Manifest, open_dataset
 from deitfast.files import write_atomically
 from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe, flag
+from deitfast.training.run_record import read_run
 
 TEACHER_SEED = 100
 """Seed of what teaches: of none of the table's runs."""
@@ -177,6 +181,8 @@ def train(table: Table, run: Run, seed: int) -> dict[str, Any]:
     recipe = recipe_of(table, run, seed)
     if run.by_timm:
         return train_by_timm(table, run, recipe)
+    if run.processes > 1:
+        return train_by_processes(table, run, recipe)
     before, cpu, wall = _steps(recipe), time.process_time(), time.monotonic()
     result = deitfast.train(recipe)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
@@ -207,6 +213,33 @@ def train_by_timm(table: Table, run: Run, recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
     _write(table.file(run.name, recipe.seed), done)
     return done
+
+
+def train_by_processes(table: Table, run: Run, recipe: Recipe) -> dict[str, Any]:
+    """A run of several processes under the launcher, written down from its record."""
+    words = [*shlex.split(command(table, recipe)), "--processes", str(run.processes), "--wire", run.wire]
+    before, cpu, wall = _steps(recipe), _cpu_of_children(), time.monotonic()
+    ended = subprocess.run([sys.executable, "-m", *words, "--out", recipe.out])
+    if ended.returncode:
+        raise SystemExit(ended.returncode)
+    cpu, wall = _cpu_of_children() - cpu, time.monotonic() - wall
+    evaluated = read_run(Path(recipe.out)).evaluations
+    last = evaluated[-1]
+    images = (last["step"] - before) * recipe.batch
+    done = {
+        "run": run.name, "seed": recipe.seed, "command": shlex.join(words), "steps": last["step"],
+        "scores": {"raw": {"top1": last["top1"]}, "ema": {"top1": last["ema_top1"]}}, "images": images,
+        "cpu_seconds": cpu, "wall_seconds": wall, "images_per_cpu_second": images / cpu,
+        "engine": f"{run.processes} processes, gradients summed in {run.wire}", "loss": curve(Path(recipe.out)),
+        "facts": facts(),
+    }  # fmt: skip
+    _write(table.file(run.name, recipe.seed), done)
+    return done
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def command(table: Table, recipe: Recipe) -> str:
