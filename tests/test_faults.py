@@ -135,8 +135,7 @@ def test_ten_steps_of_nan_go_back_to_the_checkpoint_before_and_end_as_if_nothing
 
     monkeypatch.setattr(FlatEngine, "loss", poisoned)
     monkeypatch.setattr(FlatEngine, "__call__", noting)
-    monkeypatch.setattr("deitfast.training.resume.Retention", lambda every: Retention(20, every))
-    train(replace(RECIPE, out=str(tmp_path)))
+    train(replace(RECIPE, out=str(tmp_path)))  # which saves at every step
     said = capsys.readouterr().out
     assert "Going back to the checkpoint of step 7" in said
     assert kinds(tmp_path).count("roll-back") == 1

@@ -146,7 +146,8 @@ def loop(
             leave(run, signal, watch)
         if run.evaluation_due or (stopping and eval_images):
             result = pause_to_evaluate(run, meter, watch, agreement, eval_images)
-        if epoch_ended or stopping or meter.save_due:
+        # No save of steps that were all skipped: it would push out the one to which a run that diverges goes back.
+        if stopping or ((epoch_ended or meter.save_due) and not meter.all_skipped):
             pause_to_save(run, watch, wait=stopping)
         meter.resume()
     return result
