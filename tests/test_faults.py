@@ -434,6 +434,15 @@ def test_a_second_signal_and_one_in_start_up_end_the_process_at_once(monkeypatch
             time.sleep(pause)
         assert stop.received == "SIGINT"
     assert ended == [128 + signal.SIGINT]
+    ended.clear()
+    with StopRequest() as stop:
+        stop.begin()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        stop.end()  # all is saved
+        os.kill(os.getpid(), signal.SIGTERM)  # of a launcher whose other process was faster
+        time.sleep(0.2)
+    assert not ended
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -143,7 +143,7 @@ def loop(
             continue
         meter.log(lr)
         if signal:
-            leave(run, signal, watch)
+            leave(run, signal, watch, stop)
         if run.evaluation_due or (stopping and eval_images):
             result = pause_to_evaluate(run, meter, watch, agreement, eval_images)
         # No save of steps that were all skipped: it would push out the one to which a run that diverges goes back.
@@ -164,7 +164,7 @@ def pause_to_evaluate(run: Run, meter: Meter, watch: Watch, agreement: Agreement
         with watch.during("an evaluation"):
             result = evaluate_both(run, meter.images_per_second, limit, asked_to_stop)
     except Interrupted:
-        leave(run, agreement.wanted() or "a signal to another process", watch)
+        leave(run, agreement.wanted() or "a signal to another process", watch, agreement.stop)
     run.evaluated = run.step
     record(run, result)
     return result
@@ -175,10 +175,11 @@ def pause_to_save(run: Run, watch: Watch, *, wait: bool = False) -> None:
     run.reached()
 
 
-def leave(run: Run, signal: str, watch: Watch) -> NoReturn:
+def leave(run: Run, signal: str, watch: Watch, stop: StopRequest) -> NoReturn:
     """Save and end, as a signal asked for."""
     save(run, watch, wait=True)
-    run.reached()
+    run.reached(running=False)
+    stop.end()
     if run.folder:
         done = f"saved at step {run.step}" if is_saved(run) else f"NOT saved at step {run.step}"
         run.say(f"{signal}: {done}. The same command resumes")
