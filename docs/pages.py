@@ -19,8 +19,9 @@ from typing import Any
 
 import deitfast
 from deitfast import kernels
-from deitfast.model.work import GPUS, forward_macs, mfu, model_flops, part_floors
+from deitfast.model.work import GPUS, IMAGENET_IMAGES, forward_macs, mfu, model_flops, part_floors
 from deitfast.recipe import Recipe
+from deitfast.training.estimate import least_hours
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -50,11 +51,14 @@ def recipes_page() -> str:
     for path in sorted((ROOT / "recipes").glob("[!_]*.py")):
         recipe, text = importlib.import_module(f"deitfast.recipes.{path.stem}").RECIPE, docstring(path)
         expected = re.search(r"Expected top-1[^:]*:\s+([\d.]+ %) \(([^;)]+)", text)
-        top1, source = expected.groups() if expected else ("", "")
+        top1, source = map(_one_line, expected.groups()) if expected else ("", "")
+        images = re.search(r"([\d,]+) images of [\d,]+ classes", text)
+        count = int(images[1].replace(",", "")) if images else IMAGENET_IMAGES
+        hours = f"{least_hours(recipe, GPUS['h100'], count):.1f}" if expected else ""
         status = "not yet run" if "Not yet run" in text else "see its file"
         size = recipe.image_size or int(re.findall(r"\d+", recipe.model)[-1])
         link = f"[{path.stem}](../recipes/{path.name})"
-        rows.append(f"| {link} | {size} | {recipe.epochs} | {top1} | | not yet measured | {status} | {source} |")
+        rows.append(f"| {link} | {size} | {recipe.epochs} | {top1} | | {hours} | {status} | {source} |")
         found = recipe.deviations()
         if found:
             differences.append(f"- **{path.stem}**: {'; '.join(found)}")
@@ -65,9 +69,14 @@ def recipes_page() -> str:
             "",
             "A recipe is one Python file that states every setting. Its docstring has the command, the expected",
             "accuracy and its source, and what of the authors' procedure it cannot follow. Top-1 on ImageNet-1k's",
-            "validation set; hours of one H100. Our results come with their run folder: [RESULTS.md](../RESULTS.md).",
+            "validation set, or on the data set's own. Our results come with their run folder:",
+            "[RESULTS.md](../RESULTS.md).",
             "",
-            "| recipe | px | epochs | expected | ours | hours | status | source of the expected top-1 |",
+            "Hours are the least that one H100 can need: the roofline's bound for the training steps, which",
+            "`deitfast estimate RECIPE` prints, without data, evaluation and a distillation's teacher. **No recipe has",
+            "been timed on a GPU yet.**",
+            "",
+            "| recipe | px | epochs | expected | ours | hours, at least | status | source of the expected top-1 |",
             "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
@@ -82,6 +91,10 @@ def recipes_page() -> str:
             *_opening(Recipe),
         ]
     )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _opening(recipe: type[Recipe]) -> Iterator[str]:
