@@ -77,6 +77,12 @@ def cells(page: str) -> list[list[str]]:
     return [[re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", row)] for row in rows]
 
 
+def summary(page: str) -> list[dict[str, str]]:
+    """The first table, a dictionary a run."""
+    rows = cells(page[: page.index("</table>")])
+    return [dict(zip([row[0] for row in rows], column, strict=True)) for column in list(zip(*rows, strict=True))[1:]]
+
+
 @pytest.fixture(scope="module")
 def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return report(tmp_path_factory.mktemp("page"), run, "--price", "3")
@@ -108,8 +114,7 @@ def test_every_curve_is_drawn(page: str) -> None:
 
 
 def test_the_summary_is_worked_out_from_the_metrics(run: Path, page: str) -> None:
-    head, row = cells(page)[:2]
-    told = dict(zip(head, row, strict=True))
+    (told,) = summary(page)
     steps, evaluations = list(lines_of(run, "lr")), list(lines_of(run, "top1"))
     seconds = sum(BATCH / line["images_per_second"] for line in steps)  # a line a step on a CPU
     assert told["state"] == "ended"
@@ -185,7 +190,7 @@ def test_hours_cost_and_mfu_are_worked_out_from_a_gpus_run(run: Path, tmp_path: 
     (out / "recipe.json").write_text(json.dumps(stated))
     (out / "log.txt").write_text("2026-01-01 23:00:00 begun\n2026-01-02 01:30:20 done: top-1 50.00 %\n")
     page = report(tmp_path, out, "--quick", "--price", "3")
-    told = dict(zip(*cells(page)[:2], strict=True))
+    (told,) = summary(page)
     assert told["training"] == "46m40s"  # 28 steps
     assert len(steps) == 28
     assert told["wall clock"] == "2h30m"
@@ -222,10 +227,10 @@ def test_the_page_asks_nobody_for_anything(page: str) -> None:
 
 def test_a_run_that_died_is_told_as_far_as_it_came(run: Path, broken: Path, tmp_path: Path) -> None:
     both = report(tmp_path, run, broken, "--quick")
-    rows = cells(both)
-    assert [row[0] for row in rows[1:3]] == ["whole", "broken"]
-    assert rows[2][2] == "running, or died without a word"
-    assert rows[2][3] == "19"
+    beside = summary(both)
+    assert [told["run"] for told in beside] == ["whole", "broken"]
+    assert beside[1]["state"] == "running, or died without a word"
+    assert beside[1]["steps"] == "19"
     whole, second = numbers(both)["loss"]
     steps = list(lines_of(run, "lr"))[:19]  # among 20 lines is one of an evaluation, after step 14
     assert second["values"] == [7.0 if line["step"] in (15, 16, 17) else line["loss"] for line in steps]

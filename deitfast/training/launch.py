@@ -137,6 +137,7 @@ def train(recipe: Recipe, track: str = "") -> Result:
     recipe: its `data` must be given; where its `out` is empty, the run folder is runs/<model>. Everything that the run
         writes lies there, and the same call goes on from the newest checkpoint in it.
     track: `tensorboard`, `wandb`, `trackio` or several, with commas: they get the run's numbers, too.
+
     This process is the only one, or one of those that torchrun started. Progress is printed.
 
     Raises DeitfastError for what its user can mend, and SystemExit(75) after a SIGTERM, with everything saved.
