@@ -160,7 +160,7 @@ def test_confusion_and_calibration_are_those_of_timms_model_on_the_same_images(r
         for i in range(15)
         if (held := (confidence > i / 15) & (confidence <= (i + 1) / 15)).any()
     )
-    found = re.search(r"Top-1 ([\d.]+) %, top-5 ([\d.]+) % on 360 validation images; calibration error ([\d.]+)", page)
+    found = re.search(r"Top-1 ([\d.]+) %, top-5 ([\d.]+) % on 360 validation images; calibration error (\d\.\d+)", page)
     assert found
     assert [float(x) for x in found.groups()] == pytest.approx(
         [100 * right.mean(), 100 * among_five.mean(), ece], abs=0.0051

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deitfast.data import Dataset
 from deitfast.data.manifest import read_manifest, write_manifest
 from deitfast.engine.optim import learning_rate
@@ -20,6 +22,7 @@ from deitfast.training.progress import Reached
 from deitfast.training.run import IMAGES, Run, choices, introduce
 from deitfast.training.saving import Saver
 from deitfast.training.trackers import Trackers
+from deitfast.training.watch import SAVE, Watch
 
 _SCHEDULE = ("epochs", "lr", "min_lr", "warmup_lr", "warmup_epochs", "deit_compat")
 
@@ -161,12 +164,18 @@ def roll_back(run: Run, error: Diverged) -> None:
         run.folder.reached.write(Reached(run.step, run.folder.reached.now.saved, running=True))
 
 
-def save(run: Run, *, wait: bool = False) -> None:
+def save(run: Run, watch: Watch, *, wait: bool = False) -> None:
     """Have a checkpoint of `run` written; to be called on every process, the leading one writes.
 
-    wait: until it is on the disk.
+    wait: until it is on the disk. A process that hangs while the tensors are collected has the patience of a step, the
+    disk that of a save.
     """
     tensors = run.engine.tensors()
+    with watch.during(SAVE):
+        _save(run, tensors, wait)
+
+
+def _save(run: Run, tensors: dict[str, dict[str, Tensor]], wait: bool) -> None:
     if not run.folder or not run.saver:
         return
     state: dict[str, Any] = {
@@ -186,9 +195,9 @@ def is_saved(run: Run) -> bool:
     return run.saver is None or run.saver.saved == run.step
 
 
-def save_or_tell(run: Run) -> None:
+def save_or_tell(run: Run, watch: Watch) -> None:
     """The last save of a run that is finished. Raises DeitfastError where it failed."""
-    save(run, wait=True)
+    save(run, watch, wait=True)
     if not is_saved(run):
         assert run.saver
         raise DeitfastError(

@@ -84,11 +84,11 @@ class Run:
             self.step == self.total_steps or (in_epoch == 0 and epoch % self.recipe.eval_every == 0)
         )
 
-    def reached(self) -> None:
-        """Note on disk how far the run is."""
+    def reached(self, *, running: bool = True) -> None:
+        """Note on disk how far the run is. running: it goes on from here."""
         if self.folder and self.saver:
             self.saver.poll()
-            self.folder.reached.write(Reached(self.step, self.saver.saved, running=True))
+            self.folder.reached.write(Reached(self.step, self.saver.saved, running))
 
     def close(self) -> None:
         """Let go of the run folder, with what is being written in full, and of what the engine holds."""

@@ -26,7 +26,7 @@ from deitfast.training.meter import Meter
 from deitfast.training.resume import Diverged, begin, is_saved, record_error, roll_back, save, save_or_tell
 from deitfast.training.run import Run, set_up
 from deitfast.training.run_folder import duration
-from deitfast.training.watch import SAVE, Watch
+from deitfast.training.watch import Watch
 from deitfast.use.evaluate import Interrupted
 
 
@@ -103,7 +103,7 @@ def _with_loader(run: Run, stop: StopRequest, stop_at: int | None, eval_images: 
         try:
             return loop(run, loader, stop, watch, stop_at, eval_images)
         except TooManyBadFiles:
-            save(run, wait=True)
+            save(run, watch, wait=True)
             raise
         except torch.OutOfMemoryError as error:
             raise out_of_memory(run) from error
@@ -146,10 +146,11 @@ def loop(
             continue
         meter.log(lr)
         if signal:
-            leave(run, signal, watch)
+            leave(run, signal, watch, stop)
         if run.evaluation_due or (stopping and eval_images):
             result = pause_to_evaluate(run, meter, watch, agreement, eval_images)
-        if epoch_ended or stopping or meter.save_due:
+        # No save of steps that were all skipped: it would push out the one to which a run that diverges goes back.
+        if stopping or ((epoch_ended or meter.save_due) and not meter.all_skipped):
             pause_to_save(run, watch, wait=stopping)
         meter.resume()
     return result
@@ -166,23 +167,22 @@ def pause_to_evaluate(run: Run, meter: Meter, watch: Watch, agreement: Agreement
         with watch.during("an evaluation"):
             result = evaluate_both(run, meter.images_per_second, limit, asked_to_stop)
     except Interrupted:
-        leave(run, agreement.wanted() or "a signal to another process", watch)
+        leave(run, agreement.wanted() or "a signal to another process", watch, agreement.stop)
     run.evaluated = run.step
     record(run, result)
     return result
 
 
 def pause_to_save(run: Run, watch: Watch, *, wait: bool = False) -> None:
-    with watch.during(SAVE):
-        save_or_tell(run) if wait else save(run)
+    save_or_tell(run, watch) if wait else save(run, watch)
     run.reached()
 
 
-def leave(run: Run, signal: str, watch: Watch) -> NoReturn:
+def leave(run: Run, signal: str, watch: Watch, stop: StopRequest) -> NoReturn:
     """Save and end, as a signal asked for."""
-    with watch.during(SAVE):
-        save(run, wait=True)
-    run.reached()
+    save(run, watch, wait=True)
+    run.reached(running=False)
+    stop.end()
     if run.folder:
         done = f"saved at step {run.step}" if is_saved(run) else f"NOT saved at step {run.step}"
         run.say(f"{signal}: {done}. The same command resumes")
