@@ -164,13 +164,13 @@ def test_the_readmes_python_runs(tmp_path: Path, timm) -> None:
 
 SHORT = {
     "deit_base": ["--image-size", "32"],
-    "deit_digits": ["--image-size", "8", "--epochs", "1", "--warmup-epochs", "0"],
+    "deit_digits": ["--epochs", "1", "--warmup-epochs", "0"],
 }
 
 
 @pytest.mark.slow
 def test_the_quick_start_does_what_it_says(tmp_path: Path) -> None:
-    """From `deitfast doctor` on, as printed, but of small images; the demo is cut to an epoch."""
+    """From `deitfast doctor` on, as printed, but the smoke test takes small images, and the demo an epoch."""
     quick = next(code for language, code in blocks((ROOT / "README.md").read_text()) if "git clone" in code)
     lines = [line.split("#")[0].split() for line in quick.splitlines() if line.startswith("deitfast")]
     assert [line[1] for line in lines] == ["doctor", "train", "train", "test"]
