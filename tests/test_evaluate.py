@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,20 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert sum(int(row["images"]) for row in rows) == facts["images"]
     for name in ("confusion.png", "calibration.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["test --weights x --data x --plots x", "report ."])
+def test_without_matplotlib_what_draws_is_refused_before_any_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "recipe.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(command.split())
+    said = capsys.readouterr().err
+    assert said == "error: plots need matplotlib: pip install matplotlib, our extra [report]\n"
 
 
 def test_the_number_of_classes_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

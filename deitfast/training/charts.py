@@ -61,9 +61,9 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
 
 def svg(chart: Chart, colours: dict[str, str]) -> str:
     """The chart as an <svg> element. colours: by run."""
+    figure_class()
     import matplotlib
 
-    figure_class()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.key, "font.size": 9}):
         figure = figure_class()(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.add_subplot()
