@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from deitfast.cli.main import main
@@ -24,6 +23,7 @@ from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
 from deitfast.use.evaluate import Details, Scores, evaluate_each, evaluate_in_detail, real_labels
+from tests.processes import in_processes
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 OPTIONS = {"crop_ratio": 0.875, "batch": 32, "workers": 1, "bf16": False}
@@ -152,7 +152,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
 def test_three_processes_count_every_image_once(tmp_path: Path) -> None:
     scores, details = evaluate_in_detail(model_of(True), digits(), ALONE, **OPTIONS)
     world = 3
-    mp.spawn(_worker, (world, str(tmp_path)), nprocs=world)
+    in_processes(_worker, world, world, str(tmp_path))
     for rank in range(world):
         theirs, more = torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=False)
         assert replace(theirs, loss=0.0) == replace(scores, loss=0.0)
