@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+_numbers = itertools.count()
 
 
 class Board:
@@ -36,7 +39,10 @@ class Board:
 
 
 def board() -> Board | None:
-    """The board of the processes that have joined; None for one that is alone."""
+    """An empty board for the processes that have joined, None for one that is alone; all call this in the same order.
+
+    What a run before it on the same processes posted, or this one before it was rolled back, is not on it.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    return Board(dist.PrefixStore("deitfast", distributed_c10d._get_default_store()))
+    return Board(dist.PrefixStore(f"deitfast/board/{next(_numbers)}", distributed_c10d._get_default_store()))

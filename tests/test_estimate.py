@@ -14,7 +14,7 @@ from deitfast.kernels.common import INTERPRETED
 from deitfast.model.factory import create_model
 from deitfast.model.work import GPUS
 from deitfast.recipe import Recipe
-from deitfast.training.estimate import estimate, memory_parts
+from deitfast.training.estimate import estimate, least_hours, memory_parts
 
 RECIPE = Recipe(model="deit_base_patch16_224", data="x")
 
@@ -75,6 +75,7 @@ def test_hours_are_images_over_the_bound() -> None:
     assert one.images_per_second < 989.4e12 / (105.4e9 * (1 - 5 / 6 / 12))
     assert one.images_per_second > 0.7 * 989.4e12 / 105.4e9
     assert one.hours == pytest.approx(300 * 1_281_167 / one.images_per_second / 3600)
+    assert least_hours(RECIPE, GPUS["h100"], 1_281_167) == one.hours, "what the table of recipes states"
     assert 6 < one.hours / eight.hours <= 8.001
     assert one.parameters == 86_567_656  # timm's count
     wide = estimate(replace(RECIPE, image_size=384), GPUS["h100"], 8, 1000, 1_281_167)

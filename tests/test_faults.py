@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from deitfast.board import Board
+from deitfast.board import Board, board
 from deitfast.engine.engine import FlatEngine
 from deitfast.errors import DeitfastError, HopelessError
-from deitfast.training import checkpoint, saving
+from deitfast.training import checkpoint, resume, saving
 from deitfast.training.checkpoint import Checkpoint, Retention
 from deitfast.training.environment import changes
 from deitfast.training.faults import FaultLog
@@ -135,8 +136,7 @@ def test_ten_steps_of_nan_go_back_to_the_checkpoint_before_and_end_as_if_nothing
 
     monkeypatch.setattr(FlatEngine, "loss", poisoned)
     monkeypatch.setattr(FlatEngine, "__call__", noting)
-    monkeypatch.setattr("deitfast.training.resume.Retention", lambda every: Retention(20, every))
-    train(replace(RECIPE, out=str(tmp_path)))
+    train(replace(RECIPE, out=str(tmp_path)))  # which saves at every step
     said = capsys.readouterr().out
     assert "Going back to the checkpoint of step 7" in said
     assert kinds(tmp_path).count("roll-back") == 1
@@ -434,6 +434,15 @@ def test_a_second_signal_and_one_in_start_up_end_the_process_at_once(monkeypatch
             time.sleep(pause)
         assert stop.received == "SIGINT"
     assert ended == [128 + signal.SIGINT]
+    ended.clear()
+    with StopRequest() as stop:
+        stop.begin()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        stop.end()  # all is saved
+        os.kill(os.getpid(), signal.SIGTERM)  # of a launcher whose other process was faster
+        time.sleep(0.2)
+    assert not ended
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -473,6 +482,37 @@ def test_all_processes_stop_after_the_same_step(who: int) -> None:
     assert len(stopped) == 3
     assert len({(step, name) for _, step, name in stopped}) == 1
     assert 40 <= stopped[0][1] < 40 + 3 * 32
+
+
+def test_a_run_finds_no_message_of_the_run_before_it_on_the_same_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor after a roll-back: with old decisions one process stops for the next, which waits for it in a collective."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    before, now = board(), board()
+    before.post("stop/0", "1 SIGTERM")
+    assert now.read("stop/0") is None
+    assert before.another().read("stop/0") == "1 SIGTERM"
+
+
+def test_a_process_that_hangs_while_tensors_are_collected_has_no_more_patience_than_in_a_step() -> None:
+    doing: list[str] = []
+    watch = Watch(None, 0, 2, 5, patience=60.0, restarts=False, say=print, fault=print)
+
+    def tensors() -> dict[str, dict[str, torch.Tensor]]:
+        doing.append(watch.doing)
+        return {}
+
+    saver = SimpleNamespace(save=lambda *_: doing.append(watch.doing), join=lambda: None)
+    run = SimpleNamespace(
+        engine=SimpleNamespace(tensors=tensors), folder=True, saver=saver, step=6, recipe=RECIPE, best=None,
+        train_data=SimpleNamespace(classes=()), order=SimpleNamespace(steps_per_epoch=1), evaluated=0,
+    )  # fmt: skip
+    watch.stepped(6)
+    resume.save(run, watch, wait=True)
+    watch.close()
+    assert doing == ["a step", "a save"]
 
 
 def test_the_leading_process_says_whom_all_wait_for_and_a_hanging_one_ends() -> None:

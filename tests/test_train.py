@@ -204,6 +204,17 @@ def test_another_recipe_in_the_folder_is_refused_unless_allowed(tmp_path: Path) 
     train(replace(recipe, lr=0.1, allow_changes=True, workers=2), stop_at=2)
 
 
+def test_a_run_does_not_slip_to_the_cpu_where_its_gpus_are_gone(tmp_path: Path) -> None:
+    recipe = replace(FULL, out=str(tmp_path / "run"))
+    train(recipe, stop_at=1)
+    facts = json.loads((tmp_path / "run" / "env.json").read_bytes())
+    facts["choices"]["device"] = "cuda"
+    (tmp_path / "run" / "env.json").write_text(json.dumps(facts))
+    with pytest.raises(DeitfastError, match=r"has run on cuda so far and would go on on cpu here. .* --device cpu$"):
+        train(recipe, stop_at=2)
+    train(replace(recipe, device="cpu"), stop_at=2)
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [("flat", "ten steps in a row had gradients that are not finite"), ("plain", "loss is nan at")],

@@ -46,8 +46,7 @@ def estimate(recipe: Recipe, gpu: Gpu, gpus: int, classes: int, images: int) -> 
 
     Raises DeitfastError for an unknown model, and for a batch that the GPUs cannot share.
     """
-    variant = find_variant(recipe.model)
-    variant = replace(variant, image_size=recipe.image_size or variant.image_size)
+    variant = variant_of(recipe)
     scale = recipe.layer_scale or None
     model = create_model(
         recipe.model, num_classes=classes, image_size=variant.image_size, layer_scale=scale, fused=True
@@ -62,6 +61,17 @@ def estimate(recipe: Recipe, gpu: Gpu, gpus: int, classes: int, images: int) -> 
         recipe, gpu, gpus, sum(p.numel() for p in model.parameters()), forward_macs(variant), memory, largest,
         micro_batch, accumulation, speed, recipe.epochs * images / speed / 3600,
     )  # fmt: skip
+
+
+def variant_of(recipe: Recipe) -> Variant:
+    """The model of a recipe, at the size that it is trained at."""
+    variant = find_variant(recipe.model)
+    return replace(variant, image_size=recipe.image_size or variant.image_size)
+
+
+def least_hours(recipe: Recipe, gpu: Gpu, images: int) -> float:
+    """Hours that one GPU needs at least for `recipe` on so many training images, at the roofline."""
+    return recipe.epochs * images / speed_bound(variant_of(recipe), recipe.batch, gpu, recipe.recompute) / 3600
 
 
 def memory_parts(

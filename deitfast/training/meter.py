@@ -27,6 +27,7 @@ class Meter:
         self.logged_step = self.first_step = run.step
         self.training_seconds = 0.0
         self.save_due = False  # by the clock of the leading process, as all of them know since the last log
+        self.all_skipped = False  # every step of the last window
         self.resume()
 
     def resume(self) -> None:
@@ -62,6 +63,7 @@ class Meter:
             torch.cat([torch.stack([loss_sum, skipped_steps / self.world.size]), own.to(loss_sum.device)])
         ).tolist()
         skipped, self.save_due = round(sums[1]), sums[3] > 0
+        self.all_skipped = skipped == steps
         data_waits, peer_waits = sums[4 : 4 + self.world.size], sums[4 + self.world.size :]
         if sums[2]:  # the same file may have met several processes
             met = len({name for names in self.world.gather(self.loader.quarantined) for name, _ in names})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from deitfast.data import Dataset
 from deitfast.data.manifest import read_manifest, write_manifest
@@ -18,6 +21,8 @@ from deitfast.training.environment import environment
 from deitfast.training.progress import Reached
 from deitfast.training.run import IMAGES, Run, choices, introduce
 from deitfast.training.saving import Saver
+from deitfast.training.trackers import Trackers
+from deitfast.training.watch import SAVE, Watch
 
 _SCHEDULE = ("epochs", "lr", "min_lr", "warmup_lr", "warmup_epochs", "deit_compat")
 
@@ -30,13 +35,14 @@ class Diverged(DeitfastError):
         self.step, self.since = step, since
 
 
-def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
-    """Resume from the run folder and write down what is about to run."""
+def begin(run: Run, data: Dataset, stated: Recipe | None, track: Sequence[str] = ()) -> None:
+    """Resume from the run folder and write down what is about to run. track: names of `trackers.TRACKERS`."""
     run.world.agree(lambda: _look_back(run))
     run.world.agree(lambda: resume(run))
     check_same_step(run)
     run.engine.broadcast()  # equal already, but for a machine with other generators or files
     run.world.agree(lambda: _write_down(run))
+    run.world.agree(lambda: _open_trackers(run, track))
     if run.folder:
         introduce(run, data, stated)
 
@@ -69,6 +75,12 @@ def _write_down(run: Run) -> None:
     retention = Retention(every=run.recipe.keep_every * run.order.steps_per_epoch)
     run.saver = Saver(folder.checkpoints, retention, run.say, folder.note, partial(run.fault, "failed save"))
     run.saver.saved = saved
+
+
+def _open_trackers(run: Run, names: Sequence[str]) -> None:
+    if run.folder and names:
+        settings, path = asdict(run.recipe), run.folder.path
+        run.folder.trackers = Trackers(names, path, settings, run.step, say=run.say, fault=run.fault)
 
 
 def resume(run: Run) -> None:
@@ -152,12 +164,18 @@ def roll_back(run: Run, error: Diverged) -> None:
         run.folder.reached.write(Reached(run.step, run.folder.reached.now.saved, running=True))
 
 
-def save(run: Run, *, wait: bool = False) -> None:
+def save(run: Run, watch: Watch, *, wait: bool = False) -> None:
     """Have a checkpoint of `run` written; to be called on every process, the leading one writes.
 
-    wait: until it is on the disk.
+    wait: until it is on the disk. A process that hangs while the tensors are collected has the patience of a step, the
+    disk that of a save.
     """
     tensors = run.engine.tensors()
+    with watch.during(SAVE):
+        _save(run, tensors, wait)
+
+
+def _save(run: Run, tensors: dict[str, dict[str, Tensor]], wait: bool) -> None:
     if not run.folder or not run.saver:
         return
     state: dict[str, Any] = {
@@ -177,9 +195,9 @@ def is_saved(run: Run) -> bool:
     return run.saver is None or run.saver.saved == run.step
 
 
-def save_or_tell(run: Run) -> None:
+def save_or_tell(run: Run, watch: Watch) -> None:
     """The last save of a run that is finished. Raises DeitfastError where it failed."""
-    save(run, wait=True)
+    save(run, watch, wait=True)
     if not is_saved(run):
         assert run.saver
         raise DeitfastError(

@@ -29,7 +29,7 @@ _PERIOD_S = 5.0
 _SLOWEST_TIMES = 10
 _FOR_A_SAVE = 6  # a disk may be slow
 SAVE = "a save"
-_SILENT_S = 4 * _PERIOD_S
+_SILENT_S = 2 * _PERIOD_S
 _PLACE = f"{os.getpid()}@{socket.gethostname()}"
 EXIT_HANGING = 1
 
