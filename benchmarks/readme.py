@@ -60,7 +60,7 @@ def section(path: Path | None) -> str:
 
 def goals_so_far(path: Path | None) -> str:
     """The table of goals, from the results in `path` or from none."""
-    data = load(path) if path else {"rows": [], "facts": {"gpu": ""}}
+    data: dict[str, Any] = load(path) if path else {"rows": [], "facts": {"gpu": ""}}
     return goal_table(data["rows"], data["facts"]["gpu"] or "")
 
 

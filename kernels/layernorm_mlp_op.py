@@ -61,8 +61,10 @@ def layernorm_mlp_reference(
 ) -> Tensor:
     """The op in eager PyTorch, in the steps a timm block takes. Any one floating dtype."""
     if recompute:
-        options = {"residual": residual, "gamma": gamma, "path_scale": path_scale, "subset": subset}
-        again = partial(layernorm_mlp_reference, eps=eps, subset_scale=subset_scale, **options)
+        again = partial(
+            layernorm_mlp_reference, eps=eps, residual=residual, gamma=gamma, path_scale=path_scale, subset=subset,
+            subset_scale=subset_scale,
+        )  # fmt: skip
         parameters = ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
         return checkpoint(again, x, *parameters, use_reentrant=False, preserve_rng_state=False)
     if subset is not None:

@@ -92,6 +92,7 @@ def counted_flops(model: str, *, fused: bool, backward: bool = False, recompute:
     # The truncated normal looks at its draws, which the meta device has none of.
     with torch.device("meta"), mock.patch.object(DeiT, "init_weights"):
         net = create_model(model, fused=fused)
+    block: Any
     for block in net.blocks:
         block.recompute = recompute
     images = torch.empty(1, 3, net.image_size, net.image_size, device="meta")
