@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The rehearsal is one test of minutes: begun last, it would run when the other processes have nothing left."""
-    items.sort(key=lambda item: item.path.name != "test_rehearsal.py")
+    """Files with slow tests come first: one begun last would run when the other processes have nothing left."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.path.name != "test_rehearsal.py", -slow[item.path]))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -48,9 +48,10 @@ def estimate(recipe: Recipe, gpu: Gpu, gpus: int, classes: int, images: int) -> 
     """
     variant = variant_of(recipe)
     scale = recipe.layer_scale or None
-    model = create_model(
-        recipe.model, num_classes=classes, image_size=variant.image_size, layer_scale=scale, fused=True
-    )
+    with torch.device("meta"):  # its shapes are all that is asked of it
+        model = create_model(
+            recipe.model, num_classes=classes, image_size=variant.image_size, layer_scale=scale, fused=True
+        )
     bf16 = recipe.precision != "fp32"
     largest = images_that_fit(1e9 * gpu.gigabytes, model, recipe, bf16, gpus, kernels=True)
     world = World(0, gpus, 0, gpus, torch.device("cuda"))

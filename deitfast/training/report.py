@@ -36,6 +36,7 @@ from deitfast.use.evaluate import Details, Scores, evaluate_in_detail
 _COLOURS = ("#1f6feb", "#d1570b", "#1a7f37", "#8250df", "#bf3989", "#57606a", "#9a6700", "#0550ae")
 _MOST_ON_CPU = 2000  # images that are evaluated where no GPU is
 _VIEWS, _WORST, _FAULTS = 24, 10, 30  # shown of each
+_PAGE_WIDTH = 1148  # pixels, within its margins
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ def _sheet(run: RunRecord, data: Dataset) -> bytes:
     size = run.recipe.image_size or find_variant(run.recipe.model).image_size
     epoch = min(int(run.steps[-1]["epoch"]) if run.steps else 0, run.recipe.epochs - 1)
     written = io.BytesIO()
-    contact_sheet(data.train, run.recipe, size, epoch, min(_VIEWS, run.recipe.batch)).save(
-        written, "PNG", optimize=True
-    )
+    count = min(_VIEWS, run.recipe.batch)
+    contact_sheet(data.train, run.recipe, size, epoch, count, width=_PAGE_WIDTH).save(written, "PNG", optimize=True)
     return written.getvalue()
 
 
@@ -240,7 +240,7 @@ def _evaluation(seen: Seen) -> Iterator[str]:
         wrong[i] = 0
         other = int(wrong.argmax())
         taken = f"{seen.classes[other].split(',')[0]} ({int(wrong[other])})" if int(wrong[other]) else "-"
-        rows.append((seen.classes[i].split(",")[0], f"{value:.1f} %", str(counts[i]), taken))
+        rows.append((seen.classes[i].split(",")[0], f"{value:.1f}\u00a0%", str(counts[i]), taken))
     yield f'<div class="wide">{_table(rows)}</div>'
 
 
@@ -308,10 +308,10 @@ h1 {{ font-size: 1.6em; overflow-wrap: anywhere; }} h2 {{ margin-top: 2em; borde
 h3 {{ margin-bottom: .3em; }}
 table {{ border-collapse: collapse; }} td, th {{ text-align: left; padding: 4px 12px 4px 0; vertical-align: top;
   border-bottom: 1px solid #eaeef2; }} td:first-child {{ white-space: nowrap; }}
+td:last-child {{ overflow-wrap: anywhere; min-width: 7em; }}
 .wide {{ overflow-x: auto; }} .small {{ color: #57606a; font-size: 13px; }}
 .charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 12px; }}
-figure {{ margin: 0; }} figure svg, figure img, .sheet {{ width: 100%; height: auto; }}
-.sheet {{ min-width: 700px; max-width: 900px; }}
+figure {{ margin: 0; }} figure svg, figure img {{ width: 100%; height: auto; }}
 pre {{ background: #f6f8fa; padding: 10px; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 6px; }}
 .dot {{ display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px; }}
 </style>

@@ -73,5 +73,5 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DeitfastError("plots need matplotlib: pip install matplotlib") from error
+        raise DeitfastError("plots need matplotlib: pip install matplotlib, our extra [report]") from error
     return Figure

@@ -201,7 +201,7 @@ def hanging_part(tmp_path, monkeypatch) -> Part:
 
 def test_a_part_that_is_killed_keeps_its_rows(tmp_path, hanging_part):
     results, log = Results(tmp_path, "cpu", True), io.StringIO()
-    gpu_suite.run_part(hanging_part, results, argparse.Namespace(device="cpu", quick=True), 6, log)
+    gpu_suite.run_part(hanging_part, results, argparse.Namespace(device="cpu", quick=True), 2, log)
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["rows"] == [{"key": {"op": "x"}, "ms": 1.0, "part": "hang"}]
     assert data["parts"]["hang"]["status"] == "cut off"

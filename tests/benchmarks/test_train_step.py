@@ -237,7 +237,7 @@ def test_a_hanging_process_is_killed_with_its_children_and_what_it_printed_is_ke
     parent = f"import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {child!r}]); "
     parent += "print(child.pid, flush=True); time.sleep(600)"
     seen = []
-    finished = run_limited([sys.executable, "-c", parent], 5, seen.append)
+    finished = run_limited([sys.executable, "-c", parent], 2, seen.append)
     assert finished.status is None
     assert "took longer than" in finished.problem
     assert seen[-1] == finished.out
