@@ -46,8 +46,9 @@ def opened(options: argparse.Namespace) -> Table:
     if options.quick:
         data = subset_in(options.out, "digits", _QUICK_PER_CLASS, _QUICK_PER_CLASS)
         base = replace(
-            stated, data=data, batch=16, mix_group=16, micro_batch=16, epochs=1, warmup_epochs=0.0, workers=1
-        )
+            stated, data=data, batch=16, mix_group=16, micro_batch=16, epochs=1, warmup_epochs=0.0, workers=1,
+            image_size=8,
+        )  # fmt: skip
         return Table(options.recipe, base, options.out, teacher_epochs=40, teacher_width=8, quick=True)
     per_class = PER_CLASS[options.recipe]
     width = 16 if per_class else 64
