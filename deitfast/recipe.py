@@ -102,7 +102,7 @@ class Recipe:
     engine: str = _machine(
         "auto", "graph (one CUDA graph a step), flat (the same uncaptured), plain (DDP, the reference), or auto"
     )
-    recompute: bool = _machine(False, "keep only the blocks' inputs and compute the rest again in the backward")
+    recompute: bool = _machine(False, "compute the MLPs' hidden layers again in the backward instead of keeping them")
     precision: str = _task("auto", "bf16 (autocast, fp32 master weights) or fp32; auto: bf16 on a GPU, fp32 on CPU")
     fused: str = _machine(
         "auto",

@@ -56,7 +56,7 @@ def estimate(recipe: Recipe, gpu: Gpu, gpus: int, classes: int, images: int) -> 
     largest = images_that_fit(1e9 * gpu.gigabytes, model, recipe, bf16, gpus, kernels=True)
     world = World(0, gpus, 0, gpus, torch.device("cuda"))
     micro_batch, accumulation = split_batch(recipe, world, largest)
-    speed = gpus * speed_bound(variant, micro_batch * accumulation, gpu)
+    speed = gpus * speed_bound(variant, micro_batch * accumulation, gpu, recipe.recompute)
     memory = memory_parts(model, recipe, micro_batch, accumulation > 1 or gpus > 1, bf16, gpus)
     return Estimate(
         recipe, gpu, gpus, sum(p.numel() for p in model.parameters()), forward_macs(variant), memory, largest,
@@ -72,7 +72,7 @@ def variant_of(recipe: Recipe) -> Variant:
 
 def least_hours(recipe: Recipe, gpu: Gpu, images: int) -> float:
     """Hours that one GPU needs at least for `recipe` on so many training images, at the roofline."""
-    return recipe.epochs * images / speed_bound(variant_of(recipe), recipe.batch, gpu) / 3600
+    return recipe.epochs * images / speed_bound(variant_of(recipe), recipe.batch, gpu, recipe.recompute) / 3600
 
 
 def memory_parts(
@@ -85,9 +85,9 @@ def memory_parts(
     return state | {name: micro_batch * size for name, size in parts.items()}
 
 
-def speed_bound(variant: Variant, images: int, gpu: Gpu) -> float:
+def speed_bound(variant: Variant, images: int, gpu: Gpu, recompute: bool) -> float:
     """Images a second that one GPU at most trains, with `images` a step."""
-    return 1e6 / sum(part_floors(variant, images, gpu.tflops, gpu.gbps).values())
+    return 1e6 / sum(part_floors(variant, images, gpu.tflops, gpu.gbps, recompute).values())
 
 
 def table(found: Estimate, price: float) -> str:
