@@ -541,6 +541,27 @@ def test_a_pause_and_the_first_step_are_no_hang(tmp_path: Path) -> None:
     assert not ended
 
 
+def test_steps_that_are_all_slow_are_no_news_and_one_process_waits_for_nobody() -> None:
+    said, faults = [], []
+    watch = Watch(
+        None, 0, 1, 0, patience=60.0, restarts=True, say=said.append, fault=lambda *what: faults.append(what),
+        tell_after=0.2,
+    )  # fmt: skip
+    watch.stepped(1)
+    with watch.during("an evaluation"):
+        pass
+    watch._alive -= 100.0  # as if the step after it had taken so long
+    watch.stepped(2)
+    time.sleep(0.6)
+    assert not said
+    watch._alive -= 301.0
+    while not said:
+        time.sleep(0.05)
+    watch.close()
+    assert "after step 2: process 0 is in a step" in said[0]
+    assert not faults
+
+
 def test_progress_survives_in_place(tmp_path: Path) -> None:
     progress = Progress(tmp_path / "progress.json")
     assert progress.read() is None
