@@ -166,8 +166,8 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if dout is None:
         return (None,) * len(needs)
     wanted1, wanted2 = needs[3], any(needs[5:8])
-    tensors, kept = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
-    gradients = _layernorm_mlp_bwd(dout, *[*tensors, kept, *ctx.options, wanted1, wanted2])
+    saved = ctx.saved_tensors  # read once: under checkpointing each read computes the block again
+    gradients = _layernorm_mlp_bwd(dout, *[*saved[:10], saved[10:], *ctx.options, wanted1, wanted2])
     return needed_gradients(ctx, *gradients, *(None,) * 6)
 
 
