@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Of the packages' modules most are never imported. Python compiles those that are, at their first import, and keeps them.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 # A test process a core, one thread each; a file's tests stay together, because they share what they set up. Files come in
 # the order of tests/conftest.py, not those of few tests last: one of them takes minutes.
 PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
@@ -39,16 +42,16 @@ $(VENV)/.runtime: setup.py constraints.txt
 		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 to 3.13 is needed. Name one: make PYTHON=python3.12"; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation -e .
+	$(INSTALL) setuptools wheel torch
+	$(INSTALL) --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation -e ".[test,dev]"
+	$(INSTALL) --no-build-isolation -e ".[test,dev]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.runtime
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation -e ".[docs]"
+	$(INSTALL) --no-build-isolation -e ".[docs]"
 	touch $@
 
 clean:

@@ -94,9 +94,12 @@ setup(
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "docs": ["mkdocs-material>=9.5"],
         "report": ["matplotlib>=3.9"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.4"],
         "bench": ["timm>=1.0.20", "transformers>=5", "matplotlib>=3.9"],
         "test": [
-            "deitfast[bench,imagenet,onnx,teacher]",
+            "deitfast[bench,imagenet,onnx,teacher,tensorboard]",
             "build",
             "hypothesis",
             "mypy",

@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.measuring.command import arguments, fp32_is_fp32, last_json, ready, run_limited
 from benchmarks.measuring.harness import Budget, Recorder, Refused, Roofs, load
 from benchmarks.measuring.peers_models import version
-from benchmarks.measuring.train_steps import Job, Reference, measured_roofs, reference, roof_from, work
+from benchmarks.measuring.train_steps import OWN, Job, Reference, measured_roofs, reference, roof_from, work
 from deitfast.errors import DeitfastError
 from deitfast.model.work import full_name, gpu_of, hours_for_imagenet, mfu
 
@@ -45,7 +45,7 @@ OURS = "ours"
 class Way:
     """One line of the comparison. seconds: what its worker is likely to need on a GPU, for planning.
 
-    models: those it is compared at unless it is chosen; none: all. attention: the backend; none: the fastest.
+    models: those it is compared at unless it is chosen; none: all. attention: of `Job`. precision: none: as ours.
     """
 
     library: str
@@ -53,13 +53,19 @@ class Way:
     compile: str = ""
     models: tuple[str, ...] = ()
     attention: str = ""
+    precision: str = ""
 
 
+_BASE = ("deit_base",)
 PEERS = {
     "timm + compile": Way("timm", 120.0, "default"),
-    "timm + compile, cuDNN attention": Way("timm", 120.0, "default", ("deit_base",), "cudnn"),
+    "timm + compile, cuDNN attention": Way("timm", 120.0, "default", _BASE, "cudnn"),
     "timm": Way("timm"),
-    "torchvision": Way("torchvision", models=("deit_base",)),
+    "transformer engine": Way("transformer engine", models=_BASE, attention=OWN),
+    "transformer engine, fp8": Way("transformer engine", models=_BASE, attention=OWN, precision="fp8"),
+    "timm, flash-attn 3": Way("timm", models=_BASE, attention="flash-attn 3"),
+    "quack MLP, flash-attn 4": Way("quack", 120.0, models=_BASE, attention="flash-attn 4"),
+    "torchvision": Way("torchvision", models=_BASE),
     "huggingface": Way("huggingface"),
     "timm + compile max-autotune": Way("timm", 300.0, "max-autotune"),
 }
@@ -107,7 +113,7 @@ def job_of(way: str, model: str, batch: int, device: str, quick: bool) -> Job:
     if way in PEERS:
         peer = PEERS[way]
         own = replace(base, library=peer.library, compile=peer.compile, attention=peer.attention)
-        return replace(own, fused=False, engine="")
+        return replace(own, fused=False, engine="", precision=peer.precision or base.precision)
     return replace(base, **switches(device)[way])
 
 

@@ -26,9 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measuring.command import fp32_is_fp32
-from benchmarks.paper import rows, table, training
+from benchmarks.paper import rows, table
 from benchmarks.paper.tokens import compare_tokens
 from benchmarks.paper.training import Table, slug, train, write_subset
+from deitfast.cli.recipes import load_recipe
 from deitfast.errors import DeitfastError, did_you_mean
 from deitfast.guard import guarded
 from deitfast.recipe import Recipe
@@ -41,12 +42,13 @@ _QUICK_PER_CLASS = 8
 
 def opened(options: argparse.Namespace) -> Table:
     """The table that the options ask for, with its data in place."""
-    stated = training.shipped(options.recipe)
+    stated = load_recipe(options.recipe)
     if options.quick:
         data = subset_in(options.out, "digits", _QUICK_PER_CLASS, _QUICK_PER_CLASS)
         base = replace(
-            stated, data=data, batch=16, mix_group=16, micro_batch=16, epochs=1, warmup_epochs=0.0, workers=1
-        )
+            stated, data=data, batch=16, mix_group=16, micro_batch=16, epochs=1, warmup_epochs=0.0, workers=1,
+            image_size=8,
+        )  # fmt: skip
         return Table(options.recipe, base, options.out, teacher_epochs=40, teacher_width=8, quick=True)
     per_class = PER_CLASS[options.recipe]
     width = 16 if per_class else 64
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not options.data and not options.list:
             raise DeitfastError("no data. Give --data FOLDER with CIFAR-10's archive, or --quick")
         if options.list:
-            print("\n".join(slug(run.name) for run in rows.runs(training.shipped(options.recipe))))
+            print("\n".join(slug(run.name) for run in rows.runs(load_recipe(options.recipe))))
             return 0
         made = opened(options)
         seeds = range(options.seeds)

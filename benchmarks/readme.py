@@ -2,6 +2,7 @@
 
     python -m benchmarks.readme              # rewrites the section between the two markers
     python -m benchmarks.readme --check      # exit status 1 where it is out of date
+    python -m benchmarks.readme --goals      # prints every goal beside what has been measured
     python -m benchmarks.readme --add DIR    # first takes a suite's folder into benchmarks/results/
 
 Results are benchmarks/results/suite_<gpu>_<date>.json with the page and the plots of the same name beside them.
@@ -57,6 +58,12 @@ def section(path: Path | None) -> str:
     return "\n".join(lines)
 
 
+def goals_so_far(path: Path | None) -> str:
+    """The table of goals, from the results in `path` or from none."""
+    data: dict[str, Any] = load(path) if path else {"rows": [], "facts": {"gpu": ""}}
+    return goal_table(data["rows"], data["facts"]["gpu"] or "")
+
+
 def rewritten(readme: str, text: str) -> str:
     """`readme` with `text` between the markers. Raises ValueError unless both are there once, in order."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
@@ -84,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 for a section that is out of date (--check), 2 for a README or results that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme")
     parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--goals", action="store_true", help="print the goals, change nothing")
     parser.add_argument("--add", type=Path, metavar="DIR", help="a folder of gpu_suite")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
@@ -91,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.add:
             print(add(options.add, options.results))
+        if options.goals:
+            print(goals_so_far(newest(options.results)))
+            return 0
         old = options.readme.read_text()
         new = rewritten(old, section(newest(options.results)))
     except (OSError, ValueError) as problem:

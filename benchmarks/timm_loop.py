@@ -10,7 +10,6 @@ of raw and averaged weights, and images/s. One process, fp32, no resumption; wha
 from __future__ import annotations
 
 import argparse
-import importlib
 import random
 import sys
 import time
@@ -26,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.measuring.command import fp32_is_fp32
+from deitfast.cli.recipes import load_recipe
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD
 from deitfast.errors import DeitfastError
 from deitfast.guard import guarded
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     options = parser.parse_args(argv)
     fp32_is_fp32()
-    stated: Recipe = importlib.import_module(f"deitfast.recipes.{options.recipe}").RECIPE
+    stated = load_recipe(options.recipe)
     epochs = options.epochs or stated.epochs
     warmup = options.warmup_epochs if options.warmup_epochs >= 0 else min(stated.warmup_epochs, epochs)
     done = train(

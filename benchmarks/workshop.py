@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.compile_report import Case, cases_of
 from deitfast.kernels import attention_op, gemm, layernorm, layernorm_linear
 from deitfast.kernels.catalogue import MODELS, OPS, Draw, Shape, Tensors
-from deitfast.kernels.common import record
+from deitfast.kernels.common import architecture, record
 from deitfast.kernels.flat_buffers import BLOCK, FlatBuffers, Optimizer, Segments
 from deitfast.kernels.image_ops import image_ops
 from deitfast.kernels.optimizer import update
@@ -344,6 +344,15 @@ def _attention(head_dim: int, tokens: int, dtype: torch.dtype) -> None:
     _block(shape, "scaled", gamma=False, halves=("layernorm_attention",), dtype=dtype, stream=dtype)
 
 
+def _attention_transposed(tokens: int) -> None:
+    """By the backward kernel that sm_90 has beside its own, where it is offered."""
+    offered = selection(attention_op.attention_launch, architecture(torch.empty(0)), "bwd_short", 2, 64)
+    for entry in offered.others:
+        if entry is not None and "LAST" in entry.tiles:
+            with picked({offered.name: entry}):
+                _attention(64, tokens, BF16)
+
+
 def _input(patch_size: int, mixes: bool, dtype: torch.dtype) -> None:
     _use("input_patches", Shape(0, 0, 1 + (224 // patch_size) ** 2, 16, patch_size=patch_size), dtype, mixes=mixes)
 
@@ -403,6 +412,7 @@ def uses() -> None:
     _linear_ops()
     for head_dim, tokens in ((64, 192), (64, 256), (64, 577), (32, 197), (32, 577), (96, 257), (128, 257)):
         _attention(head_dim, tokens, BF16)
+    _attention_transposed(197)
     for head_dim, tokens in ((32, 197), (64, 197), (80, 257)):  # tokens choose no kernel in fp32
         _attention(head_dim, tokens, FP32)
     for width, prefix, stream in ((192, 1, BF16), (192, 2, BF16), (768, 1, BF16), (768, 2, FP32)):

@@ -33,7 +33,7 @@ _RENAMED = {
     "log-interval": "--log-every", "print-freq": "--log-every", "checkpoint-hist": "--keep-every",
     "save-freq": "--keep-every", "topk": "--top", "threshold": "--top", "label-file": "--classes",
     "class-map": "--classes", "results-file": "--json", "opset": "--format", "arch": "--model", "a": "--model",
-    "model-name": "--model", "random-seed": "--seed", "head-init-scale": "--reset-head",
+    "model-name": "--model", "random-seed": "--seed", "head-init-scale": "--reset-head", "report-to": "--track",
 }  # fmt: skip
 
 _RESUMES = "No flag is needed: the same command resumes, by its --out"
@@ -67,7 +67,7 @@ _TOLD = {  # of a recipe's flags
     "dist-bn": "No flag is needed: the model has no batch norm",
     "launcher": _TORCHRUN, "world-size": _TORCHRUN, "dist-url": _TORCHRUN, "local-rank": _TORCHRUN,
     "distributed": _TORCHRUN, "nproc-per-node": "torchrun has it; of `deitfast train` it is --processes",
-    "log-wandb": "There is no W&B here: metrics.jsonl in the run folder has every number",
+    "log-wandb": "Here it is --track wandb",
     "cfg-options": "Every setting is a flag of its own; --help lists them",
     "pretrained-weights": "Give --weights FILE",
     "cosub": "Cosub is not built here",

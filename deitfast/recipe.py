@@ -47,7 +47,9 @@ class Recipe:
     # Optimisation
     optimizer: str = _paper("adamw", "adamw, lamb (DeiT III) or sgd (momentum .9, Nesterov)")
     epochs: int = _paper(300, "passes over the data")
-    batch: int = _paper(1024, "images a step over all processes; accumulation follows from it")
+    batch: int = _paper(
+        1024, "images of an update, over all processes: part of the result; --micro-batch: images at once"
+    )
     lr: float = _paper(1e-3, "peak learning rate, final; --scale-lr computes the one that belongs to another --batch")
     min_lr: float = _paper(1e-5, "learning rate at the end of the cosine")
     warmup_lr: float = _paper(1e-6, "learning rate of the first step")
@@ -100,7 +102,7 @@ class Recipe:
     engine: str = _machine(
         "auto", "graph (one CUDA graph a step), flat (the same uncaptured), plain (DDP, the reference), or auto"
     )
-    recompute: bool = _machine(False, "keep only the blocks' inputs and compute the rest again in the backward")
+    recompute: bool = _machine(False, "compute the MLPs' hidden layers again in the backward instead of keeping them")
     precision: str = _task("auto", "bf16 (autocast, fp32 master weights) or fp32; auto: bf16 on a GPU, fp32 on CPU")
     fused: str = _machine(
         "auto",

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any
 
 import deitfast
 from deitfast import kernels
-from deitfast.model.work import GPUS, forward_macs, mfu, model_flops, part_floors
+from deitfast.model.work import GPUS, IMAGENET_IMAGES, forward_macs, mfu, model_flops, part_floors
 from deitfast.recipe import Recipe
+from deitfast.training.estimate import least_hours
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -41,6 +43,63 @@ def docstring(path: Path) -> str:
     return ast.get_docstring(ast.parse(path.read_text())) or ""
 
 
+_WORDS = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def as_markdown(text: str) -> Iterator[str]:
+    """A docstring as lines of a page: indented paragraphs are formulas, `name: ...` begins an item, the rest flows."""
+    fenced = False
+    for paragraph in re.split(r"\n\n+", text.strip("\n")):
+        lines = paragraph.splitlines()
+        formulas = all(line.startswith("    ") for line in lines)
+        if fenced and not formulas:
+            yield "```"
+        yield ""
+        if formulas:
+            if not fenced:
+                yield "```text"
+            yield from _formulas([line[4:] for line in lines])
+        else:
+            yield from _flowing(lines)
+        fenced = formulas
+    if fenced:
+        yield "```"
+
+
+def _formulas(lines: Sequence[str]) -> Iterator[str]:
+    """A formula a line, where several stand in one with six spaces between; an aligned table stays as it is."""
+    aligned = any(set(re.findall(" {2,}", line)) - {" " * 6} or line.startswith(" ") for line in lines)
+    for line in lines:
+        yield from [line] if aligned else re.split(r" {6}(?=(?:(?! {6}).)* = )", line)
+
+
+def _flowing(lines: Sequence[str]) -> Iterator[str]:
+    """A paragraph, with an item for each parameter that it describes."""
+    name = r"[a-z_]\w*(?:, \w+)*: "
+    text = "\n".join(lines)
+    if not re.search(rf"(?:\A|\.\n){name}", text):
+        yield from map(_escaped, lines)
+        return
+    listed = True
+    for part in re.split(rf"(?<=\.)\s+(?={name}|Raises |Returns )", text):
+        names, _, words = part.partition(": ")
+        item = re.match(name, part)
+        if bool(item) != listed:
+            yield ""
+        listed = bool(item)
+        flowing = f"- `{names}`: {_escaped(words)}" if item else _escaped(part)
+        yield textwrap.fill(" ".join(flowing.split()), 116, subsequent_indent="  " * listed, **_WORDS)
+
+
+def _escaped(text: str) -> str:
+    """What Markdown, HTML or GitHub's formulas would take for their own, outside of `code`, made plain."""
+    parts = re.split(r"(`[^`]*`)", text)
+    for i in range(0, len(parts), 2):
+        plain = re.sub(r"[*\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", parts[i])
+        parts[i] = plain.replace("<", "&lt;").replace("$", "&#36;")
+    return "".join(parts)
+
+
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 
@@ -49,12 +108,15 @@ def recipes_page() -> str:
     rows, differences = [], []
     for path in sorted((ROOT / "recipes").glob("[!_]*.py")):
         recipe, text = importlib.import_module(f"deitfast.recipes.{path.stem}").RECIPE, docstring(path)
-        expected = re.search(r"Expected top-1[^:]*:\s+([\d.]+ %) \(([^;)]+)", text)
-        top1, source = expected.groups() if expected else ("", "")
+        expected = re.search(r"Expected top-1[^:]*:\s+([\d.]+ %)", text)
+        top1 = expected[1] if expected else ""
+        images = re.search(r"([\d,]+) images of [\d,]+ classes", text)
+        count = int(images[1].replace(",", "")) if images else IMAGENET_IMAGES
+        hours = f"{least_hours(recipe, GPUS['h100'], count):.1f}" if expected else ""
         status = "not yet run" if "Not yet run" in text else "see its file"
         size = recipe.image_size or int(re.findall(r"\d+", recipe.model)[-1])
         link = f"[{path.stem}](../recipes/{path.name})"
-        rows.append(f"| {link} | {size} | {recipe.epochs} | {top1} | | not yet measured | {status} | {source} |")
+        rows.append(f"| {link} | {size} | {recipe.epochs} | {top1} | {status} | {hours} |")
         found = recipe.deviations()
         if found:
             differences.append(f"- **{path.stem}**: {'; '.join(found)}")
@@ -65,10 +127,15 @@ def recipes_page() -> str:
             "",
             "A recipe is one Python file that states every setting. Its docstring has the command, the expected",
             "accuracy and its source, and what of the authors' procedure it cannot follow. Top-1 on ImageNet-1k's",
-            "validation set; hours of one H100. Our results come with their run folder: [RESULTS.md](../RESULTS.md).",
+            "validation set, or on the data set's own. Our results come with their run folder:",
+            "[RESULTS.md](../RESULTS.md).",
             "",
-            "| recipe | px | epochs | expected | ours | hours | status | source of the expected top-1 |",
-            "|---|---|---|---|---|---|---|---|",
+            "Hours are the least that one H100 can need: the roofline's bound for the training steps, which",
+            "`deitfast estimate RECIPE` prints, without data, evaluation and a distillation's teacher. **No recipe has",
+            "been timed on a GPU yet.**",
+            "",
+            "| recipe | px | epochs | expected | ours | hours, at least |",
+            "|---|---|---|---|---|---|",
             *rows,
             "",
             "## How each differs from the DeiT paper's",
@@ -118,7 +185,7 @@ def kernels_page() -> str:
             head, _, body = text.partition("\n\n")
             head = head.replace("\n", " ")
             lines += ["", f"### [{name.removesuffix('_op')}](../kernels/{name}.py)", "", head]
-            lines += ["", "```text", body, "```"] if body else []
+            lines += as_markdown(body)
     return "\n".join(lines)
 
 
@@ -176,17 +243,25 @@ def api_page() -> str:
     ]
     for name, value in public_names():
         if isinstance(value, type):
-            lines += ["", f"## {name}", "", "```text", inspect.getdoc(value) or "", "```"]
+            lines += ["", f"## {name}", *as_markdown(inspect.getdoc(value) or "")]
             if is_dataclass(value) and value is Recipe:
                 lines += ["", "| field | default | |", "|---|---|---|"]
                 lines += [f"| `{f.name}` | `{f.default!r}` | {_cell(f.metadata['help'])} |" for f in fields(value)]
             for member, what in members(value):
                 text = inspect.getdoc(what.fget if isinstance(what, property) else what) or ""
-                lines += ["", f"**{member}**", "", "```text", text, "```"] if text else []
+                lines += ["", f"**{member}**", *as_markdown(text)] if text else []
         else:
-            lines += ["", f"## {name}", "", "```text", f"{name.rpartition('.')[2]}{signature(value)}", "```", ""]
-            lines += ["```text", inspect.getdoc(value) or "", "```"]
+            lines += ["", f"## {name}", "", "```text", _wrapped(name.rpartition(".")[2], signature(value)), "```"]
+            lines += as_markdown(inspect.getdoc(value) or "")
     return "\n".join(lines)
+
+
+def _wrapped(name: str, parameters: str) -> str:
+    """A call's signature, in lines that a page shows whole."""
+    if len(name + parameters) <= 80:
+        return name + parameters
+    inner = "\n".join(textwrap.wrap(parameters[1:-1], 76, initial_indent="    ", subsequent_indent="    "))
+    return f"{name}(\n{inner}\n)"
 
 
 def _cell(text: str) -> str:

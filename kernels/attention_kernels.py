@@ -1,4 +1,4 @@
-"""The five Triton kernels behind `deitfast.kernels.attention`, and the tile access they share.
+"""The six Triton kernels behind `deitfast.kernels.attention`, and the tile access they share.
 
 A program owns one head of one sample, whole in the short kernels, a block of its rows in the others. In the comments:
 B samples, N tokens, H heads of D channels, C = D padded to a power of two. Scores are kept in base 2:
@@ -218,6 +218,111 @@ def attention_bwd_short_kernel(
     if sums is not None:
         store_column_sums(sums, grad_q, b, h, scale, H, D, C)
     store_tile(dq, grad_q * scale, b, h, 0, N, 3 * H, D, QUERIES, C, TMA)
+
+
+@triton.jit
+def _transposed_tile(
+    query, g, k, v, real, lse, delta, factor, one, scale_log2, grad_q, grad_k, grad_v, ROWS: tl.constexpr
+):  # fmt: skip
+    """What a tile of queries (ROWS, C) and one of keys add to the three gradients; see the kernel below."""
+    s = tl.where(real[:, None], product(k, query.T), float("-inf"))
+    p = tl.exp2(s * scale_log2 - tl.load(lse + tl.arange(0, ROWS))[None, :])
+    grad_v = product(p.to(g.dtype), g, grad_v)
+    grad_p = product(v, g.T)
+    if factor is not None:
+        grad_p *= factor
+    ds = (p * (grad_p - tl.load(delta + tl.arange(0, ROWS))[None, :])).to(g.dtype)
+    grad_k = product(ds, query, grad_k)
+    if ROWS < 64:  # too few rows for a tensor core's instruction, so the gradient is transposed too
+        grad_q = product(k.T, ds, grad_q)
+    else:
+        grad_q = product(tl.trans(ds), k, grad_q)
+    # A result that nothing uses before the next round stays in flight, and ptxas then serialises every product (C7515).
+    return grad_q * one, grad_k, grad_v
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_bwd_transposed_kernel(
+    q, kv,  # (B, N, 3H, D), blocks of QUERIES and KEYS rows
+    dout,  # (B, N, H, D), blocks of QUERIES rows
+    q_rows, out_rows, dout_rows,  # q, out and dout, never descriptors
+    lse,  # (B, H, N) fp32
+    statistics,  # (B * H, 2, 256) fp32, written and read: lse and delta of all rows, padding included
+    dq, dkv,  # (B, N, 3H, D), written; blocks of QUERIES and KEYS rows
+    dq_rows,  # dq, never a descriptor
+    sums,  # (B, H, D) fp32 or None, written: see store_column_sums
+    path_scale,  # (B,) fp32 or None
+    N, scale, scale_log2,
+    one,  # 1.0, unknown to the compiler
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """A whole head in one program, like `attention_bwd_short_kernel`, with transposed scores (keys, queries).
+
+    So p and ds, as they come out of a product, are the first operand of the next one without leaving the registers, for
+    dv and dk; ds alone crosses shared memory, for dq. Queries come in three tiles of 64 and one of 16, each with a part
+    of dq in registers, so N <= 208; keys pass in a loop.
+    """
+    sequence = tl.program_id(0)
+    b, h = sequence // H, sequence % H
+    ROWS: tl.constexpr = 3 * QUERIES
+    PADDED: tl.constexpr = 4 * QUERIES
+    row_lse = statistics + sequence.to(tl.int64) * (2 * PADDED)
+    row_delta = row_lse + PADDED
+    factor = None
+    if path_scale is not None:
+        factor = tl.load(path_scale + b)
+
+    rows = tl.arange(0, PADDED)
+    o = load_tile(out_rows, b, h, 0, N, H, D, PADDED, C, TMA=False)
+    all_g = load_tile(dout_rows, b, h, 0, N, H, D, PADDED, C, TMA=False)
+    tl.store(row_lse + rows, tl.load(lse + sequence.to(tl.int64) * N + rows, mask=rows < N, other=float("inf")))
+    tl.store(row_delta + rows, tl.sum(o.to(tl.float32) * all_g.to(tl.float32), 1))
+    tl.debug_barrier()
+
+    grad_q0 = tl.zeros((QUERIES, C), tl.float32)
+    grad_q1 = tl.zeros((QUERIES, C), tl.float32)
+    grad_q2 = tl.zeros((QUERIES, C), tl.float32)
+    grad_q3 = tl.zeros((C, LAST), tl.float32)
+    for key in tl.range(0, N, KEYS):
+        real = key + tl.arange(0, KEYS) < N
+        k = load_tile(kv, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        v = load_tile(kv, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        query = load_tile(q, b, h, 0, N, 3 * H, D, QUERIES, C, TMA)
+        g = load_tile(dout, b, h, 0, N, H, D, QUERIES, C, TMA)
+        grad_q0, grad_k, grad_v = _transposed_tile(
+            query, g, k, v, real, row_lse, row_delta, factor, one, scale_log2, grad_q0, None, None, QUERIES
+        )
+        query = load_tile(q, b, h, QUERIES, N, 3 * H, D, QUERIES, C, TMA)
+        g = load_tile(dout, b, h, QUERIES, N, H, D, QUERIES, C, TMA)
+        grad_q1, grad_k, grad_v = _transposed_tile(
+            query, g, k, v, real, row_lse + QUERIES, row_delta + QUERIES, factor, one, scale_log2,
+            grad_q1, grad_k, grad_v, QUERIES,
+        )  # fmt: skip
+        query = load_tile(q, b, h, 2 * QUERIES, N, 3 * H, D, QUERIES, C, TMA)
+        g = load_tile(dout, b, h, 2 * QUERIES, N, H, D, QUERIES, C, TMA)
+        grad_q2, grad_k, grad_v = _transposed_tile(
+            query, g, k, v, real, row_lse + 2 * QUERIES, row_delta + 2 * QUERIES, factor, one, scale_log2,
+            grad_q2, grad_k, grad_v, QUERIES,
+        )  # fmt: skip
+        query = load_tile(q_rows, b, h, ROWS, N, 3 * H, D, LAST, C, TMA=False)
+        g = load_tile(dout_rows, b, h, ROWS, N, H, D, LAST, C, TMA=False)
+        grad_q3, grad_k, grad_v = _transposed_tile(
+            query, g, k, v, real, row_lse + ROWS, row_delta + ROWS, factor, one, scale_log2,
+            grad_q3, grad_k, grad_v, LAST,
+        )  # fmt: skip
+        if path_scale is not None:
+            grad_v *= factor
+        store_tile(dkv, grad_v, b, 2 * H + h, key, N, 3 * H, D, KEYS, C, TMA)
+        store_tile(dkv, grad_k * scale, b, H + h, key, N, 3 * H, D, KEYS, C, TMA)
+    if sums is not None:
+        channels = tl.arange(0, C)
+        total = tl.sum(grad_q0 + grad_q1 + grad_q2, 0) + tl.sum(grad_q3.T, 0)
+        tl.store(sums + sequence.to(tl.int64) * D + channels, total * scale, mask=channels < D)
+    store_tile(dq, grad_q0 * scale, b, h, 0, N, 3 * H, D, QUERIES, C, TMA)
+    store_tile(dq, grad_q1 * scale, b, h, QUERIES, N, 3 * H, D, QUERIES, C, TMA)
+    store_tile(dq, grad_q2 * scale, b, h, 2 * QUERIES, N, 3 * H, D, QUERIES, C, TMA)
+    store_tile(dq_rows, grad_q3.T * scale, b, h, ROWS, N, 3 * H, D, LAST, C, TMA=False)
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -16,7 +16,8 @@ Which kernel runs depends on the chip, the dtype, d and N alone:
 
 - 129 to 256 tokens in 16 bit with d <= 64 (DeiT at 224 pixels): a program owns a whole head. The forward keeps its keys
   and values on chip and passes all scores of a block of queries through an exact softmax. The backward keeps queries
-  and their gradient on chip and needs five matrix products; it runs where the launch table has an entry for it.
+  and their gradient on chip and needs five matrix products; it runs where the launch table has an entry for it. Where
+  d = 64, sm_90 has a second one, with transposed scores.
 - everything else: a loop over blocks of keys with a running softmax; the backward is two kernels, seven products.
 
 In 16 bit, sm_90 and sm_100 load and store through tensor descriptors (TMA), which clip at N and at d; other chips use
@@ -42,6 +43,7 @@ from deitfast.kernels.attention_kernels import (
     attention_bwd_dkdv_kernel,
     attention_bwd_dq_kernel,
     attention_bwd_short_kernel,
+    attention_bwd_transposed_kernel,
     attention_fwd_kernel,
     attention_fwd_short_kernel,
 )
@@ -105,6 +107,10 @@ _TMA: Table = {
 }
 
 
+# For sm_90 and d = 64, up to 208 tokens: attention_bwd_transposed_kernel, which an entry with LAST rows names.
+_TRANSPOSED = Launch({"QUERIES": 64, "KEYS": 128, "LAST": 16, "TMA": 1}, num_warps=8, num_stages=2)
+
+
 def _join(table: Table, fp32: Table) -> Table:
     return {kernel: launches | fp32.get(kernel, {}) for kernel, launches in table.items()}
 
@@ -135,8 +141,14 @@ def _other_entries(arch: int, kernel: str, itemsize: int, head_dim: int) -> Iter
         return
     yield replace(own, num_stages=2 if own.num_stages == 3 else own.num_stages + 1)
     yield LAUNCHES[0].get(kernel, {}).get((itemsize, _columns(head_dim)), own)
+    yield from _transposed(arch, kernel, head_dim)
     if kernel.endswith("short"):
         yield None
+
+
+def _transposed(arch: int, kernel: str, head_dim: int) -> Iterator[Launch]:
+    if kernel == "bwd_short" and arch in (90, INTERPRETER) and head_dim == 64:
+        yield _TRANSPOSED
 
 
 def _all_entries(arch: int, kernel: str, itemsize: int, head_dim: int) -> Iterator[Launch | None]:
@@ -150,6 +162,7 @@ def _all_entries(arch: int, kernel: str, itemsize: int, head_dim: int) -> Iterat
     elif kernel == "bwd_short":
         for keys, warps, stages, tma in itertools.product((64, 32, 128), (8, 16, 4), (1, 2, 3), {has_tma, False}):
             yield _launch(256, keys, warps, stages, tma)
+        yield from _transposed(arch, kernel, head_dim)
     else:
         sizes = (64, 128, 32)
         for queries, keys, warps, stages in itertools.product(sizes, sizes, (4, 8), (2, 3, 1)):
@@ -185,6 +198,10 @@ def _forward_launch(arch: int, itemsize: int, head_dim: int, tokens: int) -> tup
 def _backward_launches(arch: int, itemsize: int, head_dim: int, tokens: int) -> list[tuple[Any, Launch]]:
     """The backward's kernels and launches, in the order in which they run."""
     short = attention_launch(arch, "bwd_short", itemsize, head_dim) if tokens in SHORT_TOKENS else None
+    if short is not None and "LAST" in short.tiles:
+        if tokens <= 208:
+            return [(attention_bwd_transposed_kernel, short)]
+        short = LAUNCHES[arch]["bwd_short"][itemsize, _columns(head_dim)]
     if short is not None:
         return [(attention_bwd_short_kernel, short)]
     return [
@@ -201,7 +218,7 @@ _BLOCK_ROWS = {
 }  # fmt: skip
 """Kernel argument -> the constant that gives the rows of its blocks."""
 
-_WHOLE_HEAD = (attention_fwd_short_kernel, attention_bwd_short_kernel)
+_WHOLE_HEAD = (attention_fwd_short_kernel, attention_bwd_short_kernel, attention_bwd_transposed_kernel)
 
 
 def _table_key(x: Tensor) -> int:
@@ -228,7 +245,7 @@ def _run(kernel: Any, entry: Launch, num_heads: int, head_dim: int, scale: float
 
     taken = {name: x for name, x in tensors.items() if name in kernel.arg_names}
     arguments = {name: tiled(name, x) if name in _BLOCK_ROWS else x for name, x in taken.items()}
-    scales = {"scale": scale, "scale_log2": scale * LOG2_E}
+    scales = {"scale": scale, "scale_log2": scale * LOG2_E, "one": 1.0}
     arguments |= {name: value for name, value in scales.items() if name in kernel.arg_names}
     owned = entry.tiles["KEYS" if kernel is attention_bwd_dkdv_kernel else "QUERIES"]
     blocks = 1 if kernel in _WHOLE_HEAD else triton.cdiv(tokens, owned)
@@ -295,11 +312,15 @@ def attention_bwd(
     if not qkv.numel():
         return dqkv, qkv.new_zeros(1, width, dtype=torch.float32)
     launches = _backward_launches(arch, qkv.itemsize, width // num_heads, tokens)
+    kernel, entry = launches[0]
     if wants_sums:
-        blocks = triton.cdiv(tokens, launches[0][1].tiles["QUERIES"])
+        blocks = 1 if kernel in _WHOLE_HEAD else triton.cdiv(tokens, entry.tiles["QUERIES"])
         sums = qkv.new_empty(batch * blocks, width, dtype=torch.float32)
     tensors = {"q": qkv, "kv": qkv, "out": out, "dout": dout, "lse": lse, "dq": dqkv, "dkv": dqkv, "sums": sums}
     tensors |= {"delta": torch.empty_like(lse), "path_scale": path_scale}
+    if kernel is attention_bwd_transposed_kernel:
+        tensors |= {"q_rows": qkv, "out_rows": out, "dout_rows": dout, "dq_rows": dqkv}
+        tensors["statistics"] = lse.new_empty(batch * num_heads, 2, 4 * entry.tiles["QUERIES"])
     for kernel, entry in launches:
         _run(kernel, entry, num_heads, width // num_heads, scale, tensors)
     return dqkv, sums

@@ -17,16 +17,20 @@ Drop-path's factor takes no pass of its own: gelu(h) and gelu'(h) are stored tim
 With LayerScale, or a residual stream in fp32, g * gamma has to be written anyway, and there the factor goes with it.
 
 Saved for the backward: x, mean and rstd (fp32), LayerNorm(x), gelu(h), gelu'(h), all but x for the samples of
-the subset alone; the output is not needed.
+the subset alone; the output is not needed. With recompute=True x alone: the backward begins with LayerNorm, fc1 and
+GELU again, the same kernels on the same values, and fc2's product is never repeated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from deitfast.kernels.common import autocast, needed_gradients, needs_grad, op, rows
 from deitfast.kernels.gemm import linear_fwd, linear_gelu_bwd, linear_residual_fwd
@@ -53,8 +57,16 @@ def layernorm_mlp_reference(
     path_scale: Tensor | None = None,
     subset: Tensor | None = None,
     subset_scale: float = 1.0,
+    recompute: bool = False,
 ) -> Tensor:
     """The op in eager PyTorch, in the steps a timm block takes. Any one floating dtype."""
+    if recompute:
+        again = partial(
+            layernorm_mlp_reference, eps=eps, residual=residual, gamma=gamma, path_scale=path_scale, subset=subset,
+            subset_scale=subset_scale,
+        )  # fmt: skip
+        parameters = ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        return checkpoint(again, x, *parameters, use_reentrant=False, preserve_rng_state=False)
     if subset is not None:
         tensors = ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
         return add_subset(x, subset, subset_scale, lambda x: layernorm_mlp_reference(x, *tensors, eps), gamma)
@@ -107,17 +119,16 @@ def _layernorm_mlp_bwd(
     dout: Tensor,
     x: Tensor,
     ln_weight: Tensor,
+    ln_bias: Tensor,
     fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
     path_scale: Tensor | None,
     subset: Tensor | None,
-    normed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gelu: Tensor,
-    derivative: Tensor,
+    kept: Sequence[Tensor],  # what the forward returned but the output; empty: computed again here
+    eps: float,
     residual: bool,
     subset_scale: float,
     wanted1: bool,
@@ -125,6 +136,14 @@ def _layernorm_mlp_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dout, branch_rows = rows(dout).contiguous(), subset_rows(x, subset, subset_scale)
     scaled = _factor_in_gelu(x, fc2_weight, gamma, path_scale)
+    if kept:
+        normed, mean, rstd, gelu, derivative = kept
+    else:
+        others = None if branch_rows is None else torch.empty_like(rows(x))  # the other samples' x, read by nobody
+        factor = path_scale if scaled else None
+        gelu, derivative, (normed, mean, rstd) = layernorm_gelu_fwd(
+            rows(x), ln_weight, ln_bias, eps, fc1_weight, fc1_bias, True, branch_rows, others, factor
+        )
     fc2 = linear_residual_bwd(dout, gelu, fc2_weight, fc2_bias, gamma, path_scale, branch_rows, wanted2, scaled=scaled)
     dh, dfc1_bias = linear_gelu_bwd(fc2.dlinear, fc2_weight, derivative, fc1_weight.dtype)
     dfc1_weight = dh.t() @ normed if wanted1 else fc1_weight.new_empty(0)
@@ -135,8 +154,9 @@ def _layernorm_mlp_bwd(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, ln_weight, _, fc1_weight, _, fc2_weight, fc2_bias, gamma, path_scale, subset, _, *ctx.options, _ = inputs
-    ctx.save_for_backward(x, ln_weight, fc1_weight, fc2_weight, fc2_bias, gamma, path_scale, subset, *output[1:])
+    *tensors, eps, residual, subset_scale, save = inputs
+    ctx.options = eps, residual, subset_scale
+    ctx.save_for_backward(*tensors, *(output[1:] if save else ()))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -146,7 +166,8 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if dout is None:
         return (None,) * len(needs)
     wanted1, wanted2 = needs[3], any(needs[5:8])
-    gradients = _layernorm_mlp_bwd(dout, *[*ctx.saved_tensors, *ctx.options, wanted1, wanted2])
+    saved = ctx.saved_tensors  # read once: under checkpointing each read computes the block again
+    gradients = _layernorm_mlp_bwd(dout, *[*saved[:10], saved[10:], *ctx.options, wanted1, wanted2])
     return needed_gradients(ctx, *gradients, *(None,) * 6)
 
 
@@ -169,6 +190,7 @@ def layernorm_mlp(
     path_scale: Tensor | None = None,
     subset: Tensor | None = None,
     subset_scale: float = 1.0,
+    recompute: bool = False,
 ) -> Tensor:
     """LayerNorm and MLP; with residual=True the block's whole second half, x + path_scale * gamma * mlp(LayerNorm(x)).
 
@@ -180,6 +202,7 @@ def layernorm_mlp(
     subset: (K,) int64, instead of path_scale: the samples that the branch runs for, ascending and distinct (the values
     are not checked), times subset_scale; the others have out = x.
     eps: added to the variance.
+    recompute: keep x alone for the backward, which computes what it needs of LayerNorm, fc1 and GELU again.
     Raises ValueError for shapes, strides and devices that do not fit, TypeError for dtypes.
     """
     op = "layernorm_mlp"
@@ -196,6 +219,6 @@ def layernorm_mlp(
         check_subset(op, x, path_scale, subset, subset_scale)
     elif gamma is not None or path_scale is not None or subset is not None:
         raise ValueError(f"{op}: gamma, path_scale and subset belong to the residual; pass residual=True")
-    save = needs_grad(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
     parameters = ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma
+    save = not recompute and needs_grad(x, *parameters)
     return _layernorm_mlp(x, *parameters, path_scale, subset, eps, residual, subset_scale, save)[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from deitfast import guard
 from deitfast.cli import train as training
 from deitfast.cli.main import main
+from deitfast.cli.recipes import load_recipe
+from deitfast.training.launch import parse_flags
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +56,27 @@ def test_an_unknown_recipe_is_told_with_the_nearest_name_and_all_names(capsys, t
     assert "no recipe digits" in errors_of(capsys, "data", "show", "--recipe", "digits", "--data", "digits")
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train", "images of an update, over all processes: part of the result"),
+        ("predict", "images at once, changes speed alone"),
+        ("test", "images at once a process, changes speed alone"),
+        ("doctor", "images at once to verify"),
+    ],
+)
+def test_what_batch_means_is_told_where_it_is_asked(command: str, told: str, capsys) -> None:
+    """Images of an update in a recipe, images at once in every other command."""
+    ask = partial(main, [command, "--help"])
+    if command == "train":
+        ask = partial(parse_flags, load_recipe("deit_tiny"), ["--help"])
+    with pytest.raises(SystemExit) as ended:
+        ask()
+    assert not ended.value.code
+    lines = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"--batch (BATCH )?{told}", lines)
+
+
 def test_a_recipe_that_comes_after_its_flags_is_told_what_comes_first(capsys) -> None:
     for words in (["--data", "digits", "deit_tiny"], ["--lr", "1e-3", "deit_tiny", "--data", "digits"]):
         assert "the recipe comes first: deitfast train deit_tiny --data DIR" in errors_of(capsys, "train", *words)
@@ -83,6 +108,8 @@ def test_help_and_models_answer_without_what_is_slow_to_import(argument: str) ->
     code = f"""
 import contextlib, sys
 from deitfast.cli.main import main
+from deitfast.cli.recipes import load_recipe
+from deitfast.training.launch import parse_flags
 with contextlib.suppress(SystemExit):
     main([{argument!r}])
 sys.exit(", ".join({{"torch", "triton", "numpy", "nvidia.dali", "PIL"}} & sys.modules.keys()))

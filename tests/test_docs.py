@@ -63,6 +63,33 @@ def test_the_site_has_every_page() -> None:
     )
 
 
+def test_a_docstring_becomes_a_page() -> None:
+    docstring = """Out of x and *rates <k> of `<m>`.
+
+    y = x * 2      z = <x>
+
+image, size: pixels
+    and more. ratio: in `[0, 1]`.
+Raises OSError.
+"""
+    page = "\n".join(PAGES["as_markdown"](docstring))
+    assert (
+        page
+        == r"""
+Out of x and \*rates &lt;k> of `<m>`.
+
+```text
+y = x * 2
+z = <x>
+```
+
+- `image, size`: pixels and more.
+- `ratio`: in `[0, 1]`.
+
+Raises OSError."""
+    )
+
+
 def test_links_out_of_the_docs_lead_to_the_repository_on_the_site() -> None:
     shown = PAGES["on_page_markdown"]("[a](../kernels/x.py) [b](data.md)", {"repo_url": "https://example.org/x"})
     assert shown == "[a](https://example.org/x/blob/main/kernels/x.py) [b](data.md)"

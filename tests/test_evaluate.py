@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 
 from deitfast.cli.main import main
@@ -23,6 +23,7 @@ from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
 from deitfast.use.evaluate import Details, Scores, evaluate_each, evaluate_in_detail, real_labels
+from tests.processes import in_processes
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 OPTIONS = {"crop_ratio": 0.875, "batch": 32, "workers": 1, "bf16": False}
@@ -151,7 +152,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
 def test_three_processes_count_every_image_once(tmp_path: Path) -> None:
     scores, details = evaluate_in_detail(model_of(True), digits(), ALONE, **OPTIONS)
     world = 3
-    mp.spawn(_worker, (world, str(tmp_path)), nprocs=world)
+    in_processes(_worker, world, world, str(tmp_path))
     for rank in range(world):
         theirs, more = torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=False)
         assert replace(theirs, loss=0.0) == replace(scores, loss=0.0)
@@ -206,6 +207,20 @@ def test_the_command_writes_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert sum(int(row["images"]) for row in rows) == facts["images"]
     for name in ("confusion.png", "calibration.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["test --weights x --data x --plots x", "report ."])
+def test_without_matplotlib_what_draws_is_refused_before_any_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "recipe.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(command.split())
+    said = capsys.readouterr().err
+    assert said == "error: plots need matplotlib: pip install matplotlib, our extra [report]\n"
 
 
 def test_the_number_of_classes_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from deitfast.board import Board, board
 from deitfast.engine.engine import FlatEngine
@@ -31,10 +29,9 @@ from deitfast.training.faults import FaultLog
 from deitfast.training.interrupt import Agreement, StopRequest
 from deitfast.training.progress import Progress, Reached
 from deitfast.training.saving import Saver
-from deitfast.training.train import train
 from deitfast.training.watch import Watch
 from tests.faults.harness import assert_same, losses, reached, running, tensors_of, until_step
-from tests.test_train import FULL
+from tests.test_train import FULL, train_two_blocks, write_noise
 
 RECIPE = replace(FULL, batch=16, micro_batch=8, epochs=2, save_minutes=0.0)
 """20 steps on 160 small images (`small_data`), a save after each, an evaluation at the end."""
@@ -43,14 +40,7 @@ RECIPE = replace(FULL, batch=16, micro_batch=8, epochs=2, save_minutes=0.0)
 @pytest.fixture(scope="module", autouse=True)
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> None:
     global RECIPE
-    data, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for split, count in (("train", 80), ("val", 10)):
-        for name in ("cat", "dog"):
-            (data / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(data / split / name / f"{i}.png")
-    RECIPE = replace(RECIPE, data=str(data))
+    RECIPE = replace(RECIPE, data=write_noise(tmp_path_factory.mktemp("data"), train=80, val=10))
 
 
 def kinds(out: Path) -> list[str]:
@@ -61,7 +51,7 @@ def kinds(out: Path) -> list[str]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happens to."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train(replace(RECIPE, out=str(out)))
+    train_two_blocks(replace(RECIPE, out=str(out)))
     return out
 
 
@@ -89,14 +79,14 @@ def test_the_third_crash_at_one_step_ends_it_and_names_the_cause(tmp_path: Path,
     breaks[4] = crash
     for _ in range(3):
         with pytest.raises(RuntimeError, match="broken on purpose"):
-            train(recipe)
+            train_two_blocks(recipe)
     with pytest.raises(HopelessError, match=r"3 starts in a row ended in step 5, .* RuntimeError: broken on purpose"):
-        train(recipe)
+        train_two_blocks(recipe)
     assert kinds(tmp_path) == [*["error", "crash"] * 3, "refused"]
     with pytest.raises(RuntimeError):  # started again by hand, it tries again
-        train(recipe)
+        train_two_blocks(recipe)
     del breaks[4]
-    assert train(recipe, stop_at=6) is None
+    assert train_two_blocks(recipe, stop_at=6) is None
     assert kinds(tmp_path)[-2:] == ["error", "crash"]
     assert not Progress(tmp_path / "progress.json").read().running  # type: ignore[union-attr]
 
@@ -107,12 +97,12 @@ def test_crashes_at_different_steps_and_mistakes_are_no_row(tmp_path: Path, brea
         breaks.clear()
         breaks[step] = crash
         with pytest.raises(RuntimeError):
-            train(recipe)
+            train_two_blocks(recipe)
     breaks.clear()
     for _ in range(4):
         with pytest.raises(DeitfastError, match="another recipe"):
-            train(replace(recipe, lr=0.5))
-    assert train(recipe, stop_at=6) is None
+            train_two_blocks(replace(recipe, lr=0.5))
+    assert train_two_blocks(recipe, stop_at=6) is None
     assert kinds(tmp_path).count("crash") == 4
 
 
@@ -136,7 +126,7 @@ def test_ten_steps_of_nan_go_back_to_the_checkpoint_before_and_end_as_if_nothing
 
     monkeypatch.setattr(FlatEngine, "loss", poisoned)
     monkeypatch.setattr(FlatEngine, "__call__", noting)
-    train(replace(RECIPE, out=str(tmp_path)))  # which saves at every step
+    train_two_blocks(replace(RECIPE, out=str(tmp_path)))  # which saves at every step
     said = capsys.readouterr().out
     assert "Going back to the checkpoint of step 7" in said
     assert kinds(tmp_path).count("roll-back") == 1
@@ -149,16 +139,16 @@ def test_nan_before_the_first_checkpoint_is_a_mistake_in_the_settings(
     loss = FlatEngine.loss
     monkeypatch.setattr(FlatEngine, "loss", lambda self, inputs: loss(self, inputs) * float("nan"))
     with pytest.raises(DeitfastError, match=r"Lower --lr.* There is no checkpoint of before") as error:
-        train(replace(RECIPE, out=str(tmp_path), save_minutes=1e6))
+        train_two_blocks(replace(RECIPE, out=str(tmp_path), save_minutes=1e6))
     assert error.value.exit_code == 2
 
 
 def test_nan_that_comes_again_ends_the_run_with_exit_code_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = FlatEngine.loss
-    train(replace(RECIPE, out=str(tmp_path / "later")), stop_at=3)
+    train_two_blocks(replace(RECIPE, out=str(tmp_path / "later")), stop_at=3)
     monkeypatch.setattr(FlatEngine, "loss", lambda self, inputs: loss(self, inputs) * float("nan"))
     with pytest.raises(HopelessError, match="This is the second time") as error:
-        train(replace(RECIPE, out=str(tmp_path / "later"), save_minutes=1e6))
+        train_two_blocks(replace(RECIPE, out=str(tmp_path / "later"), save_minutes=1e6))
     assert error.value.exit_code == 3
     assert kinds(tmp_path / "later").count("roll-back") == 1
 
@@ -175,7 +165,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_from_nothing(tmp_path: 
     before = {name: (out / name).read_bytes() for name in ("metrics.jsonl", "best/model.safetensors")}
     for _ in range(2):
         with pytest.raises(DeitfastError, match=r"no checkpoint is in .* Put its step-\* folders back, or .* --out"):
-            train(replace(RECIPE, out=str(out)))
+            train_two_blocks(replace(RECIPE, out=str(out)))
         assert {name: (out / name).read_bytes() for name in before} == before
         (out / "progress.json").unlink(missing_ok=True)  # as an older version left it
 
@@ -184,9 +174,9 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path: Path
     recipe = replace(RECIPE, out=str(tmp_path), save_minutes=1e6)
     breaks[3] = crash
     with pytest.raises(RuntimeError):
-        train(recipe)
+        train_two_blocks(recipe)
     breaks.clear()
-    assert train(recipe, stop_at=5) is None
+    assert train_two_blocks(recipe, stop_at=5) is None
 
 
 @pytest.mark.parametrize(
@@ -210,11 +200,11 @@ def test_a_damaged_file_of_the_run_folder_is_one_line_or_none(
     (out / name).write_bytes(content)
     if message:
         with pytest.raises(DeitfastError, match=message) as error:
-            train(replace(RECIPE, out=str(out)), eval_images=10)
+            train_two_blocks(replace(RECIPE, out=str(out)), eval_images=10)
         assert "\n" not in str(error.value)
-        train(replace(RECIPE, out=str(out), allow_changes=True), eval_images=10)
+        train_two_blocks(replace(RECIPE, out=str(out), allow_changes=True), eval_images=10)
     else:
-        train(replace(RECIPE, out=str(out)), eval_images=10)
+        train_two_blocks(replace(RECIPE, out=str(out)), eval_images=10)
 
 
 def test_a_lost_list_of_images_and_a_changed_environment_are_told(tmp_path: Path, whole: Path, capsys) -> None:
@@ -223,7 +213,7 @@ def test_a_lost_list_of_images_and_a_changed_environment_are_told(tmp_path: Path
     (out / "images.npz").unlink()
     facts = json.loads((out / "env.json").read_text())
     (out / "env.json").write_text(json.dumps(facts | {"torch": "2.0.0", "commit": "abc"}))
-    train(replace(RECIPE, out=str(out)), eval_images=10)
+    train_two_blocks(replace(RECIPE, out=str(out)), eval_images=10)
     said = capsys.readouterr().out
     assert "images.npz is missing: nobody can tell whether" in said
     assert f"since the last start torch was 2.0.0, is {torch.__version__}" in said
@@ -253,7 +243,7 @@ def test_a_disk_that_is_full_for_a_while_costs_saves_and_nothing_else(
     monkeypatch.setattr(saving, "_RETRY_S", 0.0)
     breaks[4] = lambda _: monkeypatch.setattr(checkpoint, "write_hashes", no_space)
     breaks[9] = lambda _: monkeypatch.setattr(checkpoint, "write_hashes", write)
-    train(replace(RECIPE, out=str(tmp_path)))
+    train_two_blocks(replace(RECIPE, out=str(tmp_path)))
     said = capsys.readouterr().out
     assert "checkpoint of step 6 not written: [Errno 28] No space left on device (" in said
     assert "MiB free). Training goes on and tries again; step " in said
@@ -355,11 +345,11 @@ def test_a_signal_saves_and_the_run_goes_on_bitwise(tmp_path: Path, whole: Path,
     recipe = replace(RECIPE, out=str(tmp_path), save_minutes=1e6)
     breaks[7] = send
     with pytest.raises(SystemExit) as end:
-        train(recipe)
+        train_two_blocks(recipe)
     assert end.value.code == 75
     assert f"{name}: saved at step 8. The same command resumes" in capsys.readouterr().out
     breaks.clear()
-    train(recipe)
+    train_two_blocks(recipe)
     assert_same(whole, tmp_path)
     assert kinds(tmp_path) == []
 
@@ -392,10 +382,10 @@ def test_a_signal_in_an_evaluation_is_followed_and_the_evaluation_comes_after_th
 
     monkeypatch.setattr(evaluate, "_tally", sending)
     with pytest.raises(SystemExit):
-        train(replace(RECIPE, out=str(tmp_path)))
+        train_two_blocks(replace(RECIPE, out=str(tmp_path)))
     assert not (tmp_path / "best").exists()
     monkeypatch.setattr(evaluate, "_tally", tally)
-    assert train(replace(RECIPE, out=str(tmp_path))) is not None
+    assert train_two_blocks(replace(RECIPE, out=str(tmp_path))) is not None
     assert_same(whole, tmp_path)
     best = [tensors_of(out / "best" / "model.safetensors") for out in (whole, tmp_path)]
     assert best[0] == best[1]
@@ -407,13 +397,13 @@ def test_a_signal_in_an_evaluation_is_followed_and_the_evaluation_comes_after_th
 
 def test_a_run_that_reads_copies_of_its_data_is_the_same_run(tmp_path: Path, whole: Path, capsys) -> None:
     out, stage = tmp_path / "run", tmp_path / "stage"
-    train(replace(RECIPE, out=str(out)), stop_at=4, stage=stage)
-    train(replace(RECIPE, out=str(out)), stage=stage)
+    train_two_blocks(replace(RECIPE, out=str(out)), stop_at=4, stage=stage)
+    train_two_blocks(replace(RECIPE, out=str(out)), stage=stage)
     assert_same(whole, out)
     assert "staged 180 of 180 files" in capsys.readouterr().out
     assert sorted(p.name for p in stage.rglob("*.png")) == sorted(p.name for p in Path(RECIPE.data).rglob("*.png"))
     with pytest.raises(DeitfastError, match=r"--stage .* lies in the data"):
-        train(replace(RECIPE, out=str(tmp_path / "other")), stage=Path(RECIPE.data) / "train")
+        train_two_blocks(replace(RECIPE, out=str(tmp_path / "other")), stage=Path(RECIPE.data) / "train")
 
 
 def test_a_second_signal_and_one_in_start_up_end_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,6 +424,15 @@ def test_a_second_signal_and_one_in_start_up_end_the_process_at_once(monkeypatch
             time.sleep(pause)
         assert stop.received == "SIGINT"
     assert ended == [128 + signal.SIGINT]
+    ended.clear()
+    with StopRequest() as stop:
+        stop.begin()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        stop.end()  # all is saved
+        os.kill(os.getpid(), signal.SIGTERM)  # of a launcher whose other process was faster
+        time.sleep(0.2)
+    assert not ended
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -542,6 +541,27 @@ def test_a_pause_and_the_first_step_are_no_hang(tmp_path: Path) -> None:
     assert not ended
 
 
+def test_steps_that_are_all_slow_are_no_news_and_one_process_waits_for_nobody() -> None:
+    said, faults = [], []
+    watch = Watch(
+        None, 0, 1, 0, patience=60.0, restarts=True, say=said.append, fault=lambda *what: faults.append(what),
+        tell_after=0.2,
+    )  # fmt: skip
+    watch.stepped(1)
+    with watch.during("an evaluation"):
+        pass
+    watch._alive -= 100.0  # as if the step after it had taken so long
+    watch.stepped(2)
+    time.sleep(0.6)
+    assert not said
+    watch._alive -= 301.0
+    while not said:
+        time.sleep(0.05)
+    watch.close()
+    assert "after step 2: process 0 is in a step" in said[0]
+    assert not faults
+
+
 def test_progress_survives_in_place(tmp_path: Path) -> None:
     progress = Progress(tmp_path / "progress.json")
     assert progress.read() is None
@@ -552,6 +572,6 @@ def test_progress_survives_in_place(tmp_path: Path) -> None:
 
 
 def test_the_two_newest_checkpoints_stay_and_those_of_whole_epochs_where_the_recipe_says_so(tmp_path: Path) -> None:
-    train(replace(RECIPE, out=str(tmp_path), keep_every=1), stop_at=14)
+    train_two_blocks(replace(RECIPE, out=str(tmp_path), keep_every=1), stop_at=14)
     steps = sorted(p.name for p in (tmp_path / "ckpt").glob("step-*"))
     assert steps == ["step-0000010", "step-0000013", "step-0000014"]

@@ -129,14 +129,35 @@ def test_fuse_keeps_parameters_and_survives_copies():
         assert torch.equal(twin(x), model(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_scale": 0.1, "distilled": True}], ids=str)
+@pytest.mark.parametrize("form", ["none", "each image", "subset"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_recomputing_changes_no_bit_of_loss_and_gradients(options, form, fused):
+    kept = small_deit(**options)
+    kept = fuse(kept) if fused else kept
+    again, x, drop = copy.deepcopy(kept), images(kept, batch=4), DROPS[form]
+    for block in again.blocks:
+        block.recompute = True
+    found = []
+    for model in (kept, again):
+        logits = model(x, None if drop is None else torch.stack([drop] * 2) if form != "subset" else [drop] * 2)
+        (sum(logits) if isinstance(logits, tuple) else logits).logsumexp(1).sum().backward()
+        found.append({"logits": logits} | {name: p.grad for name, p in model.named_parameters()})
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     ("width", "heads", "mlp_ratio", "dtype"),
     [(128, 2, 4.0, torch.float32), (96, 3, 2.0, torch.float32), (128, 2, 4.0, torch.bfloat16)],
 )
 @pytest.mark.skipif(INTERPRETED, reason="what is saved does not depend on who computes it")
-def test_saved_bytes_per_token_are_what_autograd_saves(width, heads, mlp_ratio, dtype):
+def test_saved_bytes_per_token_are_what_autograd_saves(width, heads, mlp_ratio, dtype, recompute):
     """Two blocks with LayerScale, counted once for each memory they save; parameters are not counted."""
     blocks = [FusedBlock(width, heads, mlp_ratio, 0.1).to(dtype) for _ in range(2)]
+    for block in blocks:
+        block.recompute = recompute
     parameters = {p.data_ptr() for block in blocks for p in block.parameters()}
     batch, tokens = 3, 10
     saved: dict[int, int] = {}
@@ -149,7 +170,7 @@ def test_saved_bytes_per_token_are_what_autograd_saves(width, heads, mlp_ratio, 
     x = torch.randn(batch, tokens, width, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = blocks[1](blocks[0](x))
-    expected = saved_bytes_per_token(width, int(width * mlp_ratio), dtype.itemsize, width // heads)
+    expected = saved_bytes_per_token(width, int(width * mlp_ratio), dtype.itemsize, width // heads, recompute)
     assert sum(saved.values()) == 2 * batch * tokens * expected
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

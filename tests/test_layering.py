@@ -53,6 +53,7 @@ def package() -> dict[str, Path]:
     return {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): p for name, p in files.items()}
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Every module of the package with the modules of the package that it imports, wherever in the file."""
     return {name: {m for m in imports(path) if m in package() and m != name} for name, path in package().items()}

@@ -134,7 +134,7 @@ SCRIPT = """\
 from dataclasses import replace
 import deitfast
 from deitfast.recipes.deit_digits import RECIPE
-result = deitfast.train(replace(RECIPE, epochs=1, warmup_epochs=0, workers=1))
+result = deitfast.train(replace(RECIPE, epochs=1, warmup_epochs=0, workers=1, image_size=8))
 print(f"top-1 {result.raw.top1:.2f} % on {result.raw.images} images")
 """
 

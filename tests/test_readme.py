@@ -162,15 +162,20 @@ def test_the_readmes_python_runs(tmp_path: Path, timm) -> None:
             assert ran["out"].shape == (2, 197, 384)
 
 
+SHORT = {
+    "deit_base": ["--image-size", "32"],
+    "deit_digits": ["--epochs", "1", "--warmup-epochs", "0"],
+}
+
+
 @pytest.mark.slow
 def test_the_quick_start_does_what_it_says(tmp_path: Path) -> None:
-    """From `deitfast doctor` on, as printed; the demo is cut to an epoch."""
+    """From `deitfast doctor` on, as printed, but the smoke test takes small images, and the demo an epoch."""
     quick = next(code for language, code in blocks((ROOT / "README.md").read_text()) if "git clone" in code)
     lines = [line.split("#")[0].split() for line in quick.splitlines() if line.startswith("deitfast")]
     assert [line[1] for line in lines] == ["doctor", "train", "train", "test"]
     for line in lines:
-        short = ["--epochs", "1", "--warmup-epochs", "0"] if "deit_digits" in line else []
-        command = [sys.executable, "-m", *line, *short]
+        command = [sys.executable, "-m", *line, *next((flags for recipe, flags in SHORT.items() if recipe in line), [])]
         done = subprocess.run(
             command,
             cwd=tmp_path,

@@ -261,7 +261,7 @@ def test_mixing_erasing_flips_and_copies_happen_as_often_as_stated(name: str) ->
 def test_a_recipe_runs_end_to_end_on_two_processes(name: str, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(ROOT / "recipes" / f"{name}.py"), "--data", "digits", "--smoke", "--workers", "1",
+        str(ROOT / "recipes" / f"{name}.py"), "--data", "digits", "--smoke", "--workers", "1", "--image-size", "32",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

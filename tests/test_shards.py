@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from deitfast.distributed import World
@@ -19,11 +18,10 @@ from deitfast.engine.engine import FlatEngine
 from deitfast.engine.flat import FlatState
 from deitfast.engine.shards import Shards
 from deitfast.kernels.flat_buffers import BLOCK
-from deitfast.model.deit import DeiT
-from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
 from tests import test_step
-from tests.test_step import LR, RECIPE, world_of
+from tests.processes import in_processes
+from tests.test_step import LR, RECIPE, make_model, world_of
 
 STEPS = 20
 BUCKET_BYTES = 300_000
@@ -38,11 +36,6 @@ CASES: dict[str, dict[str, object]] = {
 
 def recipe_of(case: str, size: int) -> Recipe:
     return replace(RECIPE, engine="flat", batch=8 * size, mix_group=4, clip_norm=0.1, **CASES[case])  # type: ignore[arg-type]
-
-
-def small_model(recipe: Recipe) -> DeiT:
-    torch.manual_seed(0)
-    return create_model(recipe.model, num_classes=10, drop_path=recipe.drop_path, depth=2).train()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -92,7 +85,7 @@ def test_what_travels_in_bf16_is_the_sum_of_the_micro_batches_rounded_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_twenty_steps_have_the_bits_of_one_process_that_updates_everything(size: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, args=(size, str(tmp_path / "found")), nprocs=size)
+    in_processes(_rank, size, size, str(tmp_path / "found"))
     found = torch.load(tmp_path / "found", weights_only=True)
     for case in CASES:
         shared, alone = found[case]["shared"], found[case]["alone"]
@@ -128,7 +121,7 @@ def assert_taken_up(recipe: Recipe, saved: dict[str, Tensor]) -> None:
 
 
 def engine_of(recipe: Recipe, world: World, accumulation: int = 1) -> FlatEngine:
-    model = small_model(recipe)
+    model = make_model(recipe)
     drop_path = DropPath(model, recipe, recipe.batch // world.size // accumulation)
     return FlatEngine(model, recipe, world, accumulation, recipe.precision == "bf16", drop_path)
 
@@ -136,12 +129,12 @@ def engine_of(recipe: Recipe, world: World, accumulation: int = 1) -> FlatEngine
 def _rank(rank: int, size: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=size)
-    shards.BUCKET_BYTES, test_step.make_model = BUCKET_BYTES, small_model
+    shards.BUCKET_BYTES = BUCKET_BYTES
     world, found = world_of(rank, size), {}
     for case in CASES:
         wire = torch.bfloat16 if "wire" in case else torch.float32
         found[case] = _both(recipe_of(case, size), replace(world, wire=wire))
-    found["before"] = {f"model.{name}": tensor for name, tensor in small_model(RECIPE).state_dict().items()}
+    found["before"] = {f"model.{name}": tensor for name, tensor in make_model(RECIPE).state_dict().items()}
     if rank == 0:
         torch.save(found, out)
     dist.destroy_process_group()
@@ -149,7 +142,7 @@ def _rank(rank: int, size: int, out: str) -> None:
 
 def _both(recipe: Recipe, world: World) -> dict[str, object]:
     """The state after the steps, of the shared update and of an update of everything from the same gradients."""
-    alone_model = small_model(recipe)
+    alone_model = make_model(recipe)
     alone = FlatState(alone_model, recipe, torch.bfloat16 if recipe.precision == "bf16" else torch.float32, True)
     sums: list[Tensor] = []
     original = FlatState.update

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from deitfast.data import Batch
 from deitfast.distributed import World
@@ -19,12 +18,13 @@ from deitfast.engine.engine import UNCAPTURED_STEPS, Engine, FlatEngine, PlainEn
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
+from tests.processes import in_processes
 
 # Every mechanism that a step has is on. With its usual epsilon Adam turns a gradient that is zero but for rounding (a
 # key's bias, say) into a step of the size of the learning rate, and two ways to add up the same numbers drift apart.
 # The larger one here keeps 20 steps comparable to 1e-6; one test has the usual one at a small learning rate.
 RECIPE = replace(
-    Recipe(), model="deit_digits_patch4_16", data="digits", batch=64, mix_group=16, drop_path=0.3, ema_decay=0.9,
+    Recipe(), model="deit_digits_patch4_16", data="digits", batch=32, mix_group=8, drop_path=0.3, ema_decay=0.9,
     workers=1, rand_augment="none", clip_norm=0.5, smoothing=0.1, adam_eps=1e-3,
 )  # fmt: skip
 LR = 1e-3
@@ -32,7 +32,7 @@ LR = 1e-3
 
 def make_model(recipe: Recipe) -> DeiT:
     torch.manual_seed(0)
-    return create_model(recipe.model, num_classes=10, drop_path=recipe.drop_path).train()
+    return create_model(recipe.model, num_classes=10, drop_path=recipe.drop_path, depth=2).train()
 
 
 def world_of(rank: int = 0, size: int = 1, device: str = "cpu") -> World:
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_one_engine_continues_in_the_other() -> None:
         _, source = run(replace(RECIPE, engine=first), 3)
         state = {stem: {k: t.clone() for k, t in tensors.items()} for stem, tensors in source.tensors().items()}
         model, recipe = make_model(RECIPE), replace(RECIPE, engine=second)
-        target = make_engine(model, recipe, world_of(), DropPath(model, recipe, 32), accumulation=2, bf16=False)
+        target = make_engine(model, recipe, world_of(), DropPath(model, recipe, 16), accumulation=2, bf16=False)
         target.load(state)
         again = target.tensors()
         assert {stem: tensors.keys() for stem, tensors in again.items()} == {s: t.keys() for s, t in state.items()}
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_one_engine_continues_in_the_other() -> None:
 @pytest.mark.slow
 def test_at_two_processes_too_the_engine_equals_the_plain_loop(tmp_path: Path) -> None:
     losses, _ = run(replace(RECIPE, engine="flat"), 20)
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "found"),), nprocs=2)
+    in_processes(_rank, 2, str(tmp_path / "found"))
     found = torch.load(tmp_path / "found", weights_only=True)
     flat, plain = found["flat"], found["plain"]
     assert flat["losses"] == pytest.approx(plain["losses"], rel=1e-6)
@@ -156,7 +156,7 @@ def _rank(rank: int, out: str) -> None:
 def _one_gradient(recipe: Recipe, world: World) -> dict[str, torch.Tensor]:
     """The reduced gradient of the first step, by name."""
     model = make_model(recipe)
-    engine = make_engine(model, recipe, world, DropPath(model, recipe, 16), accumulation=2, bf16=False)
+    engine = make_engine(model, recipe, world, DropPath(model, recipe, 8), accumulation=2, bf16=False)
     if isinstance(engine, FlatEngine):
         engine.flat.update = lambda _: None  # type: ignore[method-assign]
     else:
@@ -164,7 +164,7 @@ def _one_gradient(recipe: Recipe, world: World) -> dict[str, torch.Tensor]:
         engine.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
         engine.optimizer.zero_grad = lambda: None  # type: ignore[method-assign, assignment]
         engine.recipe = replace(recipe, clip_norm=0.0)
-    engine(batches(recipe, 16, world, 1), 0, LR)
+    engine(batches(recipe, 8, world, 1), 0, LR)
     if isinstance(engine, FlatEngine):
         whole = torch.empty(engine.flat.shards.size)
         engine.flat.shards.gather(engine.flat.reduced, whole)
@@ -213,7 +213,7 @@ def test_weight_gradients_are_summed_in_fp32() -> None:
 
 
 def test_subset_drop_path_trains() -> None:
-    recipe = replace(RECIPE, engine="flat", drop_path_form="subset", mix_group=32)
+    recipe = replace(RECIPE, engine="flat", drop_path_form="subset", mix_group=16)
     one, _ = run(recipe, 4, accumulation=1)
     two, _ = run(recipe, 4, accumulation=2)
     assert one == pytest.approx(two, rel=1e-5)
@@ -226,7 +226,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_ten_in_a_row_are_hopel
     before = {stem: {k: t.clone() for k, t in tensors.items()} for stem, tensors in engine.tensors().items()}
     original = engine.loss
     engine.loss = lambda inputs: original(inputs) * float("nan")  # type: ignore[method-assign]
-    source = batches(recipe, 32, world_of(), 12)
+    source = batches(recipe, 16, world_of(), 12)
     for step in range(2, 11):
         engine(source, step, LR)
     loss, skipped = engine.pop_loss()

@@ -45,19 +45,36 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("planted", [TIMM, TRANSFORMERS], ids=lambda planted: planted["library"])
-def test_what_differs_is_listed(planted: dict[str, str], tmp_path: Path, monkeypatch, capsys) -> None:
-    library = planted["library"]
-    (tmp_path / "test_planted.py").write_text(PLANTED.format(**planted))
+@pytest.fixture
+def planted(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A library, of which `tmp_path` holds planted tests as its suite."""
+    library: str = request.param["library"]
+    (tmp_path / "test_planted.py").write_text(PLANTED.format(**request.param))
     known = suites.Suite(("test_planted.py",), differs={"differs[known]": "as planted", "differs[new]": "as planted"})
     monkeypatch.setitem(suites.SUITES, library, known)
-    assert suites.compare(library, tmp_path, [], None)
+    return library
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", [TIMM], ids=["timm"], indirect=True)
+def test_what_differs_is_listed(planted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert suites.compare(planted, tmp_path, [], None)
     said = capsys.readouterr().out
     assert "plain        3 passed, 1 failed, 1 skipped" in said
     assert "accelerated  1 passed, 3 failed, 1 skipped; 3 blocks replaced, 1 fused calls" in said
     assert "fails both times: test_planted.py::test_fails: ValueError: always" in said
     assert said.count("may differ: as planted") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", [TRANSFORMERS], ids=["transformers"], indirect=True)
+def test_every_model_of_transformers_is_accelerated_too(planted: str, tmp_path: Path) -> None:
+    found = suites.run(planted, tmp_path, True, [], "")
+    assert {name.split("::")[1]: outcome for name, outcome in found["outcomes"].items()} == {
+        "test_same": "passed", "test_differs[known]": "failed", "test_differs[new]": "failed",
+        "test_fails": "failed", "test_skipped": "skipped",
+    }  # fmt: skip
+    assert found["counts"] == {"blocks replaced": 3, "fused calls": 1}
 
 
 def test_a_difference_without_a_reason_fails(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import deitfast
@@ -24,8 +27,9 @@ ROOT = Path(__file__).parent.parent
 # Every mechanism that could break exactness is on: drop-path, mixup, cutmix, erasing, EMA, accumulation, repeats.
 FULL = replace(
     Recipe(), model="deit_digits_patch4_16", data="digits", epochs=2, batch=32, micro_batch=16, warmup_epochs=1.0,
-    drop_path=0.3, ema_decay=0.9, mix_group=8, workers=1, log_every=1, save_minutes=1e6, eval_every=9,
+    drop_path=0.3, ema_decay=0.9, mix_group=8, workers=1, log_every=1, save_minutes=1e6, eval_every=9, image_size=8,
 )  # fmt: skip
+train_two_blocks = partial(train, depth=2)
 
 
 def losses(folder: Path) -> list[float]:
@@ -52,6 +56,24 @@ def flags(recipe: Recipe) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """160 training and 20 validation images: an epoch is 10 steps of 16 images."""
+    return write_noise(tmp_path_factory.mktemp("few"), train=80, val=10)
+
+
+def write_noise(folder: Path, **images: int) -> str:
+    """Write so many images of each of two classes, by split, and return the folder's name."""
+    generator = np.random.default_rng(0)
+    for split, count in images.items():
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return str(folder)
+
+
 def launch(recipe: Recipe, processes: int, **kwargs) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,10 +83,10 @@ def launch(recipe: Recipe, processes: int, **kwargs) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_losses_of_one(tmp_path: Path, few: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    recipe = replace(FULL, batch=128, epochs=1, warmup_epochs=0.0)  # 10 steps of the repeated-augmentation epoch
-    assert train(replace(recipe, out=str(one)), stop_at=10, eval_images=40) is not None
+    recipe = replace(FULL, data=few, batch=16, micro_batch=4, mix_group=4, epochs=1, warmup_epochs=0.0)
+    assert train(replace(recipe, out=str(one))) is not None
     process = launch(replace(recipe, out=str(two)), 2)
     assert process.wait(timeout=240) == 0
     first, second = losses(one), losses(two)
@@ -74,18 +96,19 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
 
 def test_stopping_and_resuming_is_bitwise_exact(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(replace(FULL, out=str(whole)), stop_at=12)
+    train_two_blocks(replace(FULL, out=str(whole)), stop_at=12)
     for stop in (1, 5, 6, 12):
-        train(replace(FULL, out=str(parts)), stop_at=stop)
+        train_two_blocks(replace(FULL, out=str(parts)), stop_at=stop)
     assert_bitwise(whole, parts)
     assert losses(whole) == losses(parts)
 
 
 @pytest.mark.slow
-def test_killed_in_mid_epoch_and_started_again_ends_bitwise_equal(tmp_path: Path) -> None:
+def test_killed_in_mid_epoch_and_started_again_ends_bitwise_equal(tmp_path: Path, few: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    recipe = replace(FULL, epochs=1, save_minutes=0.0)  # a checkpoint after every step: a kill may hit a save, too
-    assert launch(replace(recipe, out=str(whole)), 1).wait(timeout=240) == 0
+    # A checkpoint after every step: a kill may hit a save, too.
+    recipe = replace(FULL, data=few, batch=8, micro_batch=4, mix_group=4, epochs=1, save_minutes=0.0)
+    train(replace(recipe, out=str(whole)))
     process = launch(replace(recipe, out=str(killed)), 1, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < 7:
@@ -93,7 +116,8 @@ def test_killed_in_mid_epoch_and_started_again_ends_bitwise_equal(tmp_path: Path
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)  # the launcher alone: its worker must not live on
     process.wait()
-    assert launch(replace(recipe, out=str(killed)), 1).wait(timeout=240) == 0
+    assert len(losses(killed)) < 20
+    train(replace(recipe, out=str(killed)))
     assert_bitwise(whole, killed)
     assert losses(whole) == losses(killed)
 
@@ -102,7 +126,7 @@ def test_micro_batch_and_accumulation_do_not_change_the_result(tmp_path: Path) -
     results = []
     for micro_batch in (8, 32):
         folder = tmp_path / str(micro_batch)
-        train(replace(FULL, micro_batch=micro_batch, out=str(folder)), stop_at=4)
+        train_two_blocks(replace(FULL, micro_batch=micro_batch, out=str(folder)), stop_at=4)
         results.append(losses(folder))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
@@ -120,28 +144,28 @@ def test_micro_batch_and_accumulation_do_not_change_the_result(tmp_path: Path) -
 def test_every_setting_has_an_effect(tmp_path: Path, reference_losses: list[float], field: str, value: object) -> None:
     recipe = replace(FULL, out=str(tmp_path), lr=1e-3, warmup_lr=1e-4, warmup_epochs=0.05)
     changed = replace(recipe, **{field: value})
-    train(changed, stop_at=4)
+    train_two_blocks(changed, stop_at=4)
     assert losses(tmp_path) != reference_losses
 
 
 @pytest.fixture(scope="module")
 def reference_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     folder = tmp_path_factory.mktemp("reference")
-    train(replace(FULL, out=str(folder), lr=1e-3, warmup_lr=1e-4, warmup_epochs=0.05), stop_at=4)
+    train_two_blocks(replace(FULL, out=str(folder), lr=1e-3, warmup_lr=1e-4, warmup_epochs=0.05), stop_at=4)
     return losses(folder)
 
 
-def test_a_run_leaves_everything_a_reader_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_everything_a_reader_needs(tmp_path: Path, few: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    recipe = replace(FULL, out=str(folder), epochs=1, lr=1e-3)
-    result = train(recipe, eval_images=50)
+    recipe = replace(FULL, data=few, out=str(folder), epochs=1, lr=1e-3)
+    result = train_two_blocks(recipe, eval_images=15)
     assert result is not None
-    assert result.raw.images == 50
-    assert result.step == 40
+    assert result.raw.images == 15
+    assert result.step == 5
     assert json.loads((folder / "recipe.json").read_text()) == asdict(recipe)
     assert json.loads((folder / "env.json").read_text())["torch"] == torch.__version__
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
     assert {"step", "epoch", "loss", "lr", "images_per_second", "data_wait"} <= lines[0].keys()
     assert {"top1", "ema_top1", "images"} <= lines[-1].keys()
     best = load_file(folder / "best" / "model.safetensors")
@@ -150,7 +174,7 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path: Path, capsys: pytest.C
     assert "deviation: batch is 32, the paper's is 1024" in said
     assert "done: top-1" in said
     assert said.splitlines()[0] in (folder / "log.txt").read_text()
-    again = train(recipe, eval_images=50)  # finished: evaluates, trains nothing
+    again = train_two_blocks(recipe, eval_images=15)  # finished: evaluates, trains nothing
     assert again is not None
     assert again.raw == result.raw
     assert again.ema == result.ema
@@ -158,13 +182,13 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path: Path, capsys: pytest.C
 
 def test_a_damaged_checkpoint_falls_back_and_training_ends_the_same(tmp_path: Path, capsys) -> None:
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
-    train(replace(FULL, out=str(whole)), stop_at=6)
+    train_two_blocks(replace(FULL, out=str(whole)), stop_at=6)
     for stop in (2, 4):
-        train(replace(FULL, out=str(hurt)), stop_at=stop)
+        train_two_blocks(replace(FULL, out=str(hurt)), stop_at=stop)
     victim = hurt / "ckpt" / "step-0000004" / "model.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x55")
     capsys.readouterr()
-    train(replace(FULL, out=str(hurt)), stop_at=6)
+    train_two_blocks(replace(FULL, out=str(hurt)), stop_at=6)
     assert (
         "step-0000004/model.safetensors sha256 mismatch. Using step-0000002 (2 steps lost)" in capsys.readouterr().out
     )
@@ -173,19 +197,13 @@ def test_a_damaged_checkpoint_falls_back_and_training_ends_the_same(tmp_path: Pa
 
 
 def test_a_run_keeps_its_list_of_images_when_some_vanish(tmp_path: Path, capsys) -> None:
-    from PIL import Image
-
     data = tmp_path / "data"
-    for split, count in (("train", 40), ("val", 4)):
-        for name in ("cat", "dog"):
-            (data / split / name).mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (20, 20), (5 * i, 100, 7 * i % 256)).save(data / split / name / f"{i}.png")
+    write_noise(data, train=40, val=4)
     recipe = replace(FULL, data=str(data), out=str(tmp_path / "run"), batch=16, micro_batch=8, bad_limit=0.05, epochs=3)
-    train(recipe, stop_at=4)
+    train_two_blocks(recipe, stop_at=4)
     for i in range(2):
         (data / "train" / "cat" / f"{i}.png").unlink()
-    result = train(recipe, eval_images=8)
+    result = train_two_blocks(recipe, eval_images=8)
     assert result is not None
     assert result.step == 15  # 80 images make 5 steps an epoch, 78 would make 4
     said = capsys.readouterr().out
@@ -193,15 +211,26 @@ def test_a_run_keeps_its_list_of_images_when_some_vanish(tmp_path: Path, capsys)
     for i in range(2, 6):
         (data / "train" / "cat" / f"{i}.png").unlink()
     with pytest.raises(DeitfastError, match=r"is not the data that .* was trained with: 6 of its 80 images are gone"):
-        train(recipe)
+        train_two_blocks(recipe)
 
 
 def test_another_recipe_in_the_folder_is_refused_unless_allowed(tmp_path: Path) -> None:
     recipe = replace(FULL, out=str(tmp_path / "run"))
-    train(recipe, stop_at=1)
+    train_two_blocks(recipe, stop_at=1)
     with pytest.raises(DeitfastError, match=r"another recipe: --lr is 0.1, was 0.001. Change --out, or give --allow"):
-        train(replace(recipe, lr=0.1), stop_at=2)
-    train(replace(recipe, lr=0.1, allow_changes=True, workers=2), stop_at=2)
+        train_two_blocks(replace(recipe, lr=0.1), stop_at=2)
+    train_two_blocks(replace(recipe, lr=0.1, allow_changes=True, workers=2), stop_at=2)
+
+
+def test_a_run_does_not_slip_to_the_cpu_where_its_gpus_are_gone(tmp_path: Path) -> None:
+    recipe = replace(FULL, out=str(tmp_path / "run"))
+    train_two_blocks(recipe, stop_at=1)
+    facts = json.loads((tmp_path / "run" / "env.json").read_bytes())
+    facts["choices"]["device"] = "cuda"
+    (tmp_path / "run" / "env.json").write_text(json.dumps(facts))
+    with pytest.raises(DeitfastError, match=r"has run on cuda so far and would go on on cpu here. .* --device cpu$"):
+        train_two_blocks(recipe, stop_at=2)
+    train_two_blocks(replace(recipe, device="cpu"), stop_at=2)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +240,14 @@ def test_another_recipe_in_the_folder_is_refused_unless_allowed(tmp_path: Path) 
 def test_a_run_that_explodes_stops(tmp_path: Path, engine: str, message: str) -> None:
     recipe = replace(FULL, out=str(tmp_path / "run"), lr=1e30, warmup_epochs=0.0, engine=engine)
     with pytest.raises(DeitfastError, match=message):
-        train(recipe)
+        train_two_blocks(recipe)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path, few: str) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    recipe = replace(FULL, epochs=1)
-    train(replace(recipe, out=str(whole)), eval_images=10)
+    recipe = replace(FULL, data=few, batch=8, micro_batch=4, mix_group=4, epochs=2)
+    train(replace(recipe, out=str(whole)))
     command = [sys.executable, str(ROOT / "recipes" / "deit_tiny.py"), *flags(replace(recipe, out=str(stopped)))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -230,7 +259,7 @@ def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path) -> N
     assert process.returncode == 75
     assert "SIGTERM: saved at step" in said
     assert 5 <= len(losses(stopped)) < 40
-    train(replace(recipe, out=str(stopped)), eval_images=10)
+    train(replace(recipe, out=str(stopped)))
     assert_bitwise(whole, stopped)
     assert losses(whole) == losses(stopped)
 
@@ -256,7 +285,6 @@ def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path) -> N
 def test_mistakes_are_one_line_and_write_nothing(tmp_path: Path, change: dict, message: str) -> None:
     if change.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    from PIL import Image
     from safetensors.torch import save_file
 
     for name in ("dog", "cat"):
@@ -292,20 +320,22 @@ def test_smoke_passes_and_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_train_from_python_writes_to_the_models_run_folder_and_goes_on_from_it(tmp_path, monkeypatch, capsys) -> None:
+def test_train_from_python_writes_to_the_models_run_folder_and_goes_on_from_it(
+    tmp_path: Path, few: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = replace(FULL, epochs=1, warmup_epochs=0.0, batch=128, repeats=1)
+    recipe = replace(FULL, data=few, epochs=1, warmup_epochs=0.0)
     result = deitfast.train(recipe)
     assert result.folder == Path("runs/deit_digits_patch4_16")
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [recipe.model]
     assert (result.folder / "best" / "model.safetensors").is_file()
-    assert result.step == 11
-    assert result.raw.images == 360
+    assert result.step == 5
+    assert result.raw.images == 20
     again = deitfast.train(recipe)
-    assert "resuming runs/deit_digits_patch4_16 at step 11" in capsys.readouterr().out
+    assert "resuming runs/deit_digits_patch4_16 at step 5" in capsys.readouterr().out
     assert (again.step, again.raw, again.ema) == (result.step, result.raw, result.ema)
-    assert len(losses(result.folder)) == 11
+    assert len(losses(result.folder)) == 5
     with pytest.raises(DeitfastError, match="no data"):
         deitfast.train(replace(recipe, data=""))
 
@@ -331,12 +361,15 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_holds_it(tmp_path
     report.RunFolder(tmp_path).close()
 
 
-def test_a_longer_run_says_how_the_learning_rate_jumps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = replace(FULL, out=str(tmp_path / "run"), batch=128, epochs=1, warmup_epochs=0.0, ema_decay=0.0)
-    train(recipe, eval_images=10)
+def test_a_longer_run_says_how_the_learning_rate_jumps(
+    tmp_path: Path, few: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    recipe = replace(FULL, data=few, out=out, batch=16, epochs=1, warmup_epochs=0.0, ema_decay=0.0)
+    train_two_blocks(recipe, eval_images=10)
     capsys.readouterr()
     longer = replace(recipe, epochs=2, allow_changes=True)
-    train(longer, stop_at=11)
+    train_two_blocks(longer, stop_at=11)
     told = next(line for line in capsys.readouterr().out.splitlines() if "learning rate rises" in line)
     rates = [
         json.loads(line)["lr"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "lr" in line
@@ -344,13 +377,13 @@ def test_a_longer_run_says_how_the_learning_rate_jumps(tmp_path: Path, capsys: p
     assert rates[9] < rates[10]
     assert f"the learning rate rises from {rates[9]:.2g} to {rates[10]:.2g} at step 11" in told
     assert "since --epochs changed. A new run with --init" in told
-    train(longer, stop_at=12)
+    train_two_blocks(longer, stop_at=12)
     assert "learning rate rises" not in capsys.readouterr().out  # told once: from here on it is this schedule
     with pytest.raises(DeitfastError, match=r"is at step 12, past the 10 of --epochs 1\. Give more epochs"):
-        train(replace(recipe, allow_changes=True))
-    train(longer, eval_images=10)
+        train_two_blocks(replace(recipe, allow_changes=True))
+    train_two_blocks(longer, eval_images=10)
     capsys.readouterr()
-    train(replace(longer, lr=5e-4), eval_images=10)
+    train_two_blocks(replace(longer, lr=5e-4), eval_images=10)
     out = capsys.readouterr().out
     assert "nothing is left to train: step 20 of 20 is done" in out
     assert "learning rate rises" not in out
@@ -362,8 +395,8 @@ def test_rare_classes_weigh_the_same_in_both_engines(tmp_path: Path, kind: str) 
     found = []
     for engine in ("flat", "plain"):
         out = tmp_path / engine
-        train(replace(FULL, class_weights=kind, engine=engine, ema_decay=0.0, out=str(out)), stop_at=3)
+        train_two_blocks(replace(FULL, class_weights=kind, engine=engine, ema_decay=0.0, out=str(out)), stop_at=3)
         found.append(losses(out))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
-    train(replace(FULL, ema_decay=0.0, out=str(tmp_path / "none")), stop_at=3)
+    train_two_blocks(replace(FULL, ema_decay=0.0, out=str(tmp_path / "none")), stop_at=3)
     assert losses(tmp_path / "none") != pytest.approx(found[0], rel=1e-5)

@@ -45,13 +45,16 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         batch, heads, rows, width = q
         return factor * batch * heads * rows * k[2] * width
 
-    # The halves of a block. Output 1 of the forward and argument 9 of the backward are the normalised rows, of those
-    # samples alone that run through the branch; output 4 and argument 12 are qkv.
+    # The halves of a block. Output 1 of the forward is the normalised rows, of those samples alone that run through the
+    # branch; so is argument 9 of the attention's backward, and the first tensor of argument 11 of the MLP's, which are
+    # none where the hidden layer is computed again. Output 4 and argument 12 are qkv.
     def half(*shapes: Any, out_shape: Any, **_: Any) -> int:
         return _counted_products(out_shape[1], shapes[3], shapes[5])
 
-    def half_bwd(*shapes: Any, **_: Any) -> int:
-        return _counted_products(shapes[9], *shapes[3:5], factor=4)
+    def mlp_bwd(*shapes: Any, **_: Any) -> int:
+        x, fc1, fc2, kept = shapes[1], shapes[4], shapes[6], shapes[11]
+        again = 0 if kept else _counted_products(x, fc1)
+        return again + _counted_products(kept[0] if kept else x, fc1, fc2, factor=4)
 
     return {
         ours.attention_fwd: lambda qkv, *_, **__: _attention(4, qkv),
@@ -65,9 +68,11 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         ours.patch_embed: lambda patches, w, *_, **__: _counted_products(patches, w),
         ours.patch_embed_bwd: lambda dout, patches, *_, **__: _counted_products(patches, [dout[-1], patches[-1]]),
         ours.layernorm_attention: lambda *x, out_shape: half(*x, out_shape=out_shape) + _attention(4, out_shape[4]),
-        ours.layernorm_attention_bwd: lambda *x, **_: half_bwd(*x) + _attention(10, x[12]),
+        ours.layernorm_attention_bwd: lambda *x, **_: (
+            _counted_products(x[9], x[3], x[4], factor=4) + _attention(10, x[12])
+        ),
         ours.layernorm_mlp: half,
-        ours.layernorm_mlp_bwd: half_bwd,
+        ours.layernorm_mlp_bwd: mlp_bwd,
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa(4, q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, q, k, v, *_, **__: sdpa(10, q, k, v),
     }
@@ -79,7 +84,7 @@ class _Unhooked(contextlib.nullcontext[None]):
     parents = frozenset({"Global"})
 
 
-def counted_flops(model: str, *, fused: bool, backward: bool = False) -> int:
+def counted_flops(model: str, *, fused: bool, backward: bool = False, recompute: bool = False) -> int:
     """FLOPs of one image as torch.utils.flop_counter sees them in `deitfast.create_model(model, fused=fused)`.
 
     Runs on the meta device: nothing is computed.
@@ -87,6 +92,9 @@ def counted_flops(model: str, *, fused: bool, backward: bool = False) -> int:
     # The truncated normal looks at its draws, which the meta device has none of.
     with torch.device("meta"), mock.patch.object(DeiT, "init_weights"):
         net = create_model(model, fused=fused)
+    block: Any
+    for block in net.blocks:
+        block.recompute = recompute
     images = torch.empty(1, 3, net.image_size, net.image_size, device="meta")
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     # It follows the modules by hooks on all of them, and a block that is hooked computes what a hook may ask for.

@@ -1,5 +1,9 @@
 """The same Vision Transformer in every library: ours, timm, torchvision and Hugging Face, with the same weights.
 
+And our eager model with other libraries' parts, which approximate GELU by tanh: TransformerEngine's blocks, in bf16 and
+FP8, and QuACK's MLP. Signatures and parameter names: transformer_engine/pytorch/transformer.py
+(github.com/NVIDIA/TransformerEngine), quack/mlp.py (github.com/Dao-AILab/quack).
+
 Weights are carried over by tensor name, so that all of them compute the same function; whether they do is checked by
 whoever times them. Libraries are imported on use; one that is not installed raises ImportError.
 """
@@ -8,18 +12,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deitfast.model.deit import LAYER_NORM_EPS
+from benchmarks.measuring.peers_ops import fp8_context
+from deitfast.kernels.common import autocast
+from deitfast.model.deit import LAYER_NORM_EPS, Mlp
 from deitfast.model.factory import create_model
 from deitfast.model.work import CLASSES
 from deitfast.model.zoo import find_variant
 
-PACKAGES = {"ours": "deitfast", "timm": "timm", "torchvision": "torchvision", "huggingface": "transformers"}
+PACKAGES = {
+    "ours": "deitfast", "timm": "timm", "torchvision": "torchvision", "huggingface": "transformers",
+    "transformer engine": "transformer-engine", "quack": "quack-kernels",
+}  # fmt: skip
 """Library -> the distribution whose version counts."""
 
 _TORCHVISION = (
@@ -52,11 +61,19 @@ _HUGGINGFACE = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 )
+_TRANSFORMER_ENGINE = (
+    (r"\.self_attention\.layernorm_qkv\.layer_norm_", ".norm1."),
+    (r"\.layernorm_mlp\.layer_norm_", ".norm2."),
+    (r"\.self_attention\.layernorm_qkv\.", ".attn.qkv."),
+    (r"\.self_attention\.proj\.", ".attn.proj."),
+    (r"\.layernorm_mlp\.(fc\d)_", r".mlp.\1."),
+)
+_NAMES = {"torchvision": _TORCHVISION, "huggingface": _HUGGINGFACE, "transformer engine": _TRANSFORMER_ENGINE}
 
 
 def timm_name(name: str, library: str) -> str:
     """The timm name of a tensor of another library's; `attn.q`, `attn.k`, `attn.v` are thirds of timm's `attn.qkv`."""
-    for pattern, replacement in {"torchvision": _TORCHVISION, "huggingface": _HUGGINGFACE}.get(library, ()):
+    for pattern, replacement in _NAMES.get(library, ()):
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -83,10 +100,14 @@ def reference_state(model: str) -> dict[str, Tensor]:
     return state
 
 
-def build(library: str, model: str, state: Mapping[str, Tensor], *, fused: bool = False, drop_path: float = 0.0) -> Any:
+def build(
+    library: str, model: str, state: Mapping[str, Tensor], *, fused: bool = False, drop_path: float = 0.0,
+    fp8: bool = False,
+) -> Any:  # fmt: skip
     """`model` (a zoo name) as `library` has it, in training mode, with the weights of `state` (timm's names), on CPU.
 
-    fused: ours through the kernels. drop_path: for ours and timm. Raises ImportError where the library is absent.
+    fused: ours through the kernels. drop_path: for ours and timm. fp8: for TransformerEngine. Raises ImportError where
+    the library is absent.
     """
     variant = find_variant(model)
     sizes = {"image_size": variant.image_size, "patch_size": variant.patch_size}
@@ -129,10 +150,59 @@ def build(library: str, model: str, state: Mapping[str, Tensor], *, fused: bool 
             attn_implementation="sdpa",
         )
         net = transformers.ViTForImageClassification(config)
+    elif library == "transformer engine":
+        net = _of_transformer_engine(model, fp8)
+    elif library == "quack":
+        importlib.import_module("quack.mlp")
+        net = create_model(model, fused=False)
+        for block in net.blocks:
+            block.mlp.__class__ = _QuackMlp
     else:
-        raise ValueError(f"library {library!r} unknown: ours, timm, torchvision or huggingface")
-    net.load_state_dict({name: _tensor(state, timm_name(name, library)) for name in net.state_dict()})
+        raise ValueError(f"library {library!r} unknown: {', '.join(PACKAGES)}")
+    names = [name for name in net.state_dict() if not name.endswith("_extra_state")]  # FP8's scales
+    net.load_state_dict({name: _tensor(state, timm_name(name, library)) for name in names}, strict=False)
     return net.train()
+
+
+class _QuackMlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        quack = importlib.import_module("quack.mlp")
+        tensors = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        x, weight1, bias1, weight2, bias2 = autocast(x, x, *tensors)
+        return quack.mlp_func(x, weight1, weight2, "gelu_tanh_approx", bias1=bias1, bias2=bias2)
+
+
+def _of_transformer_engine(model: str, fp8: bool) -> nn.Module:
+    engine, variant = importlib.import_module("transformer_engine.pytorch"), find_variant(model)
+    net: Any = create_model(model, fused=False)
+    net.blocks = nn.ModuleList(
+        engine.TransformerLayer(
+            variant.width,
+            4 * variant.width,
+            variant.heads,
+            layernorm_epsilon=LAYER_NORM_EPS,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            self_attn_mask_type="no_mask",
+            fuse_qkv_params=True,
+            qkv_weight_interleaved=False,
+            attn_input_format="bshd",
+            params_dtype=torch.float32,
+            device="cpu",
+        )
+        for _ in range(variant.depth)
+    )
+    if fp8:
+        net.forward = _in_fp8(engine, net.forward)
+    return net
+
+
+def _in_fp8(engine: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with fp8_context(engine):
+            return forward(*args)
+
+    return run
 
 
 def logits_of(outputs: Any) -> Tensor:

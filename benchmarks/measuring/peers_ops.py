@@ -172,6 +172,11 @@ def _quack_mlp(device: str) -> Way | Absent:
     return mlp
 
 
+def fp8_context(engine: Any) -> contextlib.AbstractContextManager[Any]:
+    """TransformerEngine's modules in FP8, by its default recipe; `autocast` is the newer name."""
+    return (getattr(engine, "autocast", None) or engine.fp8_autocast)(enabled=True)
+
+
 def _transformer_engine(op: str, device: str, fp8: bool) -> Way | Absent:
     """LayerNormLinear or LayerNormMLP with the given tensors in place of the module's own."""
     engine = _import("transformer_engine.pytorch", "transformer-engine", device)
@@ -185,8 +190,7 @@ def _transformer_engine(op: str, device: str, fp8: bool) -> Way | Absent:
         key = (*sizes, x.dtype)
         if key not in modules:
             modules[key] = kind(*sizes, eps=EPS, params_dtype=x.dtype, device=x.device)
-        autocast = getattr(engine, "autocast", None) or engine.fp8_autocast
-        with autocast(enabled=True) if fp8 else contextlib.nullcontext():
+        with fp8_context(engine) if fp8 else contextlib.nullcontext():
             return torch.func.functional_call(modules[key], tensors, (x,))
 
     def layernorm_qkv(x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -10,13 +10,16 @@ device: uint8 for the engine, whose step normalises and mixes them; ready, norma
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,8 +39,10 @@ from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 
 CHECKED_IMAGES = 4
-LIMITS = {"bf16": (2e-3, 1e-2, 3e-2), "fp32": (1e-4, 1e-3, 1e-3)}
-"""Largest relative error of loss, gradient norm and logits against eager fp32; bf16's own error is near a third."""
+LIMITS = {"bf16": (2e-3, 1e-2, 3e-2), "fp32": (1e-4, 1e-3, 1e-3), "fp8": (3.2e-2, 0.16, 0.48)}
+"""Largest relative error of loss, gradient norm and logits against eager fp32; bf16's own error is near a third.
+
+FP8's 3 bits of mantissa (E4M3) are 4 less than bf16's, so its limits are 16 times as wide."""
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -45,13 +50,17 @@ _BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_FLASH = {"flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute"}
+"""Modules with flash_attn_func(q, k, v), each (batch, tokens, heads, width)."""
+OWN = "its own"
 
 
 @dataclass(frozen=True)
 class Job:
     """What one worker runs. model: a zoo name. compile: torch.compile's mode, or "" for eager.
 
-    attention: SDPA's backend on a GPU, "" for the fastest.
+    attention: on a GPU SDPA's backend, FlashAttention in its place, `OWN` where the library has one that it chooses
+    itself, or "" for the fastest backend. precision: bf16, fp32, or fp8 of a library that has it.
     engine: graph or flat for a step of `deitfast.engine.engine`, "" for the plain loop.
     launched: `time.time()` when the process was started. quick: few samples.
     """
@@ -87,8 +96,9 @@ class TrainStep:
     def __init__(self, job: Job) -> None:
         self.job, self.device = job, torch.device(job.device)
         self.model = build(
-            job.library, job.model, reference_state(job.model), fused=job.fused, drop_path=job.drop_path
-        ).to(self.device)
+            job.library, job.model, reference_state(job.model), fused=job.fused, drop_path=job.drop_path,
+            fp8=job.precision == "fp8",
+        ).to(self.device)  # fmt: skip
         self.prepare()
 
     def prepare(self) -> None:
@@ -100,7 +110,7 @@ class TrainStep:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(loss, logits)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.precision != "fp32"):
             logits = logits_of(self.run(self.images))
         return soft_cross_entropy(logits, self.targets), logits
 
@@ -237,7 +247,7 @@ def fastest_attention(job: Job) -> str:
     """The fastest scaled_dot_product_attention backend, forward and backward, at the model's shape. CUDA only."""
     variant = find_variant(job.model)
     tokens = (variant.image_size // variant.patch_size) ** 2 + 1
-    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    dtype = torch.float32 if job.precision == "fp32" else torch.bfloat16
     packed = torch.randn(
         min(job.batch, 64), tokens, 3, variant.heads, variant.width // variant.heads, device=job.device, dtype=dtype
     ).requires_grad_()
@@ -247,12 +257,27 @@ def fastest_attention(job: Job) -> str:
 
         def run() -> None:
             q, k, v = packed.permute(2, 0, 3, 1, 4)
-            torch.nn.functional.scaled_dot_product_attention(q, k, v).backward(dout)
+            F.scaled_dot_product_attention(q, k, v).backward(dout)
 
         # A backend that does not take this shape, dtype or chip says so with a RuntimeError.
         with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
             times[name] = measure(run, device=job.device, budget_ms=20, flush=False).median_ms
     return min(times, key=lambda name: times[name])
+
+
+def attention_by(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, models compute attention by SDPA's backend, or by FlashAttention, of that name."""
+    if name == OWN:
+        return contextlib.nullcontext()
+    if name in _BACKENDS:
+        return sdpa_kernel([_BACKENDS[name], SDPBackend.MATH], set_priority=True)
+    flash = importlib.import_module(_FLASH[name]).flash_attn_func
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        out = flash(*(x.transpose(1, 2) for x in (query, key, value)))
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return mock.patch.object(F, "scaled_dot_product_attention", attend)
 
 
 def work(job: Job, expected: Reference | None) -> dict[str, Any]:
@@ -261,12 +286,13 @@ def work(job: Job, expected: Reference | None) -> dict[str, Any]:
     Returns the row without its key; raises Refused, ImportError, torch.OutOfMemoryError or what the peer raises.
     """
     on_cuda = torch.device(job.device).type == "cuda"
+    if job.attention and not on_cuda:
+        raise ImportError(f"attention by {job.attention} needs a GPU")
     facts: dict[str, Any] = {"version": version(job.library), "attention": "ours" if job.fused else "default"}
     with contextlib.ExitStack() as stack:
         if on_cuda and not job.fused:
             facts["attention"] = job.attention or fastest_attention(job)
-            backends = [_BACKENDS[facts["attention"]], SDPBackend.MATH]
-            stack.enter_context(sdpa_kernel(backends, set_priority=True))
+            stack.enter_context(attention_by(facts["attention"]))
         start = time.time()
         step = make_train_step(job)
         synchronize(job.device)

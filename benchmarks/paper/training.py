@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import resource
@@ -23,6 +22,7 @@ from benchmarks import timm_loop
 from benchmarks.measuring.record import facts
 from benchmarks.paper import teacher as convnets
 from benchmarks.paper.rows import BASE, CONVNET, EQUAL_CONVNET, TRANSFORMER, Run
+from deitfast.cli.recipes import load_recipe
 from deitfast.data import Manifest, open_dataset
 from deitfast.files import write_atomically
 from deitfast.model.zoo import find_variant
@@ -59,12 +59,6 @@ class Table:
 
     def file(self, run: str, seed: int) -> Path:
         return self.out / f"{slug(run)}-{seed}.json"
-
-
-def shipped(recipe: str) -> Recipe:
-    """The recipe in the shipped file of that name."""
-    found: Recipe = importlib.import_module(f"deitfast.recipes.{recipe}").RECIPE
-    return found
 
 
 def slug(run: str) -> str:
@@ -245,7 +239,7 @@ def _cpu_of_children() -> float:
 def command(table: Table, recipe: Recipe) -> str:
     """The run by itself, as a command."""
     words: list[str] = []
-    stated = shipped(table.name)
+    stated = load_recipe(table.name)
     for f in fields(Recipe):
         value = getattr(recipe, f.name)
         if f.name in ("data", "seed") or (value != getattr(stated, f.name) and f.name != "out"):

@@ -246,8 +246,11 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
     from deitfast.data.manifest import relabelled
     from deitfast.distributed import start
     from deitfast.model.class_names import imagenet_names, labels_by_name
+    from deitfast.use.eval_plots import figure_class, write_plots
     from deitfast.use.evaluate import evaluate_in_detail, real_labels
 
+    if args.plots:
+        figure_class()  # refused before anything is evaluated
     world = start(args.device)
     data = world.agree(lambda: open_dataset(args.data, split="val", quiet=world.local_rank > 0))
     found = data.val
@@ -275,8 +278,6 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
         return
     plots: list[Path] = []
     if args.plots:
-        from deitfast.use.eval_plots import write_plots
-
         plots = write_plots(details, names, Path(args.plots))
     facts: dict[str, Any] = {
         "model": loaded.name, "weights": args.weights or "", "data": args.data, "crop_ratio": crop_ratio,

@@ -31,7 +31,9 @@ def _report(args: argparse.Namespace, _: list[str]) -> None:
     share_cores_politely()
     from deitfast.training.report import Seen, look, write_report
     from deitfast.training.run_record import read_run
+    from deitfast.use.eval_plots import figure_class
 
+    figure_class()  # refused before anything is evaluated
     runs = [read_run(path) for path in args.runs]
     seen = [Seen() if args.quick else look(run, args.device) for run in runs]
     out = args.out or args.runs[0] / "report.html"

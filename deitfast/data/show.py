@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 
 _LINE_HEIGHT, _GAP = 13, 8
 _NARROWEST = 150  # pixels of a cell: captions need room also under small images
+_TINY, _SHOWN = 32, 96  # sides up to the one are shown at about the other, every pixel as a square
 
 
 def contact_sheet(
-    manifest: Manifest, recipe: Recipe, image_size: int, epoch: int, count: int, mixed: bool = False
+    manifest: Manifest, recipe: Recipe, image_size: int, epoch: int, count: int, mixed: bool = False, width: int = 1500
 ) -> Image.Image:
     """The first `count` views of an epoch in slot order, each with file name, label and operations as its caption.
 
     The views come out of the training loader itself. mixed: after the device stage, too (erased and mixed; normalising
-    is undone), with the weight of the own image. Neighbours in a pair are mixed with each other.
+    is undone), with the weight of the own image. Neighbours in a pair are mixed with each other. width: of the picture
+    at most, pixels, where it holds more than one view.
     Raises DeitfastError for an epoch or a count out of range.
     """
     if not 0 <= epoch < max(recipe.epochs, 1):
@@ -50,7 +52,7 @@ def contact_sheet(
             captions += _captions(loader, batch, mixed)
             if len(views) >= count:
                 break
-    return _sheet(views[:count], captions[:count])
+    return _sheet(views[:count], captions[:count], width)
 
 
 def _pixels(batch: Batch, recipe: Recipe) -> np.ndarray:
@@ -79,22 +81,23 @@ def _captions(loader: TrainLoader, batch: Batch, mixed: bool) -> list[list[str]]
     return lines
 
 
-def _sheet(views: list[np.ndarray], captions: list[list[str]]) -> Image.Image:
+def _sheet(views: list[np.ndarray], captions: list[list[str]], most: int = 1500) -> Image.Image:
     from PIL import Image, ImageDraw, ImageFont
 
-    size = views[0].shape[0]
+    side = views[0].shape[0]
+    size = side * (_SHOWN // side) if side <= _TINY else side
     font = ImageFont.load_default(size=10)
     width = max(size, _NARROWEST) + _GAP
     characters = int((width - _GAP) / font.getlength("n"))
     wrapped = [[part for line in lines for part in textwrap.wrap(line, characters)] for lines in captions]
     height = size + max(map(len, wrapped)) * _LINE_HEIGHT + _GAP
-    columns = max(min(len(views), round(1500 / width)), 1)
+    columns = max(min(len(views), (most - _GAP) // width), 1)
     rows = -(-len(views) // columns)
     sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for n, (pixels, lines) in enumerate(zip(views, wrapped, strict=True)):
         left, top = _GAP + n % columns * width, _GAP + n // columns * height
-        sheet.paste(Image.fromarray(pixels), (left, top))
+        sheet.paste(Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST), (left, top))
         for k, line in enumerate(lines):
             draw.text((left, top + size + k * _LINE_HEIGHT), line, fill="black", font=font)
     return sheet

@@ -107,7 +107,9 @@ def make_engine(
 
     class_weights: of `training_loss`.
     """
-    model.recompute = recipe.recompute
+    block: Any
+    for block in model.blocks:
+        block.recompute = recipe.recompute
     sum_in_fp32()
     if recipe.engine == "plain":
         return PlainEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, class_weights)

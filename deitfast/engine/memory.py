@@ -11,6 +11,7 @@ from deitfast.model.deit import DeiT, prefix_alone
 from deitfast.model.fused import (
     FusedBlock,
     runs_kernels,
+    saved_bytes_of_hidden,
     saved_bytes_of_keys_and_values,
     saved_bytes_per_token,
 )
@@ -21,6 +22,7 @@ LARGEST_EVALUATED = 256
 """Images evaluated at once: more are no faster, and their activations lie beside the training step's memory."""
 _USABLE = 0.9  # share of the free memory to plan with: fragmentation, workspaces of cuBLAS, the input pipeline
 _EAGER_CHANNELS = 24  # what autograd keeps of an eager block, in widths a token: an upper bound
+_EAGER_HIDDEN_CHANNELS = 9  # those of them that `recompute` computes again: a lower bound
 _EAGER_LAST_CHANNELS = 10  # the same of a last block that runs for the prefix alone: stream, LayerNorm, keys, values
 
 
@@ -48,19 +50,21 @@ def image_parts(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = 
     tokens = model.pos_embed.shape[1]
     if isinstance(block, FusedBlock) and (runs_kernels() if kernels is None else kernels):
         saved, last = saved_bytes_per_token(width, hidden, itemsize), saved_bytes_of_keys_and_values(width, itemsize)
+        again = saved_bytes_of_hidden(width, hidden, itemsize)
     else:
-        saved, last = (channels * width * itemsize for channels in (_EAGER_CHANNELS, _EAGER_LAST_CHANNELS))
-    if recipe.recompute:
-        of_blocks = tokens * (depth * width * itemsize + saved)
-    elif prefix_alone(model.blocks[-1]):
+        channels = _EAGER_CHANNELS, _EAGER_LAST_CHANNELS, _EAGER_HIDDEN_CHANNELS
+        saved, last, again = (count * width * itemsize for count in channels)
+    again *= recipe.recompute
+    saved -= again
+    if prefix_alone(model.blocks[-1]):
         of_blocks = tokens * ((depth - 1) * saved + last) + model.num_prefix_tokens * saved
     else:
         of_blocks = tokens * depth * saved
-    backward = (2 * hidden + 4 * width) * itemsize  # gradients alive at once inside a block
+    backward = (2 * hidden + 4 * width) * itemsize + again  # alive at once inside a block
     pixels = 3 * model.image_size**2
     return {
         "kept for the backward": of_blocks,
-        "gradients inside a block": tokens * backward,
+        "the backward of a block": tokens * backward,
         "images and logits": pixels * (1 + itemsize) + 16 * model.num_classes,
     }
 

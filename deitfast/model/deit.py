@@ -117,6 +117,8 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
+    recompute = False
+    """True: of the MLP its input alone is kept for the backward, which computes LayerNorm, fc1 and GELU again."""
     computes_prefix = True
     """Said by each class whose forward knows `prefix`, and not by one derived from it."""
 
@@ -125,7 +127,14 @@ class Block(nn.Module):
         attn = self.attn if prefix is None else partial(self.attn.of_prefix, prefix=prefix)
         x_BPD = x_BND[:, :prefix]
         x_BPD = _add_branch(x_BPD, x_BND, lambda x: self.ls1(attn(self.norm1(x))), drop, 0)
-        return _add_branch(x_BPD, x_BPD, lambda x: self.ls2(self.mlp(self.norm2(x))), drop, 1)
+        again = self.recompute and torch.is_grad_enabled()
+        return _add_branch(x_BPD, x_BPD, self._mlp_recomputed if again else self._mlp, drop, 1)
+
+    def _mlp(self, x_BPD: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x_BPD)))
+
+    def _mlp_recomputed(self, x_BPD: Tensor) -> Tensor:
+        return checkpoint(self._mlp, x_BPD, use_reentrant=False, preserve_rng_state=False)
 
 
 def _add_branch(
@@ -215,7 +224,6 @@ class DeiT(nn.Module):
         # What weights brought along: their classes in index order; image_size and fields of `Preprocessing`.
         self.classes: tuple[str, ...] | None = None
         self.stated: dict[str, Any] = {}
-        self.recompute = False  # True: each block keeps only its input for the backward and runs again there
         self.drop_path_rates = [drop_path * (1 if constant_drop_path else i / max(depth - 1, 1)) for i in range(depth)]
         self.patch_embed = PatchEmbed(image_size, patch_size, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -315,11 +323,7 @@ class DeiT(nn.Module):
         x_BND = self.embed(images)
         alone = prefix if prefix_alone(self.blocks[-1]) else None
         for i, block in enumerate(self.blocks):
-            arguments = None if drop is None else drop[i], alone if i == len(self.blocks) - 1 else None
-            if self.recompute and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BND = block(x_BND, *arguments)
+            x_BND = block(x_BND, None if drop is None else drop[i], alone if i == len(self.blocks) - 1 else None)
         return self.norm(x_BND[:, :prefix])
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor, ...]:

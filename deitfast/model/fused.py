@@ -7,7 +7,7 @@ Saved for the backward, in values a token (D width, F hidden width; of all but x
 runs through the branch):
 
     layernorm_attention    x D, LayerNorm(x) D, qkv 3D, attention's output D; in fp32 mean, rstd and one value a head
-    layernorm_mlp          x D, LayerNorm(x) D, gelu F, gelu' F; in fp32 mean and rstd
+    layernorm_mlp          x D, LayerNorm(x) D, gelu F, gelu' F; in fp32 mean and rstd; with `recompute` x D alone
 
 The eager block of `deitfast.model.deit` is the reference. On CPU tensors the ops take their eager implementation,
 unless TRITON_INTERPRET=1 runs the kernels in Triton's interpreter.
@@ -75,6 +75,7 @@ def fused_block_forward(
     path_scale2_B: Tensor | None = None,
     subset: Subset | None = None,
     prefix: int | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """A pre-norm block with exact GELU: x (B, N, D) -> (B, N, D) in the same dtype.
 
@@ -82,6 +83,7 @@ def fused_block_forward(
     subset: instead of them the images that run through the branches; the others pass unchanged.
     prefix: the first so many tokens of the result alone, (B, prefix, D), where no other is read. Then LayerNorm, keys
     and values are of all tokens, and all else of the block, most of its work, of `prefix` rows an image.
+    recompute: keep of the MLP its input alone for the backward.
     Under autocast the products run in its dtype and x keeps its own, as in eager PyTorch.
     Raises TypeError or ValueError, from the op concerned, for tensors that do not fit.
     """
@@ -119,6 +121,7 @@ def fused_block_forward(
         path_scale=path_scale2_B,
         subset=index2_K,
         subset_scale=scale,
+        recompute=recompute,
     )
 
 
@@ -140,14 +143,20 @@ def _attention_of_prefix(
     return x_BPD.index_add(0, index_K, branch_KPD.to(x_BPD.dtype), alpha=scale)
 
 
-def saved_bytes_per_token(width: int, hidden: int, itemsize: int, head_dim: int = 64) -> int:
+def saved_bytes_per_token(width: int, hidden: int, itemsize: int, head_dim: int = 64, recompute: bool = False) -> int:
     """Bytes that one fused block saves for its backward for each token, parameters not counted; see the module.
 
     width, hidden: channels of the stream and of the MLP's hidden layer; itemsize: bytes of a value, 2 in bf16.
     The stream that leaves the last block is not among them.
     """
-    statistics = 4 * (2 + 2 + width // head_dim)
-    return (8 * width + 2 * hidden) * itemsize + statistics
+    attention, statistics = 6 * width * itemsize, 4 * (2 + width // head_dim)
+    mlp = width * itemsize + (0 if recompute else saved_bytes_of_hidden(width, hidden, itemsize))
+    return attention + statistics + mlp
+
+
+def saved_bytes_of_hidden(width: int, hidden: int, itemsize: int) -> int:
+    """Those of them that `recompute` computes again: LayerNorm's result and statistics, gelu and gelu'."""
+    return (width + 2 * hidden) * itemsize + 4 * 2
 
 
 def saved_bytes_of_keys_and_values(width: int, itemsize: int) -> int:
@@ -254,6 +263,7 @@ class FusedBlock(Fusible, Block):
             path_scale2_B=path_scale2_B,
             subset=subset,
             prefix=prefix,
+            recompute=self.recompute,
         )
 
 

@@ -14,7 +14,7 @@ computes its scores a second time, which the floor counts and MFU does not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from deitfast.errors import DeitfastError, did_you_mean
@@ -113,13 +113,20 @@ def _block_ops(variant: Variant, batch: int, count: int, rows: int, last: str = 
     ]
 
 
-def step_ops(variant: Variant, batch: int, whole: bool = False) -> list[Op]:
+def _again(ops: list[Op]) -> list[Op]:
+    """What the backward computes once more where the hidden layers of the MLPs are not kept."""
+    hidden = [op for op in ops if op.name.removeprefix("last ") in ("fc1 forward", "LayerNorm forward")]
+    return [replace(op, name=f"{op.name} again", count=op.count // (2 if op.part == "norm" else 1)) for op in hidden]
+
+
+def step_ops(variant: Variant, batch: int, whole: bool = False, recompute: bool = False) -> list[Op]:
     """Every op of one training step, for one image of a batch. whole: as if the last block computed all tokens."""
     D, L, N, S = variant.width, variant.depth, variant.tokens, variant.image_size
     heads = 2 if variant.distilled else 1
     patches, pixels = N - heads, 3 * variant.patch_size**2
     ops = _block_ops(variant, batch, L if whole else L - 1, N)
     ops += [] if whole else _block_ops(variant, batch, 1, heads, "last ")
+    ops += _again(ops) if recompute else []
     read = N if whole else heads
     ops += [
         Op("final LayerNorm forward", "norm", 8.0 * read * D, 2 * 2 * read * D),
@@ -166,10 +173,12 @@ def hours_for_imagenet(images_per_second: float) -> float:
     return IMAGENET_EPOCHS * IMAGENET_IMAGES / images_per_second / 3600
 
 
-def part_floors(model: str | Variant, batch: int, tflops: float, gbps: float) -> dict[str, float]:
+def part_floors(
+    model: str | Variant, batch: int, tflops: float, gbps: float, recompute: bool = False
+) -> dict[str, float]:
     """Part of the budget -> floor in microseconds an image."""
     floors = dict.fromkeys(PARTS, 0.0)
-    for op in step_ops(_variant(model), batch):
+    for op in step_ops(_variant(model), batch, recompute=recompute):
         floors[op.part] += op.floor_us(tflops, gbps)
     return floors
 

@@ -61,9 +61,9 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
 
 def svg(chart: Chart, colours: dict[str, str]) -> str:
     """The chart as an <svg> element. colours: by run."""
+    figure_class()
     import matplotlib
 
-    figure_class()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.key, "font.size": 9}):
         figure = figure_class()(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.add_subplot()
@@ -89,6 +89,9 @@ def _draw(axes: Any, chart: Chart, series: Series, colour: str) -> None:
     style: dict[str, Any] = {"color": colour, "linestyle": "--" if series.dashed else "-", "linewidth": 1.3}
     if len(x) == 1:
         axes.plot(x, y, marker="o", color=colour)
+    elif chart.key == "faults":
+        axes.step(x, y, where="post", **style)
+        axes.yaxis.get_major_locator().set_params(integer=True)
     elif chart.smoothed and len(x) > 20:
         width = max(2, round(_SMOOTH * len(x)))
         mean = np.convolve(y, np.ones(width) / width, "valid")
@@ -133,7 +136,8 @@ def _mfu(run: RunRecord) -> Series | None:
 
 
 def _faults(run: RunRecord) -> Series:
-    """How many faults until when, over the epochs of their steps."""
-    per_epoch = run.steps[-1]["step"] / run.steps[-1]["epoch"] if run.steps and run.steps[-1]["epoch"] else 1
-    epochs = sorted(float(fault.get("step", 0)) / per_epoch for fault in run.faults)
-    return Series(run.name, epochs, [float(i + 1) for i in range(len(epochs))])
+    """How many faults until when, over the epochs of their steps, from the run's begin to where it is."""
+    last = run.steps[-1] if run.steps else {"step": 1, "epoch": 1.0}
+    epochs = sorted(float(fault.get("step", 0)) * last["epoch"] / last["step"] for fault in run.faults)
+    ends = [0.0, *epochs, max([last["epoch"], *epochs])]
+    return Series(run.name, ends, [float(min(i, len(epochs))) for i in range(len(ends))])

@@ -46,22 +46,33 @@ def estimate(recipe: Recipe, gpu: Gpu, gpus: int, classes: int, images: int) -> 
 
     Raises DeitfastError for an unknown model, and for a batch that the GPUs cannot share.
     """
-    variant = find_variant(recipe.model)
-    variant = replace(variant, image_size=recipe.image_size or variant.image_size)
+    variant = variant_of(recipe)
     scale = recipe.layer_scale or None
-    model = create_model(
-        recipe.model, num_classes=classes, image_size=variant.image_size, layer_scale=scale, fused=True
-    )
+    with torch.device("meta"):  # its shapes are all that is asked of it
+        model = create_model(
+            recipe.model, num_classes=classes, image_size=variant.image_size, layer_scale=scale, fused=True
+        )
     bf16 = recipe.precision != "fp32"
     largest = images_that_fit(1e9 * gpu.gigabytes, model, recipe, bf16, gpus, kernels=True)
     world = World(0, gpus, 0, gpus, torch.device("cuda"))
     micro_batch, accumulation = split_batch(recipe, world, largest)
-    speed = gpus * speed_bound(variant, micro_batch * accumulation, gpu)
+    speed = gpus * speed_bound(variant, micro_batch * accumulation, gpu, recipe.recompute)
     memory = memory_parts(model, recipe, micro_batch, accumulation > 1 or gpus > 1, bf16, gpus)
     return Estimate(
         recipe, gpu, gpus, sum(p.numel() for p in model.parameters()), forward_macs(variant), memory, largest,
         micro_batch, accumulation, speed, recipe.epochs * images / speed / 3600,
     )  # fmt: skip
+
+
+def variant_of(recipe: Recipe) -> Variant:
+    """The model of a recipe, at the size that it is trained at."""
+    variant = find_variant(recipe.model)
+    return replace(variant, image_size=recipe.image_size or variant.image_size)
+
+
+def least_hours(recipe: Recipe, gpu: Gpu, images: int) -> float:
+    """Hours that one GPU needs at least for `recipe` on so many training images, at the roofline."""
+    return recipe.epochs * images / speed_bound(variant_of(recipe), recipe.batch, gpu, recipe.recompute) / 3600
 
 
 def memory_parts(
@@ -74,9 +85,9 @@ def memory_parts(
     return state | {name: micro_batch * size for name, size in parts.items()}
 
 
-def speed_bound(variant: Variant, images: int, gpu: Gpu) -> float:
+def speed_bound(variant: Variant, images: int, gpu: Gpu, recompute: bool) -> float:
     """Images a second that one GPU at most trains, with `images` a step."""
-    return 1e6 / sum(part_floors(variant, images, gpu.tflops, gpu.gbps).values())
+    return 1e6 / sum(part_floors(variant, images, gpu.tflops, gpu.gbps, recompute).values())
 
 
 def table(found: Estimate, price: float) -> str:

@@ -2,7 +2,7 @@
 
 Each has `time`, `kind`, `step` and what else is known. Kinds: `crash` (a start that ended without a word; told by the
 next one), `error` (an exception, with its text and process), `hang`, `waiting`, `failed save`, `damaged checkpoint`,
-`roll-back`, `skipped steps`, `bad files`, `refused` (a start after three crashes at one step).
+`roll-back`, `skipped steps`, `bad files`, `tracker`, `refused` (a start after three crashes at one step).
 """
 
 from __future__ import annotations

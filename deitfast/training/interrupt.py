@@ -2,7 +2,7 @@
 
 SIGTERM (a scheduler takes the machine away), SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning) and SIGHUP (a terminal closes)
 mean the same: save, end with exit code 75, be resumed. One that comes before the first step ends the process at once,
-there being nothing to save; a second one, a second or more after the first, does so at any time.
+there being nothing to save; a second one, a second or more after the first, does so until all is saved.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from deitfast.guard import leave_now
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SAME_S = 1.0  # a launcher and a terminal may both pass on one key press
+_ENDING_S = 10.0
 _CHECK_S = 0.5
 _MOST_STEPS = 32
 _PATIENCE_S = 1800.0
@@ -58,6 +59,10 @@ class StopRequest:
         """From now on a signal is a request, which the loop will see."""
         self._begun = True
 
+    def end(self) -> None:
+        """All is saved: what comes now, as of a launcher whose first process has ended, is no second signal."""
+        self._since = time.monotonic() + _ENDING_S
+
     def __exit__(self, *_: object) -> None:
         if not self._before:
             return
@@ -82,7 +87,7 @@ class StopRequest:
                 _last_words(f"{number.name} before the first step: nothing to save")
                 leave_now(EXIT_INTERRUPTED)  # not final: it may be the launcher's, after another process died
         elif now - self._since > _SAME_S:
-            _last_words(f"a second signal ({number.name}): ending at once, without saving")
+            _last_words(f"a second signal ({number.name}): ending at once, nothing more is saved")
             leave_now(128 + number, final=True)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded, trains
 from deitfast.recipe import Recipe, flag
+from deitfast.training.trackers import TRACKERS, chosen_trackers
 
 if TYPE_CHECKING:
     from deitfast.training.train import Result
@@ -37,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", description: str = "") -> Recipe:
     """`base` with the fields given as flags replaced, checked.
 
-    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Four more are the command's:
+    Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Five more are the command's:
     `--scale-lr` gives the batch the learning rate that belongs to it, the others are for `run`. Unknown and mistyped
     ones raise DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
     """
@@ -77,6 +78,12 @@ def _flags_of(base: Recipe, prog: str = "", description: str = "") -> _Parser:
         default=None,
         metavar="DIR",
         help="copy the data to DIR, on a disk of each machine, while training, and read the copies that are there",
+    )
+    command.add_argument(
+        "--track",
+        default="",
+        metavar="NAMES",
+        help=f"send the numbers of metrics.jsonl on to one or several of {','.join(TRACKERS)}",
     )
     command.add_argument(
         "--profile",
@@ -124,21 +131,24 @@ def _without_downloads(chosen: Recipe, base: Recipe) -> Recipe:
     return chosen
 
 
-def train(recipe: Recipe) -> Result:
+def train(recipe: Recipe, track: str = "") -> Result:
     """Train `recipe` to its end and return its scores; what files in recipes/ do, from Python.
 
     recipe: its `data` must be given; where its `out` is empty, the run folder is runs/<model>. Everything that the run
         writes lies there, and the same call goes on from the newest checkpoint in it.
+    track: `tensorboard`, `wandb`, `trackio` or several, with commas: they get the run's numbers, too.
+
     This process is the only one, or one of those that torchrun started. Progress is printed.
 
     Raises DeitfastError for what its user can mend, and SystemExit(75) after a SIGTERM, with everything saved.
     """
     recipe = replace(recipe, out=recipe.out or f"runs/{recipe.model}")
     recipe.check()
+    trackers = chosen_trackers(track)
     share_cores_politely()
     from deitfast.training import train as training
 
-    result = training.train(recipe)
+    result = training.train(recipe, track=trackers)
     assert result is not None, "only a run that is stopped early has no result"
     return result
 
@@ -159,6 +169,7 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
         if said.smoke:
             chosen = _without_downloads(chosen, recipe)
         chosen.check()
+        trackers = chosen_trackers(said.track)
         share_cores_politely()
         from deitfast.training.train import smoke, train
 
@@ -171,6 +182,6 @@ def run(recipe: Recipe, *, name: str, description: str = "", arguments: Sequence
         elif said.smoke:
             smoke(chosen)
         else:
-            train(chosen, stated=recipe, stage=said.stage)
+            train(chosen, stated=recipe, stage=said.stage, track=trackers)
 
     guarded(main)

@@ -36,6 +36,7 @@ from deitfast.use.evaluate import Details, Scores, evaluate_in_detail
 _COLOURS = ("#1f6feb", "#d1570b", "#1a7f37", "#8250df", "#bf3989", "#57606a", "#9a6700", "#0550ae")
 _MOST_ON_CPU = 2000  # images that are evaluated where no GPU is
 _VIEWS, _WORST, _FAULTS = 24, 10, 30  # shown of each
+_PAGE_WIDTH = 1148  # pixels, within its margins
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ def _sheet(run: RunRecord, data: Dataset) -> bytes:
     size = run.recipe.image_size or find_variant(run.recipe.model).image_size
     epoch = min(int(run.steps[-1]["epoch"]) if run.steps else 0, run.recipe.epochs - 1)
     written = io.BytesIO()
-    contact_sheet(data.train, run.recipe, size, epoch, min(_VIEWS, run.recipe.batch)).save(
-        written, "PNG", optimize=True
-    )
+    count = min(_VIEWS, run.recipe.batch)
+    contact_sheet(data.train, run.recipe, size, epoch, count, width=_PAGE_WIDTH).save(written, "PNG", optimize=True)
     return written.getvalue()
 
 
@@ -149,35 +149,34 @@ def _numbers(drawn: Sequence[Chart]) -> dict[str, Any]:
 
 
 def _summary(runs: Sequence[RunRecord], colours: dict[str, str], price: float) -> str:
-    rows = [
-        ("run", "model", "state", "steps", "top-1 best", "last raw / EMA", "images/s", "training", "wall clock", "cost",
-         "faults"),
-    ]  # fmt: skip
-    for run in runs:
-        last = run.evaluations[-1] if run.evaluations else {}
-        best = run.best
-        gpus = run.processes if run.environment.get("gpu") else 0
-        cost = f"{price * run.training_hours * gpus:,.2f}" if price and gpus else "-"
-        rows.append(
-            (
-                f'<span class="dot" style="background:{colours[run.name]}"></span>{_text(run.name)}',
-                _text(run.recipe.model),
-                run.state,
-                f"{run.step:,}",
-                f"{best[0]:.2f} % (epoch {best[1]:g}, {best[2]})" if best else "-",
-                f"{last['top1']:.2f} / {last['ema_top1']:.2f} %" if "ema_top1" in last
-                else f"{last['top1']:.2f} %" if last else "-",
-                f"{_mean_speed(run):,.0f}" if run.steps else "-",
-                duration(3600 * run.training_hours),
-                duration(3600 * run.hours) if run.hours is not None else "-",
-                cost,
-                str(len(run.faults)),
-            )
-        )  # fmt: skip
+    """A row a fact and a column a run, which a phone shows without scrolling."""
+    facts = [_facts(run, colours[run.name], price) for run in runs]
+    rows = [(name, *(of_run[name] for of_run in facts)) for name in facts[0]]
     told = "Training: the measured steps alone. Wall clock: first to last line of log.txt, pauses included."
     if price:
         told += f" Cost: hours of training x GPUs x {price:g}."
     return f'<div class="wide">{_table(rows, escaped=True)}</div><p class="small">{told}</p>'
+
+
+def _facts(run: RunRecord, colour: str, price: float) -> dict[str, str]:
+    """What the summary says of a run, as HTML."""
+    last = run.evaluations[-1] if run.evaluations else {}
+    gpus = run.processes if run.environment.get("gpu") else 0
+    best = f"{run.best[0]:.2f} % (epoch {run.best[1]:g}, {run.best[2]})" if run.best else "-"
+    raw = f"{last['top1']:.2f}" if last else "-"
+    return {
+        "run": f'<span class="dot" style="background:{colour}"></span>{_text(run.name)}',
+        "model": _text(run.recipe.model),
+        "state": run.state,
+        "steps": f"{run.step:,}",
+        "top-1 best": best,
+        "last raw / EMA": f"{raw} / {last['ema_top1']:.2f} %" if "ema_top1" in last else f"{raw} %" if last else raw,
+        "images/s": f"{_mean_speed(run):,.0f}" if run.steps else "-",
+        "training": duration(3600 * run.training_hours),
+        "wall clock": duration(3600 * run.hours) if run.hours is not None else "-",
+        "cost": f"{price * run.training_hours * gpus:,.2f}" if price and gpus else "-",
+        "faults": str(len(run.faults)),
+    }
 
 
 def _mean_speed(run: RunRecord) -> float:
@@ -189,7 +188,8 @@ def _of_run(run: RunRecord, seen: Seen, several: bool) -> Iterator[str]:
     if seen.sheet:
         yield "<h3>What training saw</h3>"
         yield '<p class="small">Views of the last epoch begun, before erasing and mixing, each with its operations.</p>'
-        yield f'<img class="sheet" alt="views of training images" src="{_data_url(seen.sheet)}">'
+        picture = f'<img class="sheet" alt="views of training images" src="{_data_url(seen.sheet)}">'
+        yield f'<div class="wide">{picture}</div>'
     if seen.scores and seen.details:
         yield from _evaluation(seen)
     for problem in seen.problems:
@@ -240,7 +240,7 @@ def _evaluation(seen: Seen) -> Iterator[str]:
         wrong[i] = 0
         other = int(wrong.argmax())
         taken = f"{seen.classes[other].split(',')[0]} ({int(wrong[other])})" if int(wrong[other]) else "-"
-        rows.append((seen.classes[i].split(",")[0], f"{value:.1f} %", str(counts[i]), taken))
+        rows.append((seen.classes[i].split(",")[0], f"{value:.1f}\u00a0%", str(counts[i]), taken))
     yield f'<div class="wide">{_table(rows)}</div>'
 
 
@@ -307,12 +307,12 @@ body {{ font: 15px/1.5 -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; 
 h1 {{ font-size: 1.6em; overflow-wrap: anywhere; }} h2 {{ margin-top: 2em; border-bottom: 1px solid #d0d7de; }}
 h3 {{ margin-bottom: .3em; }}
 table {{ border-collapse: collapse; }} td, th {{ text-align: left; padding: 4px 12px 4px 0; vertical-align: top;
-  border-bottom: 1px solid #eaeef2; white-space: nowrap; }}
+  border-bottom: 1px solid #eaeef2; }} td:first-child {{ white-space: nowrap; }}
+td:last-child {{ overflow-wrap: anywhere; min-width: 7em; }}
 .wide {{ overflow-x: auto; }} .small {{ color: #57606a; font-size: 13px; }}
 .charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 12px; }}
-figure {{ margin: 0; }} figure svg, figure img, .sheet {{ width: 100%; height: auto; }}
-.sheet {{ max-width: 900px; }}
-pre {{ background: #f6f8fa; padding: 10px; overflow-x: auto; border-radius: 6px; }}
+figure {{ margin: 0; }} figure svg, figure img {{ width: 100%; height: auto; }}
+pre {{ background: #f6f8fa; padding: 10px; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: 6px; }}
 .dot {{ display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 6px; }}
 </style>
 </head>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from deitfast.training.environment import environment
 from deitfast.training.progress import Reached
 from deitfast.training.run import IMAGES, Run, choices, introduce
 from deitfast.training.saving import Saver
+from deitfast.training.trackers import Trackers
 from deitfast.training.watch import SAVE, Watch
 
 _SCHEDULE = ("epochs", "lr", "min_lr", "warmup_lr", "warmup_epochs", "deit_compat")
@@ -33,13 +35,14 @@ class Diverged(DeitfastError):
         self.step, self.since = step, since
 
 
-def begin(run: Run, data: Dataset, stated: Recipe | None) -> None:
-    """Resume from the run folder and write down what is about to run."""
+def begin(run: Run, data: Dataset, stated: Recipe | None, track: Sequence[str] = ()) -> None:
+    """Resume from the run folder and write down what is about to run. track: names of `trackers.TRACKERS`."""
     run.world.agree(lambda: _look_back(run))
     run.world.agree(lambda: resume(run))
     check_same_step(run)
     run.engine.broadcast()  # equal already, but for a machine with other generators or files
     run.world.agree(lambda: _write_down(run))
+    run.world.agree(lambda: _open_trackers(run, track))
     if run.folder:
         introduce(run, data, stated)
 
@@ -72,6 +75,12 @@ def _write_down(run: Run) -> None:
     retention = Retention(every=run.recipe.keep_every * run.order.steps_per_epoch)
     run.saver = Saver(folder.checkpoints, retention, run.say, folder.note, partial(run.fault, "failed save"))
     run.saver.saved = saved
+
+
+def _open_trackers(run: Run, names: Sequence[str]) -> None:
+    if run.folder and names:
+        settings, path = asdict(run.recipe), run.folder.path
+        run.folder.trackers = Trackers(names, path, settings, run.step, say=run.say, fault=run.fault)
 
 
 def resume(run: Run) -> None:

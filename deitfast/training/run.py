@@ -84,11 +84,11 @@ class Run:
             self.step == self.total_steps or (in_epoch == 0 and epoch % self.recipe.eval_every == 0)
         )
 
-    def reached(self) -> None:
-        """Note on disk how far the run is."""
+    def reached(self, *, running: bool = True) -> None:
+        """Note on disk how far the run is. running: it goes on from here."""
         if self.folder and self.saver:
             self.saver.poll()
-            self.folder.reached.write(Reached(self.step, self.saver.saved, running=True))
+            self.folder.reached.write(Reached(self.step, self.saver.saved, running))
 
     def close(self) -> None:
         """Let go of the run folder, with what is being written in full, and of what the engine holds."""
@@ -149,7 +149,7 @@ def set_up(
     if recipe.distillation != "none":
         teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
     teacher_bytes = teacher.image_bytes() if teacher else 0
-    before = world.share(choices_before(recipe, world.device) if world.is_main else {})
+    before = world.share(world.agree(lambda: choices_before(recipe, world.device) if world.is_main else {}))
     micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes, before)
     kernels = trust_kernels(recipe, world, model, micro_batch, bf16, before, notes.append)
     if not kernels.all_ours:  # eager PyTorch keeps more for the backward
@@ -235,14 +235,25 @@ def choices(run: Run) -> dict[str, Any]:
 
 
 def choices_before(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """The `choices` of the run that the recipe's folder holds; empty without one, or for another kind of device."""
+    """The `choices` of the run that the recipe's folder holds; empty without one, or where it had another device.
+
+    Raises DeitfastError for another device that nobody asked for: a driver that lost its GPUs must not bring a run to
+    the CPU, nor to another dtype, on its own.
+    """
     try:
         recorded = json.loads((Path(recipe.out) / "env.json").read_bytes())["choices"]
         sound = type(recorded["micro_batch"]) is int and recorded["decode"] in ("cpu", "gpu")
-        fits = sound and recorded["device"] == device.type
+        kind = str(recorded["device"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return recorded if fits and not recipe.allow_changes else {}
+    if not sound or recipe.allow_changes:
+        return {}
+    if kind != device.type and recipe.device == "auto":
+        raise DeitfastError(
+            f"{recipe.out} has run on {kind} so far and would go on on {device.type} here. Mend what hides the other, "
+            f"or give --device {device.type}"
+        )
+    return recorded if kind == device.type else {}
 
 
 def open_data(recipe: Recipe, world: World) -> Dataset:

@@ -21,6 +21,7 @@ from deitfast.files import write_atomically
 from deitfast.recipe import Recipe
 from deitfast.training.environment import write_environment
 from deitfast.training.progress import Progress
+from deitfast.training.trackers import Trackers
 
 _LOCK_PATIENCE_S = 10.0
 _PLAIN_INTERVAL_S = 10.0
@@ -36,6 +37,8 @@ class RunFolder:
     metrics.jsonl           one object per logged step or evaluation
     faults.jsonl            one object per fault
     progress.json           how far the run got
+    tracked.txt             by what name W&B and trackio know the run, where they are asked to
+    tensorboard/            what TensorBoard reads, where it is asked to
     ckpt/ best/             checkpoints; the best weights so far
 
     On a disk that is full, what is said and measured is lost until there is space again; nothing stops for it.
@@ -57,6 +60,7 @@ class RunFolder:
             raise DeitfastError(
                 f"cannot write the run folder {self.path}: {error.strerror}. Mend that, or change --out"
             ) from error
+        self.trackers: Trackers | None = None  # that get every line of metrics.jsonl, too
         self._metrics: IO[str] | None = None
         self._last_progress = 0.0
 
@@ -65,6 +69,8 @@ class RunFolder:
         return self.path / "ckpt"
 
     def close(self) -> None:
+        if self.trackers:
+            self.trackers.close()
         self.reached.close()
         for file in (self._metrics, self._log, self._lock):
             if file is not None:
@@ -126,6 +132,8 @@ class RunFolder:
         """One line of metrics.jsonl."""
         assert self._metrics is not None, "resume_metrics opens the file"
         _append(self._metrics, json.dumps(values) + "\n")
+        if self.trackers:
+            self.trackers.send(values)
 
     def progress(self, text: str, *, last: bool = False) -> None:
         """The progress line: in place on a terminal; elsewhere a plain line at most every ten seconds."""

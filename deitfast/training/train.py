@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -32,6 +33,7 @@ from deitfast.use.evaluate import Interrupted
 def train(
     recipe: Recipe, *, stop_at: int | None = None, eval_images: int | None = None, depth: int | None = None,
     stated: Recipe | None = None, quiet: bool = False, stage: Path | None = None,
+    track: Sequence[str] = (),
 ) -> Result | None:  # fmt: skip
     """Run `recipe` on this process, one of torchrun's or the only one; resume if its run folder holds a checkpoint.
 
@@ -39,6 +41,7 @@ def train(
     eval_images: evaluate on the first so many images only. depth: blocks of the model where not its own number.
     stated: the recipe as its file states it, from which deviations are told; None: the DeiT paper's.
     quiet: what is said goes to log.txt alone. stage: folder on a disk of this machine to which the data is copied.
+    track: names of `trackers.TRACKERS` that get the lines of metrics.jsonl, too.
     Raises DeitfastError for anything the user can mend; what can be checked is checked before a file is written.
     """
     trains()
@@ -46,7 +49,7 @@ def train(
     with StopRequest() as stop:
         run, data = set_up(recipe, depth, quiet, stage)
         try:
-            begin(run, data, stated)
+            begin(run, data, stated, track)
             result = _until_done(run, stop, stop_at, eval_images)
             if result is None and run.step == run.total_steps:  # resumed after the last step
                 result = evaluate_both(run, 0.0, eval_images)
@@ -143,7 +146,7 @@ def loop(
             continue
         meter.log(lr)
         if signal:
-            leave(run, signal, watch)
+            leave(run, signal, watch, stop)
         if run.evaluation_due or (stopping and eval_images):
             result = pause_to_evaluate(run, meter, watch, agreement, eval_images)
         # No save of steps that were all skipped: it would push out the one to which a run that diverges goes back.
@@ -164,7 +167,7 @@ def pause_to_evaluate(run: Run, meter: Meter, watch: Watch, agreement: Agreement
         with watch.during("an evaluation"):
             result = evaluate_both(run, meter.images_per_second, limit, asked_to_stop)
     except Interrupted:
-        leave(run, agreement.wanted() or "a signal to another process", watch)
+        leave(run, agreement.wanted() or "a signal to another process", watch, agreement.stop)
     run.evaluated = run.step
     record(run, result)
     return result
@@ -175,10 +178,11 @@ def pause_to_save(run: Run, watch: Watch, *, wait: bool = False) -> None:
     run.reached()
 
 
-def leave(run: Run, signal: str, watch: Watch) -> NoReturn:
+def leave(run: Run, signal: str, watch: Watch, stop: StopRequest) -> NoReturn:
     """Save and end, as a signal asked for."""
     save(run, watch, wait=True)
-    run.reached()
+    run.reached(running=False)
+    stop.end()
     if run.folder:
         done = f"saved at step {run.step}" if is_saved(run) else f"NOT saved at step {run.step}"
         run.say(f"{signal}: {done}. The same command resumes")

@@ -27,9 +27,10 @@ T = TypeVar("T")
 TELL_AFTER_S = 60.0
 _PERIOD_S = 5.0
 _SLOWEST_TIMES = 10
+_UNUSUAL = 3  # times the slowest step so far
 _FOR_A_SAVE = 6  # a disk may be slow
 SAVE = "a save"
-_SILENT_S = 4 * _PERIOD_S
+_SILENT_S = 2 * _PERIOD_S
 _PLACE = f"{os.getpid()}@{socket.gethostname()}"
 EXIT_HANGING = 1
 
@@ -39,7 +40,8 @@ class Watch:
 
     patience: seconds without a step, or other sign of life, after which the process ends where a launcher would start
     it again (`restarts`); ten times the slowest step so far where that is longer; without limit before the first step.
-    say: gets a line where all wait for a process. fault: gets kind, step and words of that, and of the end.
+    say: gets a line where a step takes a minute and three times the slowest so far: whom all wait for. fault: gets
+    kind, step and words of that, where there are others, and of the end.
     """
 
     def __init__(
@@ -61,11 +63,9 @@ class Watch:
     def stepped(self, step: int) -> None:
         """After every step."""
         now = time.monotonic()
-        if self.doing == "a step":  # neither the first one nor a pause
-            self._slowest = max(self._slowest or 0.0, now - self._alive)
+        # The first step says nothing of the others.
+        self._slowest = 0.0 if self._slowest is None else max(self._slowest, now - self._alive)
         self.step, self.doing, self._alive = step, "a step", now
-        if self._slowest is None:
-            self._slowest = 0.0
 
     def alive(self) -> None:
         """A sign of life between two steps, such as a batch of an evaluation."""
@@ -105,13 +105,14 @@ class Watch:
             if self.board:
                 with suppress(RuntimeError):  # the store went with the leading process
                     self.board.post(f"beat/{self.rank}", f"{time.time():.0f} {self.step} {_PLACE} {self.doing}")
-            if silent < self.tell_after:
+            if silent < max(self.tell_after, _UNUSUAL * (self._slowest or 0.0)):
                 self._told = 0.0
             elif self.rank == 0 and silent > 2 * self._told:
                 self._told = max(silent, self.tell_after)
                 what = f"no step for {silent:.0f} s after step {self.step}: {self._waiting_for()}"
                 self.say(what)
-                self.fault("waiting", self.step, what)
+                if self.size > 1:  # one that is alone waits for nobody
+                    self.fault("waiting", self.step, what)
             if self.restarts and self._slowest is not None and silent > self._limit():
                 self._end(silent)
                 return

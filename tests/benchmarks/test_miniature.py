@@ -15,6 +15,7 @@ from benchmarks import miniature, timm_loop
 from benchmarks.paper import rows, table, teacher, training
 from benchmarks.paper.rows import Claim, Score
 from benchmarks.paper.tokens import cosines
+from deitfast.cli.recipes import load_recipe
 from deitfast.data import IMAGENET_MEAN, IMAGENET_STD
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
@@ -80,7 +81,7 @@ def test_every_claim_speaks_of_runs_of_the_table_in_the_right_direction(base: Re
 
 @pytest.mark.parametrize("name", ["mini_cifar10", "mini_cifar10_cpu"])
 def test_every_run_is_a_recipe_that_can_run_and_its_command_repeats_it(name: str, tmp_path: Path) -> None:
-    stated = training.shipped(name)
+    stated = load_recipe(name)
     made = training.Table(name, miniature.seen_as_long(replace(stated, data="x"), 4), tmp_path, 1, teacher_width=8)
     for run in rows.runs(made.recipe):
         recipe = training.recipe_of(made, run, 1)
@@ -139,7 +140,8 @@ def test_a_table_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest
     """In its second run: the first is not run again, the second from its newest checkpoint on."""
     arguments = ["--data", "digits", "--rows", "base,bf16", "--seeds", "1", "--out", str(tmp_path)]
     small = replace(ON_CPU, batch=32, mix_group=32, micro_batch=32, epochs=4, eval_every=4, warmup_epochs=1.0)
-    monkeypatch.setattr(training, "shipped", lambda _: small)
+    for module in (miniature, training):
+        monkeypatch.setattr(module, "load_recipe", lambda _: small)
     monkeypatch.setitem(miniature.PER_CLASS, "mini_cifar10_cpu", 8)
     begun: list[str] = []
     train = training.deitfast.train

@@ -32,6 +32,10 @@ def test_the_ops_of_a_step_add_up_to_what_torch_counts(model):
     kept, last = (sum(op.count * op.flops for op in ops if op.name == name) / 5 for name in ATTENTION)
     assert counted_flops(name, fused=True, backward=True) == pytest.approx(products - last, rel=1e-6)
     assert counted_flops(name, fused=False, backward=True) == pytest.approx(products - kept - last, rel=1e-6)
+    again = sum(op.count * op.flops for op in work.step_ops(find_variant(name), 1, recompute=True) if op.part != "norm")
+    for fused, missing in ((True, last), (False, kept + last)):
+        counted = counted_flops(name, fused=fused, backward=True, recompute=True)
+        assert counted == pytest.approx(again - missing, rel=1e-6)
 
 
 @pytest.mark.parametrize("model", PUBLISHED)

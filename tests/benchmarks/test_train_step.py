@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from benchmarks.measuring import peers_models, train_steps
 from benchmarks.measuring.command import last_json, run_limited
 from benchmarks.measuring.harness import Refused, Roofs
 from benchmarks.measuring.record import facts
-from benchmarks.measuring.train_steps import Job, TrainStep, compare, reference
+from benchmarks.measuring.train_steps import OWN, Job, TrainStep, attention_by, compare, reference
+from tests.benchmarks.test_peers_ops import LayerNormLinear, LayerNormMLP, flash_attn_func, mlp_func
 
 MODEL = "deit_digits_patch4_16"
 JOB = Job("ours", MODEL, 6, "cpu", precision="fp32", quick=True)
@@ -44,6 +47,84 @@ def expected():
 def test_every_library_takes_the_same_first_step(change, expected):
     job = replace(JOB, **change)
     compare(TrainStep(job).first(), expected, job.precision)
+
+
+class TransformerLayer(torch.nn.Module):
+    """TransformerEngine's, as far as it is asked for here, in PyTorch."""
+
+    def __init__(
+        self, hidden_size, ffn_hidden_size, num_attention_heads, *, layernorm_epsilon=1e-5, hidden_dropout=0.1,
+        attention_dropout=0.1, self_attn_mask_type="causal", fuse_qkv_params=False, qkv_weight_interleaved=True,
+        attn_input_format="sbhd", params_dtype=None, device="cuda",
+    ):  # fmt: skip
+        super().__init__()
+        assert (hidden_dropout, attention_dropout, self_attn_mask_type) == (0, 0, "no_mask")
+        assert (fuse_qkv_params, qkv_weight_interleaved, attn_input_format) == (True, False, "bshd")
+        self.heads, own = num_attention_heads, (layernorm_epsilon, True, params_dtype, device)
+        self.self_attention = torch.nn.Module()
+        self.self_attention.layernorm_qkv = LayerNormLinear(hidden_size, 3 * hidden_size, *own)
+        self.self_attention.proj = torch.nn.Linear(hidden_size, hidden_size)
+        self.layernorm_mlp = LayerNormMLP(hidden_size, ffn_hidden_size, *own)
+        self.register_parameter("layer_norm", None)
+
+    def get_extra_state(self):
+        return torch.zeros(1)
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, hidden_states, attention_mask=None, self_attn_mask_type=None):
+        assert attention_mask is self_attn_mask_type is None
+        qkv = self.self_attention.layernorm_qkv(hidden_states).unflatten(-1, (3, self.heads, -1))
+        out, _ = flash_attn_func(*qkv.unbind(-3))
+        x = hidden_states + self.self_attention.proj(out.flatten(-2))
+        return x + self.layernorm_mlp(x)
+
+
+@pytest.fixture
+def entered(monkeypatch) -> list[bool]:
+    """Other libraries' parts, rehearsed; how often FP8 was asked for."""
+    asked: list[bool] = []
+
+    @contextlib.contextmanager
+    def autocast(enabled):
+        asked.append(enabled)
+        yield
+
+    for name, members in {
+        "transformer_engine": {},
+        "transformer_engine.pytorch": {"TransformerLayer": TransformerLayer, "autocast": autocast},
+        "quack": {}, "quack.mlp": {"mlp_func": mlp_func},
+        "flash_attn": {}, "flash_attn.cute": {"flash_attn_func": flash_attn_func},
+    }.items():  # fmt: skip
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    return asked
+
+
+@pytest.mark.parametrize("way", ["transformer engine", "transformer engine, fp8", "quack MLP, flash-attn 4"])
+def test_other_libraries_parts_take_the_same_first_step(way, expected, entered):
+    peer = bench_train_step.PEERS[way]
+    job = replace(JOB, library=peer.library, attention=peer.attention, precision=peer.precision or "bf16")
+    with attention_by(job.attention):
+        compare(TrainStep(job).first(), expected, "bf16")  # of a rehearsed FP8 too
+    assert bool(entered) == (job.precision == "fp8")
+    with pytest.raises(ImportError, match="needs a GPU"):
+        train_steps.work(job, expected)
+
+
+def test_flash_attention_stands_in_for_sdpa(entered):
+    q, k, v = torch.randn(3, 2, 2, 5, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    calls, flash = [], sys.modules["flash_attn.cute"]
+    flash.flash_attn_func = lambda *qkv: calls.append([x.shape for x in qkv]) or (qkv[0], None)
+    with attention_by("flash-attn 4"):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
+    assert torch.equal(out, q)
+    assert calls == [[(2, 5, 2, 8)] * 3]
+    with attention_by(OWN):
+        assert torch.equal(torch.nn.functional.scaled_dot_product_attention(q, k, v), expected)
 
 
 def test_the_reference_does_not_depend_on_its_chunks(expected):
@@ -156,7 +237,7 @@ def test_a_hanging_process_is_killed_with_its_children_and_what_it_printed_is_ke
     parent = f"import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {child!r}]); "
     parent += "print(child.pid, flush=True); time.sleep(600)"
     seen = []
-    finished = run_limited([sys.executable, "-c", parent], 5, seen.append)
+    finished = run_limited([sys.executable, "-c", parent], 4, seen.append)
     assert finished.status is None
     assert "took longer than" in finished.problem
     assert seen[-1] == finished.out

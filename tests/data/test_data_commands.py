@@ -225,7 +225,7 @@ def test_the_sheet_holds_what_the_loader_yields_and_says_what_was_done(make_fold
     seen: list = []
     monkeypatch.setattr("deitfast.data.show._sheet", lambda *given: seen.append(given) or _sheet(*given))
     sheet = contact_sheet(manifest, recipe, 40, epoch=3, count=10)
-    (views, captions) = seen[0]
+    views, captions, _ = seen[0]
     with TrainLoader(manifest, recipe, 40, 12, start_step=3, stop_step=4) as loader:
         (batch,) = loader
     assert batch.epoch == 3
@@ -241,7 +241,7 @@ def test_the_sheet_holds_what_the_loader_yields_and_says_what_was_done(make_fold
     assert (pixels[48:60, 8:150] < 128).any()  # a caption
 
     contact_sheet(manifest, recipe, 40, epoch=3, count=10, mixed=True)
-    mixed, captions = seen[1]
+    mixed, captions, _ = seen[1]
     assert not np.array_equal(mixed, views)
     assert all(lines[3].startswith(("cutmix, own weight 0.", "mixup, own weight 0.")) for lines in captions)
 

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -179,7 +180,7 @@ def not_finite(folder: Path, count: int) -> str:
     stop_after(row, 4)
     again = folder / "again"
     shutil.copytree(row, again)
-    rare = {"save_minutes": 1e6}
+    rare: dict[str, Any] = {"save_minutes": 1e6, "restarts": 0}
     with running(row, recipe=changed(folder, POISONED.format(first=5, left=10)), **rare) as run:
         assert run.wait() == 0, run.text()[-3000:]
         assert "Going back to the checkpoint of step 4" in run.text(), run.text()[-3000:]

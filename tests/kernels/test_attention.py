@@ -20,9 +20,11 @@ from deitfast.kernels.attention_op import (
     attention_bwd_op,
     attention_fwd,
     attention_fwd_op,
+    attention_launch,
     attention_reference,
 )
 from deitfast.kernels.common import INTERPRETED
+from deitfast.kernels.tunable import picked, selection
 from tests.kernels.tolerance import assert_close_to_float64
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
@@ -140,6 +142,16 @@ def test_whole_head_kernels_in_fp32(tokens, monkeypatch):
     short = {kernel: {(4, 64): launches[2, 64]} for kernel, launches in LAUNCHES[90].items()}
     monkeypatch.setitem(LAUNCHES, INTERPRETER, short)
     check(random_qkv((1, tokens, 3 * 2 * 64), torch.float32), 2)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs the kernel of sm_90 on what is no GPU")
+@pytest.mark.parametrize(("tokens", "dtype"), [(150, torch.float16), (197, torch.float32), (230, torch.float16)])
+def test_the_backward_with_transposed_scores(tokens, dtype):
+    """Offered beside the table's, which has what is longer than 208 tokens."""
+    offered = selection(attention_launch, INTERPRETER, "bwd_short", 2, 64)
+    (entry,) = (x for x in offered.others if x is not None and "LAST" in x.tiles)
+    with picked({offered.name.replace("itemsize=2", f"itemsize={dtype.itemsize}"): entry}):
+        check(random_qkv((1, tokens, 3 * 64), dtype), 1)
 
 
 @pytest.mark.parametrize("tokens", [70, 197])

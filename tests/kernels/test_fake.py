@@ -84,6 +84,7 @@ USES: dict[str, Callable[[], Tensor]] = {
     "layernorm_attention, a subset": lambda: _linear("layernorm_attention", num_heads=2, **subset),
     "layernorm_mlp": lambda: _linear("layernorm_mlp"),
     "layernorm_mlp, a subset": lambda: _linear("layernorm_mlp", **subset),
+    "layernorm_mlp, a subset, computed again": lambda: _linear("layernorm_mlp", **subset, recompute=True),
     "layernorm_mlp, no gamma": lambda: _linear("layernorm_mlp", gamma=None, path_scale=None),
     "layernorm_qkv": lambda: _linear("layernorm_qkv"),
     "linear_residual": lambda: _linear("linear_residual"),

@@ -7,7 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
+from deitfast.kernels.attention_op import attention_launch
 from deitfast.kernels.catalogue import OPS, Draw, Shape
+from deitfast.kernels.tunable import picked, selection
 from tests.kernels.tolerance import assert_close_to_float64
 from tests.ptx.kernels import compiled_kernels, needs_engine
 
@@ -52,3 +54,11 @@ def test_an_op_is_right_in_any_order_of_execution_and_without_a_race(name, arch)
         ran.update(launch.operations)
     assert ran, "no kernel ran"
     assert PRODUCTS[arch] <= ran.keys() or name in WITHOUT_PRODUCTS
+
+
+def test_attentions_backward_with_transposed_scores():
+    """The entry that sm_90 has beside its own; with drop-path's factor and the sums that qkv's bias takes."""
+    offered = selection(attention_launch, 90, "bwd_short", 2, 64)
+    (entry,) = (x for x in offered.others if x is not None and "LAST" in x.tiles)
+    with picked({offered.name: entry}):
+        test_an_op_is_right_in_any_order_of_execution_and_without_a_race("layernorm_attention", 90)

@@ -15,7 +15,7 @@ import collections
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -32,10 +32,9 @@ def instrument(packages: Sequence[str]) -> None:
     """Instrument what is imported from now on of `packages`; what never is has taken none of its branches."""
     files = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
     functions = answering(files)
-    for path in files:
-        rewritten(path.read_text(), _name_of(path), functions)
+    trees = {path: rewritten(path.read_text(), _name_of(path), functions) for path in files}
     setattr(builtins, _HOOK, _note)
-    sys.meta_path.insert(0, _Finder(packages, functions))
+    sys.meta_path.insert(0, _Finder(packages, functions, trees))
 
 
 def answering(files: Sequence[Path]) -> frozenset[str]:
@@ -199,24 +198,28 @@ class _Wrap(ast.NodeTransformer):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, packages: Sequence[str], functions: frozenset[str]) -> None:
-        self.packages, self.functions = packages, functions
+    def __init__(
+        self, packages: Sequence[str], functions: frozenset[str], trees: Mapping[Path, ast.Module]
+    ) -> None:  # fmt: skip
+        self.packages, self.functions, self.trees = packages, functions, trees
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> Any:
         if name.split(".")[0] not in self.packages:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
-            spec.loader = _Loader(name, spec.loader.path, self.functions)
+            spec.loader = _Loader(name, spec.loader.path, self.functions, self.trees)
         return spec
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def __init__(self, name: str, path: str, functions: frozenset[str]) -> None:
+    def __init__(
+        self, name: str, path: str, functions: frozenset[str], trees: Mapping[Path, ast.Module]
+    ) -> None:  # fmt: skip
         super().__init__(name, path)
-        self.functions = functions
+        self.functions, self.trees = functions, trees
 
     def get_code(self, fullname: str) -> CodeType:  # never from a cached one, which is not instrumented
-        path = Path(self.get_filename(fullname))
-        tree = rewritten(path.read_text(), _name_of(path), self.functions)
+        path = Path(self.get_filename(fullname)).resolve()
+        tree = self.trees.get(path) or rewritten(path.read_text(), _name_of(path), self.functions)
         return compile(tree, str(path), "exec", dont_inherit=True)

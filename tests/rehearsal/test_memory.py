@@ -13,8 +13,10 @@ from deitfast.engine.memory import evaluated_image_bytes, free_bytes, image_byte
 from deitfast.engine.teacher import load_teacher
 from deitfast.model.factory import create_model
 from deitfast.recipe import Recipe
+from deitfast.training import first_contact
 from deitfast.training.run import set_up
 from deitfast.use import evaluate
+from deitfast.verification.verdict import Verdict
 from tests.rehearsal import cuda
 from tests.rehearsal.test_train import RECIPE
 
@@ -68,6 +70,7 @@ def test_a_run_is_planned_with_its_teacher_loaded(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         "deitfast.training.run.largest_micro_batch", lambda *arguments: seen.append(arguments[-1]) or 32
     )
+    monkeypatch.setattr(first_contact, "verify", lambda *_: Verdict())
     recipe = replace(RECIPE, out=str(tmp_path), distillation="hard", teacher="deit_digits_patch4_16:fresh")
     run, data = set_up(recipe, depth=2)
     assert run.folder is not None

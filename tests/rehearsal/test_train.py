@@ -48,6 +48,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
     return made
 
 
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No op is verified and no capture tried before a run."""
+    monkeypatch.setattr(first_contact, "verify", lambda *_: Verdict())
+    monkeypatch.setattr(first_contact, "capture_problem", lambda *_: "")
+
+
 def test_a_run_follows_the_cpus_and_a_resumed_one_repeats_it_bit_for_bit(tmp_path: Path) -> None:
     whole, parts, cpu = (tmp_path / name for name in ("whole", "parts", "cpu"))
     result = train(replace(RECIPE, out=str(whole)), stop_at=10, eval_images=64, depth=2)
@@ -64,12 +71,11 @@ def test_a_run_follows_the_cpus_and_a_resumed_one_repeats_it_bit_for_bit(tmp_pat
     assert "mem 0/80G" in (whole / "log.txt").read_text()
 
 
+@pytest.mark.usefixtures("trusted")
 def test_the_smoke_test_captures_and_replays_before_and_after_its_resume(
     graphs: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replays: list[int] = []
-    monkeypatch.setattr(first_contact, "verify", lambda *_: Verdict())  # which capture graphs of their own
-    monkeypatch.setattr(first_contact, "capture_problem", lambda *_: "")
     monkeypatch.setattr(capture.CUDAGraph, "reset", lambda self: replays.append(self.replays))
     smoke(replace(RECIPE, log_every=0))
     assert len(graphs) == 2
@@ -89,6 +95,7 @@ def test_without_a_wish_a_gpu_is_read_every_fifty_steps(tmp_path: Path, device: 
     assert len(losses(tmp_path)) == lines
 
 
+@pytest.mark.usefixtures("trusted")
 def test_what_was_measured_when_a_run_began_stays_when_it_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

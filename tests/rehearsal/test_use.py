@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks.paper.training import write_subset
 from deitfast.cli import train as training
 from deitfast.cli.main import main
 from deitfast.data import dali
@@ -100,23 +101,31 @@ def test_a_picture_is_classified_as_on_a_cpu(photos: list[str], weights: str) ->
     np.testing.assert_allclose(gpu["pred_scores"], cpu["pred_scores"], atol=1e-4)
 
 
-def test_weights_are_tested_as_on_a_cpu(weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four validation images of every digit."""
+    folder = tmp_path_factory.mktemp("few")
+    write_subset("digits", folder, 1, 4)
+    return str(folder)
+
+
+def test_weights_are_tested_as_on_a_cpu(weights: str, few: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
-    command = ["test", "--model", NAME, "--weights", weights, "--data", "digits", "--json"]
+    command = ["test", "--model", NAME, "--weights", weights, "--data", few, "--json"]
     for device in ("auto", "cpu"):
         main([*command, "--device", device])
         found.append(json.loads(capsys.readouterr().out))
-    assert found[0]["images"] == found[1]["images"] == 360
+    assert found[0]["images"] == found[1]["images"] == 40
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=0.1)  # bf16, and another resize
 
 
 def test_weights_are_tested_with_the_decoder_that_is_asked_for(
-    weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    weights: str, few: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[str] = []
     monkeypatch.setattr(dali, "decode_to_gpu", lambda x, where: (used.append(where), dali.decode(x, "cpu"))[1])
     for decode in ("auto", "gpu", "cpu"):
-        main(["test", "--model", NAME, "--weights", weights, "--data", "digits", "--json", "--decode", decode])
+        main(["test", "--model", NAME, "--weights", weights, "--data", few, "--json", "--decode", decode])
     assert used == ["gpu", "gpu", "cpu"]
     capsys.readouterr()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -68,18 +66,3 @@ FAULTS: dict[str, tuple[Callable[[], Fault], str]] = {
     "leaves a row unwritten": (lambda: leaves_a_row_unwritten, "values are not finite"),
 }
 """Name -> what makes the fault, and how it must be told."""
-
-
-def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """For a process of its own: ends it as the job says."""
-    print("a library's banner")
-    if job["end"] == "before it is ready":
-        raise SystemExit("no CUDA-capable device is detected")
-    yield {"ready": True}
-    yield {"answer": job["end"]}
-    if job["end"] == "killed":
-        os.abort()
-    if job["end"] == "hangs":
-        import time
-
-        time.sleep(600)

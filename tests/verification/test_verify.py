@@ -20,7 +20,7 @@ from deitfast.verification.verdict import OpVerdict, Verdict, remembered
 from deitfast.verification.verify import Question, adopt, ask, told
 
 QUESTION = Question(("a", "b", "c"), width=64, heads=1, tokens=17, batch=8, dtype="float32")
-PLANTED = "tests.verification.planted"
+ENDINGS = "tests.verification.endings"
 CPU = torch.device("cpu")
 
 
@@ -34,7 +34,7 @@ def every_op_runs_its_kernels() -> Iterator[None]:
 
 
 def test_a_process_answers_and_what_libraries_print_is_no_answer() -> None:
-    assert list(answers(PLANTED, {"end": "well"})) == [{"answer": "well"}]
+    assert list(answers(ENDINGS, {"end": "well"})) == [{"answer": "well"}]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_process_answers_and_what_libraries_print_is_no_answer() -> None:
     ],
 )
 def test_a_process_that_ends_says_how(end: str, why: str, ready: bool) -> None:
-    found = answers(PLANTED, {"end": end})
+    found = answers(ENDINGS, {"end": end})
     if ready:
         assert next(found) == {"answer": end}
     with pytest.raises(ProcessEnded, match=why) as ended:
@@ -54,7 +54,7 @@ def test_a_process_that_ends_says_how(end: str, why: str, ready: bool) -> None:
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = answers(PLANTED, {"end": "hangs"})
+    found = answers(ENDINGS, {"end": "hangs"})
     assert next(found) == {"answer": "hangs"}
     monkeypatch.setattr(process, "PATIENCE_S", 0.1)
     with pytest.raises(ProcessEnded, match="no answer in 0 s"):
