@@ -129,12 +129,19 @@ def make_ready(table: Table, run: Run, seed: int) -> None:
     """Train whatever the run starts from or is taught by and is not there yet."""
     if run.share > 1:
         write_share(table.recipe.data, table.out / "runs" / f"data-{run.share}", run.share)
-    if run.start and not table.file(run.start, seed).exists():
-        train(table, Run(run.start), seed)
-    if run.teacher in (TRANSFORMER, EQUAL_CONVNET) and not table.quick and not table.file(BASE, TEACHER_SEED).exists():
-        train(table, Run(BASE), TEACHER_SEED)
+    if run.start:
+        _make_weights(table, run.start, seed)
+    if run.teacher in (TRANSFORMER, EQUAL_CONVNET) and not table.quick:
+        _make_weights(table, BASE, TEACHER_SEED)
     if run.teacher in (CONVNET, EQUAL_CONVNET) and not Path(teacher_of(table, run.teacher)).exists():
         train_convnet(table, run.teacher)
+
+
+def _make_weights(table: Table, run: str, seed: int) -> None:
+    """Train the run where its weights are not at hand, also one that was written down on another machine."""
+    if not (table.folder(run, seed) / "best").exists():
+        table.file(run, seed).unlink(missing_ok=True)
+    train(table, Run(run), seed)
 
 
 def train_convnet(table: Table, name: str) -> None:

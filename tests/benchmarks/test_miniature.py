@@ -165,6 +165,22 @@ def test_a_table_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "table.png").exists()
 
 
+def test_a_start_that_was_written_down_on_another_machine_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = training.Table("mini_cifar10_cpu", ON_CPU, tmp_path, 1, teacher_width=8)
+    made.file("base", 0).write_text("{}")
+    trained: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        training, "train", lambda table, run, s: trained.append((run.name, table.file(run.name, s).exists()))
+    )
+    training.make_ready(made, rows.Run("larger", start="base"), 0)
+    (made.folder("base", 0) / "best").mkdir(parents=True)
+    made.file("base", 0).write_text("{}")
+    training.make_ready(made, rows.Run("larger", start="base"), 0)
+    assert trained == [("base", False), ("base", True)]
+
+
 def test_the_tokens_are_compared_as_timm_has_them(timm, tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = create_model("deit_micro_distilled_patch4_32", num_classes=3, image_size=16).eval()
