@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -79,6 +80,14 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale=None, causal=
     return SDPA(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), None
 
 
+def plant_modules(monkeypatch: pytest.MonkeyPatch, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Have modules of these names, with these members, imported from now on."""
+    for name, members in modules.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 @pytest.fixture
 def entered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """The libraries are there; what fp8_autocast was asked for."""
@@ -90,14 +99,11 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         yield
 
     engine = {"LayerNormLinear": LayerNormLinear, "LayerNormMLP": LayerNormMLP, "fp8_autocast": fp8_autocast}
-    for name, members in {
+    plant_modules(monkeypatch, {
         "quack": {}, "quack.rmsnorm": {"layernorm_fwd": layernorm_fwd}, "quack.mlp": {"mlp_func": mlp_func},
         "transformer_engine": {}, "transformer_engine.pytorch": engine,
         "flash_attn": {}, "flash_attn.cute": {"flash_attn_func": flash_attn_func},
-    }.items():  # fmt: skip
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
+    })  # fmt: skip
     return asked
 
 

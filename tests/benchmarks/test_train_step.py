@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from benchmarks.measuring.command import last_json, run_limited
 from benchmarks.measuring.harness import Refused, Roofs
 from benchmarks.measuring.record import facts
 from benchmarks.measuring.train_steps import OWN, Job, TrainStep, attention_by, compare, reference
-from tests.benchmarks.test_peers_ops import LayerNormLinear, LayerNormMLP, flash_attn_func, mlp_func
+from tests.benchmarks.test_peers_ops import LayerNormLinear, LayerNormMLP, flash_attn_func, mlp_func, plant_modules
 
 MODEL = "deit_digits_patch4_16"
 JOB = Job("ours", MODEL, 6, "cpu", precision="fp32", quick=True)
@@ -91,15 +90,12 @@ def entered(monkeypatch) -> list[bool]:
         asked.append(enabled)
         yield
 
-    for name, members in {
+    plant_modules(monkeypatch, {
         "transformer_engine": {},
         "transformer_engine.pytorch": {"TransformerLayer": TransformerLayer, "autocast": autocast},
         "quack": {}, "quack.mlp": {"mlp_func": mlp_func},
         "flash_attn": {}, "flash_attn.cute": {"flash_attn_func": flash_attn_func},
-    }.items():  # fmt: skip
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
+    })  # fmt: skip
     return asked
 
 
