@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from deitfast.data.files import add_member
 from deitfast.data.manifest import digest
 from deitfast.errors import DeitfastError, first_line
 from deitfast.files import cache_folder, write_atomically
@@ -125,9 +126,7 @@ class _Unpickler(pickle.Unpickler):
 def _write(batches: list[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for name, data in _files(batches):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            add_member(tar, name, data)
 
 
 def _files(batches: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[str, bytes]]:

@@ -65,14 +65,17 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.label)
 
+    def take(self, chosen: slice | np.ndarray) -> Manifest:
+        """Some of the images, by a slice or by their numbers."""
+        return replace(self, **{name: getattr(self, name)[chosen] for name in PER_IMAGE})
+
     def head(self, n: int) -> Manifest:
         """The first n images."""
-        return replace(self, **{name: getattr(self, name)[:n] for name in PER_IMAGE})
+        return self.take(slice(n))
 
     def spread(self, n: int) -> Manifest:
         """n images at even distances, all where there are fewer: every class has its share."""
-        index = np.arange(n) * len(self) // n if n < len(self) else np.arange(len(self))
-        return replace(self, **{name: getattr(self, name)[index] for name in PER_IMAGE})
+        return self.take(np.arange(n) * len(self) // n) if n < len(self) else self
 
     def name(self, i: int) -> str:
         """Path of image i below the root; for an image in a shard, shard/member."""

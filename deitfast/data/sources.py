@@ -42,6 +42,10 @@ class Dataset:
     val: Manifest | None
     classes: tuple[str, ...]
 
+    def splits(self) -> dict[str, Manifest]:
+        """Those that there are, by name."""
+        return {name: manifest for name, manifest in (("train", self.train), ("val", self.val)) if manifest is not None}
+
     def shortcomings(self) -> list[str]:
         """What makes scores say less than they seem to, a line each."""
         found = []
