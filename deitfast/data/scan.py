@@ -30,16 +30,25 @@ _LARGE_ONES = threading.Lock()
 _NAMED = 10  # damaged files named on stderr; the rest is counted
 
 
+class Entry(NamedTuple):
+    """An image as names and headers tell of it."""
+
+    file: int
+    member: str = ""  # name inside a shard, empty for a plain file
+    offset: int = 0  # bytes; in a parquet file the row
+    length: int = -1  # bytes; -1: the whole file
+    label: int | None = None  # as stated, where an integer is
+    class_name: str = ""  # as stated, where a name is
+
+
 @dataclass(frozen=True)
 class Entries:
-    """Images to scan. files: paths relative to the root; member: name inside a shard, or "" for a plain file."""
+    """Images to scan. files: paths relative to the root. labels: of the images, into classes."""
 
     files: Sequence[str]
-    file_id: np.ndarray  # int64 (n,), into files
-    member: Sequence[str]  # (n,)
-    offset: np.ndarray  # int64 (n,), bytes
-    length: np.ndarray  # int64 (n,), bytes; -1: the whole file
-    label: np.ndarray  # int64 (n,)
+    images: Sequence[Entry]
+    labels: Sequence[int]
+    classes: tuple[str, ...]
     bad: Sequence[tuple[str, str]] = ()  # (name, reason) of what was seen to be damaged already
 
 
@@ -96,13 +105,13 @@ def inspect_image(data: bytes, whole: bool = True) -> Facts:
     return facts
 
 
-def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = False) -> Manifest:
+def scan(root: Path, entries: Entries, quiet: bool = False) -> Manifest:
     """Decode every entry, in threads; those that fail go to `bad`. Progress goes to stderr once it takes a while."""
-    n = len(entries.label)
+    images = entries.images
+    n = len(images)
 
-    def look(i: int) -> Facts | str:
-        path = root / entries.files[entries.file_id[i]]
-        offset, length = int(entries.offset[i]), int(entries.length[i])
+    def look(image: Entry) -> Facts | str:
+        path, offset, length = root / entries.files[image.file], image.offset, image.length
         try:
             if path.suffix == ".parquet":
                 return inspect_image(read_row(str(path), offset).tobytes())
@@ -124,9 +133,9 @@ def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = Fal
     bad: list[tuple[str, str]] = list(entries.bad)
     with progress(f"checking {root}", n, quiet) as tick, ThreadPoolExecutor(cores()) as pool:
         for start in range(0, n, 4096):  # a bounded number of tasks at a time
-            for i, found in enumerate(pool.map(look, range(start, min(start + 4096, n))), start):
+            for i, found in enumerate(pool.map(look, images[start : start + 4096]), start):
                 if isinstance(found, str):
-                    name = name_of(entries.files[entries.file_id[i]], entries.member[i])
+                    name = name_of(entries.files[images[i].file], images[i].member)
                     bad.append((name, " ".join(found.split())))
                 else:
                     good[i], facts[i] = True, found
@@ -134,11 +143,11 @@ def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = Fal
     return Manifest(
         root=str(root),
         files=strings(entries.files),
-        file_id=np.asarray(entries.file_id, np.int64)[good],
-        member=strings(entries.member)[good],
-        offset=np.asarray(entries.offset, np.int64)[good],
-        label=np.asarray(entries.label, np.int64)[good],
-        classes=tuple(classes),
+        file_id=np.array([image.file for image in images], np.int64)[good],
+        member=strings([image.member for image in images])[good],
+        offset=np.array([image.offset for image in images], np.int64)[good],
+        label=np.array(entries.labels, np.int64)[good],
+        classes=entries.classes,
         bad=tuple(bad),
         **columns(facts[good]),
     )
