@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class Facts(NamedTuple):
 FACTS = np.dtype(list(zip(Facts._fields, ("i8", "i8", "i8", "u8", "u1", "?"), strict=True)))
 
 
-def columns(facts: np.ndarray) -> dict[str, np.ndarray]:
+def columns(facts: np.ndarray) -> dict[str, Any]:
     """The arrays of a manifest that hold these facts, of dtype `FACTS`."""
     return {name: facts[name].copy() for name in Facts._fields}
 
