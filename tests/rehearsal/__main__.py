@@ -19,11 +19,12 @@ PACKAGES = ("deitfast", "kernels")
 
 def main(arguments: list[str]) -> int:
     branches.instrument(PACKAGES)
-    from tests.rehearsal import cuda, dali, kernels
+    from tests.rehearsal import cuda, dali, kernels, products
 
     cuda.install()
     kernels.install()
     dali.install()
+    products.install()
     here = os.path.dirname(__file__)
     status = int(pytest.main([*(arguments or [here]), "-p", "no:cacheprovider", "-p", "no:xdist"]))
     if status or arguments:
