@@ -11,6 +11,8 @@ waits for; on a CPU a view is one call of `cpu_ops`. Both equal PIL in every bit
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deitfast.data import augmentation_draws, cpu_ops
-from deitfast.data.augmentation_draws import OP, OPS, AugmentationDraws
+from deitfast.data.augmentation_draws import OP, OPS, WARPS, AugmentationDraws, RandAugment
 from deitfast.data.batch import to_device
 from deitfast.kernels.common import runs_triton
 from deitfast.kernels.image_ops import CODES, COLUMNS, image_ops
@@ -39,21 +41,18 @@ class Augmentation:
     def __init__(self, recipe: Recipe, image_size: int, device: torch.device) -> None:
         self.seed, self.image_size, self.device = recipe.seed, image_size, torch.device(device)
         self._three = recipe.rand_augment == "three"
-        self._rand: augmentation_draws.RandAugment | None = None
-        self._jitter = recipe.color_jitter
-        if recipe.rand_augment not in ("none", "three"):
-            self._rand, self._jitter = augmentation_draws.RandAugment.parse(recipe.rand_augment), 0.0
-        self.active = self._three or self._rand is not None or self._jitter > 0
+        self._parts: list[Callable[..., AugmentationDraws]] = []
+        if self._three:
+            self._parts.append(augmentation_draws.three_augment)
+        elif recipe.rand_augment != "none":
+            self._parts.append(RandAugment.parse(recipe.rand_augment).draw)
+        if recipe.color_jitter > 0 and recipe.rand_augment in ("none", "three"):
+            self._parts.append(partial(augmentation_draws.color_jitter, recipe.color_jitter))
+        self.active = bool(self._parts)
 
     def draw(self, index: np.ndarray, epoch: int, view: np.ndarray) -> AugmentationDraws:
         """The operations of m views; index (image in the manifest), view (copy of it): int64 (m,)."""
-        drawn = []
-        if self._rand is not None:
-            drawn.append(self._rand.draw(index, epoch, view, self.seed))
-        if self._three:
-            drawn.append(augmentation_draws.three_augment(index, epoch, view, self.seed))
-        if self._jitter > 0:
-            drawn.append(augmentation_draws.color_jitter(self._jitter, index, epoch, view, self.seed))
+        drawn = [part(index, epoch, view, self.seed) for part in self._parts]
         return augmentation_draws.join(drawn, len(index))
 
     def apply(self, images: Tensor, draws: AugmentationDraws) -> Tensor:
@@ -70,14 +69,9 @@ class Augmentation:
             return image_ops(images, steps, FILL, blurs=self._three)
         return torch.from_numpy(cpu_ops.apply(images.numpy(), draws, FILL))
 
-    def captions(self, draws: AugmentationDraws) -> list[str]:
-        """One line a view, for a person: "rotate -12.3, posterize 2"."""
-        return draws.captions()
-
 
 # Operations that are a special case of a kernel's: inverting is solarizing from 0 up, grayscale is color with factor 0.
-_KERNEL = {"invert": "solarize", "grayscale": "color"}
-_KERNEL |= dict.fromkeys(("rotate", "shear x", "shear y", "translate x", "translate y"), "affine")
+_KERNEL = {"invert": "solarize", "grayscale": "color", **dict.fromkeys(WARPS, "affine")}
 _CODE = np.array([CODES[_KERNEL.get(name, name)] for name in OPS])
 
 
@@ -100,7 +94,7 @@ def plan(draws: AugmentationDraws, width: int, height: int) -> np.ndarray:
     kept = 256 - (1 << np.clip(8 - amounts.astype(np.int64), 0, 8))  # the bits that posterize keeps, as a mask
     rows[:, :, 2] = np.where(ops == OP["posterize"], kept, amounts)
     rows[~done.any(axis=1), -1, :2] = CODES["none"], 1
-    for i, s in np.argwhere(augmentation_draws.is_warp(ops)).tolist():
+    for i, s in np.argwhere(np.isin(ops, [OP[name] for name in WARPS])).tolist():
         rows[i, s, 2:8] = augmentation_draws.affine_matrix(ops[i, s], float(amounts[i, s]), width, height)
     for i, s in np.argwhere(ops == OP["blur"]).tolist():
         rows[i, s, 2:5] = augmentation_draws.blur_taps(float(amounts[i, s]))

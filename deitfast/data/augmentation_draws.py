@@ -41,10 +41,13 @@ OPS = (
 
 OP = {name: i for i, name in enumerate(OPS)}
 RANDAUGMENT_OPS = 15
-_WARPS = ("rotate", "shear x", "shear y", "translate x", "translate y")
+WARPS = ("rotate", "shear x", "shear y", "translate x", "translate y")
 _JITTER_ORDERS = np.array(
     list(itertools.permutations([OP["brightness"], OP["contrast"], OP["color"]])), np.int64
 )  # color is torchvision's saturation
+
+
+Matrix = tuple[float, float, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def join(draws: list[AugmentationDraws], views: int) -> AugmentationDraws:
     return AugmentationDraws(np.concatenate(ops, axis=1), np.concatenate(amounts, axis=1))
 
 
-def affine_matrix(op: int, amount: float, width: int, height: int) -> tuple[float, float, float, float, float, float]:
+def affine_matrix(op: int, amount: float, width: int, height: int) -> Matrix:
     """Output to input coordinates (a, b, c, d, e, f) of a warp, x' = a x + b y + c and y' = d x + e y + f in pixels.
 
     As PIL's `Image.rotate` and timm compute them, in the same order of float64 operations.
@@ -181,11 +184,6 @@ def affine_matrix(op: int, amount: float, width: int, height: int) -> tuple[floa
         "translate x": (1.0, 0.0, amount * width, 0.0, 1.0, 0.0),
         "translate y": (1.0, 0.0, 0.0, 0.0, 1.0, amount * height),
     }[name]
-
-
-def is_warp(op: np.ndarray) -> np.ndarray:
-    """Where an array of operations holds one of the five geometric ones."""
-    return np.isin(op, [OP[name] for name in _WARPS])
 
 
 def blur_taps(sigma: float) -> tuple[int, int, int]:

@@ -108,17 +108,13 @@ def normalise(
 ) -> torch.Tensor:
     """uint8 (m, H, W, 3) to (m, 3, H, W) of `dtype`, contiguous: (x / 255 - mean) / std, per channel in RGB order."""
     x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    scale = _channels(x, [1 / (255 * s) for s in std])
-    shift = _channels(x, [-m / s for m, s in zip(mean, std, strict=True)])
+    scale = _channels(x.device, tuple(1 / (255 * s) for s in std))
+    shift = _channels(x.device, tuple(-m / s for m, s in zip(mean, std, strict=True)))
     return x.mul_(scale).add_(shift).to(dtype)
 
 
-def _channels(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
-    return _channels_on(like.device, tuple(values))
-
-
 @functools.cache
-def _channels_on(device: torch.device, values: tuple[float, ...]) -> torch.Tensor:
+def _channels(device: torch.device, values: tuple[float, ...]) -> torch.Tensor:
     """Made once and waited for: a CUDA graph may not copy from the host, and any stream may read it."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32).to(device).view(1, -1, 1, 1)

@@ -39,7 +39,7 @@ class SplitReport:
 class Report:
     """Findings of all splits. leaks: (name in train, name in val) of the same bytes."""
 
-    splits: dict[str, SplitReport] = field(default_factory=dict)
+    splits: dict[str, SplitReport]
     leaks: list[tuple[str, str]] = field(default_factory=list)
     shortcomings: list[str] = field(default_factory=list)
 
@@ -81,10 +81,8 @@ def check_dataset(data: Dataset, tiny: int = 32, huge: int = 25_000_000) -> Repo
     Every file is read and its checksum compared, also where an earlier scan is known: damage need not change a file's
     time or size.
     """
-    report = Report(shortcomings=data.shortcomings())
-    for name, manifest in (("train", data.train), ("val", data.val)):
-        if manifest is not None:
-            report.splits[name] = _check_split(manifest, tiny, huge)
+    splits = {name: _check_split(manifest, tiny, huge) for name, manifest in data.splits().items()}
+    report = Report(splits, shortcomings=data.shortcomings())
     if data.train is not None and data.val is not None:
         first = {int(c): i for i, c in reversed(list(enumerate(data.train.checksum.tolist())))}
         report.leaks = [

@@ -12,14 +12,14 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from deitfast.data.files import add_member
 from deitfast.data.manifest import digest
 from deitfast.errors import DeitfastError, first_line
 from deitfast.files import cache_folder, write_atomically
@@ -75,8 +75,7 @@ def shards(source: Path) -> Path:
 def _batch(source: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixels uint8 (n, 32, 32, 3) and labels uint8 (n,) of one batch."""
     try:
-        with _opened(source, name) as file:
-            data = file.read()
+        data = _read(source, name)
         pixels, labels = _of_binary(data) if "bin" in source.name else _of_pickle(data)
     except DeitfastError:
         raise
@@ -91,16 +90,16 @@ def _batch(source: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     return pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), labels
 
 
-def _opened(source: Path, name: str) -> IO[bytes]:
+def _read(source: Path, name: str) -> bytes:
     file = name + ".bin" * ("bin" in source.name)
     if source.is_dir():
-        return open(source / file, "rb")
+        return (source / file).read_bytes()
     with tarfile.open(source, "r:gz") as tar:
         member = next((m for m in tar if m.isreg() and Path(m.name).name == file), None)
         found = tar.extractfile(member) if member else None
         if found is None:
             raise DeitfastError(f"{source} holds no {file}. {_REMEDY}")
-        return io.BytesIO(found.read())
+        return found.read()
 
 
 def _of_binary(data: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -123,19 +122,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _write(batches: list[tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """A tar of the images, each in its class's folder, numbered through the batches."""
+    pixels, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     with tarfile.open(path, "w") as tar:
-        for name, data in _files(batches):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def _files(batches: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[str, bytes]]:
-    """Name below its class's folder and bytes of every image, numbered through the batches."""
-    number = 0
-    for pixels, labels in batches:
-        for image, label in zip(pixels, labels.tolist(), strict=True):
+        for number, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
             buffer = io.BytesIO()
             Image.fromarray(np.ascontiguousarray(image)).save(buffer, "BMP")
-            yield f"{CLASSES[label]}/{number:05d}.bmp", buffer.getvalue()
-            number += 1
+            add_member(tar, f"{CLASSES[label]}/{number:05d}.bmp", buffer.getvalue())

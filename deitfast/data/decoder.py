@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -87,18 +88,16 @@ def gpu_problem(manifest: Manifest, image_size: int, device: torch.device, threa
 def _pixels(manifest: Manifest, image_size: int, device: torch.device, decoder: str, threads: int) -> torch.Tensor:
     """The first images of the split, uint8 (n, image_size, image_size, 3)."""
     runner, _ = _runner(manifest, image_size, device, decoder, threads, batches=1)
-    try:
+    with closing(runner):
         _, pixels = next(iter(runner))
         return pixels.clone()
-    finally:
-        runner.close()
 
 
 def _images_per_second(manifest: Manifest, image_size: int, device: torch.device, decoder: str, threads: int) -> float:
     """Whole images decoded, resized and brought to the device, on the first images of the split."""
     runner, quarantine = _runner(manifest, image_size, device, decoder, threads, _WARM_UP + _TIMED)
     n = min(_BATCH, len(manifest))
-    try:
+    with closing(runner):
         batches = iter(runner)
         for _ in islice(batches, _WARM_UP):
             pass
@@ -110,8 +109,6 @@ def _images_per_second(manifest: Manifest, image_size: int, device: torch.device
         if quarantine.by_pil > n // 2:
             raise DeitfastError(f"DALI could not decode {quarantine.by_pil} of {n} images")
         return _TIMED * n / (time.perf_counter() - started)
-    finally:
-        runner.close()
 
 
 def _runner(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from deitfast.data import dali
 from deitfast.data.batch import to_device
 from deitfast.data.cores import thread_count
-from deitfast.data.cpu_ops import Workers, decoded, resized_centre
+from deitfast.data.cpu_ops import resized
 from deitfast.data.dali import Feed, Runner, gathered
 from deitfast.data.manifest import Manifest, as_ppm
 from deitfast.data.quarantine import Quarantine
@@ -75,26 +77,23 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if not len(self):
             return
-        workers = Workers(self._threads if self._on_cpu else 1)
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="deitfast-views")
         runner: Runner[_EvalFeed] = Runner(
             self._quarantine,
             self._prepare,
             len(self),
             self._graph_cpu if self._on_cpu else self._graph_gpu,
-            partial(self._collect_cpu, workers) if self._on_cpu else self._collect_gpu,
+            partial(self._collect_cpu, pool) if self._on_cpu else self._collect_gpu,
             parameters=0 if self._on_cpu else 2,
             max_batch=min(self.batch, self.last - self.first),
             device=self.device,
             threads=self._threads,
         )
-        try:
+        with pool, closing(runner):
             for feed, images in runner:
                 self._quarantine.check()
                 if len(feed.row):
                     yield images, to_device(self.manifest.label[feed.distinct[feed.row]], self.device)
-        finally:
-            runner.close()
-            workers.close()
 
     def _prepare(self, i: int) -> _EvalFeed:
         index = np.arange(self.first + i * self.batch, min(self.first + (i + 1) * self.batch, self.last))
@@ -134,28 +133,26 @@ class EvalLoader:
             )
         ]
 
-    def _collect_cpu(self, workers: Workers, feed: _EvalFeed, outputs: Sequence[Any]) -> torch.Tensor:
+    def _collect_cpu(self, pool: ThreadPoolExecutor, feed: _EvalFeed, outputs: Sequence[Any]) -> torch.Tensor:
         batch = torch.empty((len(feed.row), self.image_size, self.image_size, 3), dtype=torch.uint8)
 
-        def make(part: slice) -> None:
-            for s in range(part.start, part.stop):
-                row = int(feed.row[s])
-                image = decoded(outputs[0], row)
-                batch[s] = self._centre(image, feed.size[row], feed.start[row])
+        def make(s: int) -> None:
+            row = int(feed.row[s])
+            batch[s] = self._centre(torch.from_dlpack(outputs[0][row]), feed.size[row], feed.start[row])
 
-        workers.share(make, len(batch))
+        list(pool.map(make, range(len(batch))))
         return batch
 
     def _centre(self, image: torch.Tensor, size: np.ndarray, start: np.ndarray) -> torch.Tensor:
-        if self.interpolation == "bicubic":
-            return resized_centre(image, size, start, self.image_size)
-        from PIL import Image
-
         (height, width), (top, left) = size.tolist(), start.tolist()
-        kind = Image.Resampling[self.interpolation.upper()]
-        whole = Image.fromarray(image.numpy()).resize((width, height), kind)
-        cut = whole.crop((left, top, left + self.image_size, top + self.image_size))
-        return torch.from_numpy(np.array(cut))
+        if self.interpolation == "bicubic":
+            whole = resized(image, height, width)
+        else:
+            from PIL import Image
+
+            kind = Image.Resampling[self.interpolation.upper()]
+            whole = torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize((width, height), kind)))
+        return whole[top : top + self.image_size, left : left + self.image_size]
 
     def _collect_gpu(self, feed: _EvalFeed, outputs: Sequence[Any]) -> torch.Tensor:
         return gathered(outputs, feed.row, np.zeros_like(feed.row), self.device)

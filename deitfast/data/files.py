@@ -1,8 +1,10 @@
-"""Which files of a folder are images: by name where that tells, by their first bytes where it does not."""
+"""Which files of a folder are images: by name where that tells, by their first bytes where it does not. And tars."""
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +65,11 @@ def images_below(root: str | Path) -> Iterator[str]:
         seen.add((state.st_dev, state.st_ino))
         folders[:] = [name for name in folders if not is_hidden(name)]
         yield from (path for name in files if is_image(path := os.path.join(base, name)))
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a file with time 0 to a tar; the offset at which its data begins."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+    return tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -16,15 +16,14 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from deitfast.data import imagenet, parquet
 from deitfast.data.files import begins_as_image, is_hidden, named_as_image
-from deitfast.data.scan import Entries
+from deitfast.data.scan import Entries, Entry
 from deitfast.data.tfrecord import Record, read_records
 from deitfast.errors import DeitfastError, did_you_mean
 
@@ -41,20 +40,25 @@ class Source:
     """One split as found on disk. paths: image files, shards or record files, relative to root.
 
     kind: folders, tar, tfrecord or parquet; nested (a tar of tars, one a class) or flat (files, or members of one tar,
-    without class folders: ImageNet's validation images). folders: class names, in sorted order, of class folders.
-    truth: the file with a flat split's labels, relative to root.
+    without class folders: ImageNet's validation images). truth: the file with a flat split's labels, relative to root.
     """
 
     root: Path
     paths: tuple[str, ...]
     kind: str
     split: str
-    folders: tuple[str, ...] = ()
     truth: str = ""
 
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+        if self.kind in ("folders", "flat"):
+            return str(self.root)
+        return f"{self.root / self.paths[0]}" + (f" (of {len(self.paths)})" if len(self.paths) > 1 else "")
 
-def entries_of(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
-    """The images of a source, labelled by the class names `known` (by its own if None), and the class names."""
+
+def entries_of(source: Source, known: tuple[str, ...] | None) -> Entries:
+    """The images of a source, labelled by the class names `known` (by its own if None)."""
     index = {
         "folders": _folder_entries, "tar": _shard_entries, "tfrecord": _record_entries, "nested": _nested_entries,
         "flat": _flat_entries, "parquet": _parquet_entries,
@@ -84,21 +88,6 @@ def label_numbers(found: Sequence[str], known: tuple[str, ...], where: str) -> d
     return {name: index[name] for name in found}
 
 
-def _folder_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
-    names = known or source.folders
-    label = label_numbers(source.folders, names, str(source.root))
-    n = len(source.paths)
-    entries = Entries(
-        files=source.paths,
-        file_id=np.arange(n),
-        member=[""] * n,
-        offset=np.zeros(n, np.int64),
-        length=np.full(n, -1),
-        label=np.array([label[p.split(os.sep, 1)[0]] for p in source.paths], np.int64),
-    )
-    return entries, names
-
-
 def _listed_names(source: Source) -> tuple[str, ...] | None:
     """The lines of the list of class names beside the files, if there is one."""
     listed = next((source.root / p for p in names_files(source) if (source.root / p).is_file()), None)
@@ -107,92 +96,96 @@ def _listed_names(source: Source) -> tuple[str, ...] | None:
     return tuple(line.strip() for line in listed.read_text().splitlines() if line.strip())
 
 
-@dataclass(frozen=True)
-class _Member:
-    shard: int
-    name: str
-    offset: int
-    length: int
-    label: int | None  # from .cls or .json
-    folder: str  # class folder inside the shard, else ""
+def _by_name(
+    source: Source, images: Sequence[Entry], known: tuple[str, ...] | None, bad: Sequence[tuple[str, str]] = ()
+) -> Entries:
+    """Labels from the names of the images' classes."""
+    found = sorted({image.class_name for image in images})
+    names = known or tuple(found)
+    number = label_numbers(found, names, source.where)
+    return Entries(source.paths, images, [number[image.class_name] for image in images], names, bad)
 
 
-def _shard_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
-    """Index the shards by their headers. Labels: integers where the images have them, else class folders."""
-    members = [m for i, path in enumerate(source.paths) for m in _read_headers(source.root / path, i)]
-    where = f"{source.root / source.paths[0]}" + (f" (of {len(source.paths)})" if len(source.paths) > 1 else "")
-    if not members:
-        raise DeitfastError(f"no images in {where}. Give shards of key.jpg beside key.cls, or of <class>/name.jpg")
-    bare = next((m for m in members if m.label is None and not m.folder), None)
-    if bare is not None:
-        raise DeitfastError(
-            f"{bare.name} in {source.root / source.paths[bare.shard]} has no label. "
-            "Put key.cls or key.json beside each image, or use class folders inside the shard"
-        )
-    known = known or _listed_names(source)
-    if all(m.label is not None for m in members):
-        numbers = [m.label for m in members if m.label is not None]
-        absurd = next((m for m in members if not 0 <= (m.label or 0) <= LARGEST_CLASS), None)
-        if absurd is not None:
-            path = source.root / source.paths[absurd.shard]
-            raise DeitfastError(f"label {absurd.label} of {absurd.name} in {path} is no class number")
-        names = known or tuple(str(i) for i in range(max(numbers) + 1))
-        outside = next((m for m in members if m.label is not None and not 0 <= m.label < len(names)), None)
-        if outside is not None:
-            raise DeitfastError(
-                f"label {outside.label} of {outside.name} in {source.root / source.paths[outside.shard]} is outside "
-                f"the {len(names)} known classes. Train and val must have the same classes"
-            )
-    elif all(m.label is None for m in members):
-        found = sorted({m.folder for m in members})
-        names = known or tuple(found)
-        by_name = label_numbers(found, names, where)
-        numbers = [by_name[m.folder] for m in members]
-    else:
-        some = next(m for m in members if m.label is None)
-        raise DeitfastError(f"{some.name} in {where} has no .cls or .json, others have. Label all of them or none")
-    entries = Entries(
-        files=source.paths,
-        file_id=np.array([m.shard for m in members], np.int64),
-        member=[m.name for m in members],
-        offset=np.array([m.offset for m in members], np.int64),
-        length=np.array([m.length for m in members], np.int64),
-        label=np.array(numbers, np.int64),
-    )
-    return entries, names
+def _numbers(source: Source, images: Sequence[Entry], lacking: str) -> list[int]:
+    """The integer labels of the images. An error names the first without one, or with one that cannot be."""
+    labels = []
+    for image in images:
+        where = f"{image.member} in {source.root / source.paths[image.file]}"
+        if image.label is None:
+            raise DeitfastError(f"{where} has no {lacking}")
+        if not 0 <= image.label <= LARGEST_CLASS:
+            raise DeitfastError(f"label {image.label} of {where} is no class number")
+        labels.append(image.label)
+    return labels
 
 
-def _read_headers(path: Path, shard: int) -> list[_Member]:
-    """The images of one tar file, sorted by name, with their labels."""
-    images: dict[str, _Member] = {}
-    labels: dict[str, int] = {}
-    end = 0
+@contextmanager
+def _reading(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Names a tar file that cannot be read."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if info.size < 0 or info.offset_data < end:  # a crafted header may lead backwards, for ever
-                    raise tarfile.ReadError(f"header of {info.name!r} points backwards")
-                end = info.offset_data
-                base = os.path.basename(info.name)
-                if not info.isreg() or any(map(is_hidden, info.name.split("/"))):
-                    continue
-                is_label = base.endswith((".cls", ".json"))
-                if named_as_image(base) or (not is_label and _holds_image(tar, info)):
-                    folder = os.path.basename(os.path.dirname(info.name))
-                    images[info.name] = _Member(shard, info.name, info.offset_data, info.size, None, folder)
-                elif is_label:
-                    file = tar.extractfile(info)
-                    assert file is not None
-                    label = _parse_label(file.read(_LARGEST_LABEL), base.endswith(".json"), f"{info.name} in {path}")
-                    if label is not None:
-                        labels[os.path.splitext(info.name)[0]] = label
-    except DeitfastError:
-        raise
+        yield
     except OSError as error:
         raise DeitfastError(f"cannot read {path}: {error.strerror or error}") from error
     except _TAR_ERRORS as error:
-        raise DeitfastError(f"{path} is not a whole, uncompressed tar file ({error}). Repack it") from error
-    return [replace(images[name], label=_label_of(name, labels)) for name in sorted(images)]
+        raise DeitfastError(f"{path} is not a {what} ({error}). {remedy}") from error
+
+
+def _folder_entries(source: Source, known: tuple[str, ...] | None) -> Entries:
+    images = [Entry(i, class_name=path.split(os.sep, 1)[0]) for i, path in enumerate(source.paths)]
+    return _by_name(source, images, known)
+
+
+def _shard_entries(source: Source, known: tuple[str, ...] | None) -> Entries:
+    """Index the shards by their headers. Labels: integers where the images have them, else class folders."""
+    images = [image for i, path in enumerate(source.paths) for image in _read_headers(source.root / path, i)]
+    if not images:
+        raise DeitfastError(
+            f"no images in {source.where}. Give shards of key.jpg beside key.cls, or of <class>/name.jpg"
+        )
+    known = known or _listed_names(source)
+    if all(image.label is None for image in images):
+        bare = next((image for image in images if not image.class_name), None)
+        if bare is None:
+            return _by_name(source, images, known)
+        raise DeitfastError(
+            f"{bare.member} in {source.root / source.paths[bare.file]} has no label. "
+            "Put key.cls or key.json beside each image, or use class folders inside the shard"
+        )
+    labels = _numbers(source, images, ".cls or .json, others have. Label all of them or none")
+    names = known or tuple(map(str, range(max(labels) + 1)))
+    outside = next((image for image, label in zip(images, labels, strict=True) if label >= len(names)), None)
+    if outside is not None:
+        raise DeitfastError(
+            f"label {outside.label} of {outside.member} in {source.root / source.paths[outside.file]} is outside "
+            f"the {len(names)} known classes. Train and val must have the same classes"
+        )
+    return Entries(source.paths, images, labels, names)
+
+
+def _read_headers(path: Path, shard: int) -> list[Entry]:
+    """The images of one tar file, sorted by name, with their labels."""
+    images: dict[str, Entry] = {}
+    labels: dict[str, int] = {}
+    end = 0
+    with _reading(path, "whole, uncompressed tar file", "Repack it"), tarfile.open(path, "r:") as tar:
+        for info in tar:
+            if info.size < 0 or info.offset_data < end:  # a crafted header may lead backwards, for ever
+                raise tarfile.ReadError(f"header of {info.name!r} points backwards")
+            end = info.offset_data
+            base = os.path.basename(info.name)
+            if not info.isreg() or any(map(is_hidden, info.name.split("/"))):
+                continue
+            is_label = base.endswith((".cls", ".json"))
+            if named_as_image(base) or (not is_label and _holds_image(tar, info)):
+                folder = os.path.basename(os.path.dirname(info.name))
+                images[info.name] = Entry(shard, info.name, info.offset_data, info.size, class_name=folder)
+            elif is_label:
+                file = tar.extractfile(info)
+                assert file is not None
+                label = _parse_label(file.read(_LARGEST_LABEL), base.endswith(".json"), f"{info.name} in {path}")
+                if label is not None:
+                    labels[os.path.splitext(info.name)[0]] = label
+    return [images[name]._replace(label=_label_of(name, labels)) for name in sorted(images)]
 
 
 def _holds_image(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bool:
@@ -223,49 +216,29 @@ def _parse_label(text: bytes, is_json: bool, where: str) -> int | None:
         raise DeitfastError(f"{where} holds no integer label ({text[:40]!r})") from error
 
 
-def _record_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
+def _record_entries(source: Source, known: tuple[str, ...] | None) -> Entries:
     """Index TFRecord files. Labels: synsets where the records name them, else their integers."""
-    found: list[tuple[int, Record]] = []
+    images: list[Entry] = []
     bad: list[tuple[str, str]] = []
     for i, path in enumerate(source.paths):
         records, damaged = read_records(source.root / path)
-        found += [(i, record) for record in records]
+        images += [Entry(i, _member_name(r), r.offset, r.length, r.label, r.synset) for r in records]
         bad += [(f"{path}/{name}", reason) for name, reason in damaged]
-    where = f"{source.root / source.paths[0]}" + (f" (of {len(source.paths)})" if len(source.paths) > 1 else "")
-    if not found:
-        raise DeitfastError(f"no images in {where}. Records need the features image/encoded and image/class/label")
+    if not images:
+        raise DeitfastError(
+            f"no images in {source.where}. Records need the features image/encoded and image/class/label"
+        )
     known = known or _listed_names(source)
-    records = [record for _, record in found]
-    synsets = {record.synset for record in records}
+    synsets = {image.class_name for image in images}
     if "" not in synsets and (known is None or synsets <= set(known)):
-        names = known or tuple(sorted(synsets))
-        numbers = label_numbers(sorted(synsets), names, where)
-        labels = [numbers[record.synset] for record in records]
-    else:
-        labels, names = _integer_labels(records, known, where)
-    entries = Entries(
-        files=source.paths,
-        file_id=np.array([i for i, _ in found], np.int64),
-        member=[_member_name(record) for record in records],
-        offset=np.array([record.offset for record in records], np.int64),
-        length=np.array([record.length for record in records], np.int64),
-        label=np.array(labels, np.int64),
-        bad=bad,
-    )
-    return entries, names
+        return _by_name(source, images, known, bad)
+    labels, names = _counted(_numbers(source, images, "image/class/label"), known, source.where)
+    return Entries(source.paths, images, labels, names, bad)
 
 
-def _integer_labels(
-    records: Sequence[Record], known: tuple[str, ...] | None, where: str
-) -> tuple[list[int], tuple[str, ...]]:
+def _counted(raw: list[int], known: tuple[str, ...] | None, where: str) -> tuple[list[int], tuple[str, ...]]:
     """Labels from 0 of records with integer labels, and the class names."""
-    missing = next((record for record in records if record.label is None), None)
-    if missing is not None:
-        raise DeitfastError(f"record {missing.number} in {where} has no image/class/label")
-    raw = [record.label for record in records if record.label is not None]
     low, high = min(raw), max(raw)
-    if low < 0 or high > LARGEST_CLASS:
-        raise DeitfastError(f"label {low if low < 0 else high} in {where} is no class number")
     if known is None:  # named by their own numbers, so that another split's are matched by name
         known = tuple(str(i) for i in range(min(low, 1), high + 1))
     if all(name.isdecimal() for name in known):
@@ -294,81 +267,46 @@ def _member_name(record: Record) -> str:
 # ImageNet as it is downloaded -----------------------------------------------------------------------------------------
 
 
-def _nested_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
+def _nested_entries(source: Source, known: tuple[str, ...] | None) -> Entries:
     path = source.root / source.paths[0]
-    try:
+    with _reading(path, "whole tar of tars", "Download it again"):
         found = sorted(imagenet.nested_members(path))
-    except OSError as error:
-        raise DeitfastError(f"cannot read {path}: {error.strerror or error}") from error
-    except _TAR_ERRORS as error:
-        raise DeitfastError(f"{path} is not a whole tar of tars ({error}). Download it again") from error
     if not found:
         raise DeitfastError(f"no images in {path}. It should hold a tar of each synset: n01440764.tar, ...")
-    return _labelled(source, [(name, 0, offset, length, synset) for synset, name, offset, length in found], known)
+    images = [Entry(0, name, offset, length, class_name=synset) for synset, name, offset, length in found]
+    return _by_name(source, images, known)
 
 
-def _flat_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
+def _flat_entries(source: Source, known: tuple[str, ...] | None) -> Entries:
     path = source.root / source.paths[0]
-    found: list[tuple[str, int, int, int]]
+    found = [Entry(i) for i in range(len(source.paths))]
     if path.suffix == ".tar":
-        try:
-            found = [(name, 0, offset, length) for name, offset, length in sorted(imagenet.flat_members(path))]
-        except OSError as error:
-            raise DeitfastError(f"cannot read {path}: {error.strerror or error}") from error
-        except _TAR_ERRORS as error:
-            raise DeitfastError(f"{path} is not a whole tar file ({error}). Download it again") from error
-    else:
-        found = [(name, i, 0, -1) for i, name in enumerate(source.paths)]
+        with _reading(path, "whole tar file", "Download it again"):
+            found = [Entry(0, *member) for member in sorted(imagenet.flat_members(path))]
     truth = imagenet.read_truth(source.root / source.truth) if source.truth else None
-    rows = []
-    for name, file, offset, length in found:
+    images = []
+    for image in found:
+        name = image.member or source.paths[image.file]
         synset = imagenet.synset_of(name, truth)
         if synset is None:
             told = f"{source.truth} says nothing of {name}" if truth else f"nothing labels {name} in {source.root}"
             raise DeitfastError(f"{told}. {imagenet.REMEDY}")
-        rows.append((name if path.suffix == ".tar" else "", file, offset, length, synset))
-    return _labelled(source, rows, known)
+        images.append(image._replace(class_name=synset))
+    return _by_name(source, images, known)
 
 
-def _parquet_entries(source: Source, known: tuple[str, ...] | None) -> tuple[Entries, tuple[str, ...]]:
-    rows: list[tuple[str, int, int, int]] = []
+def _parquet_entries(source: Source, known: tuple[str, ...] | None) -> Entries:
+    images: list[Entry] = []
     names: tuple[str, ...] | None = None
     for i, path in enumerate(source.paths):
-        found, labels, stated = parquet.read_rows(source.root / path)
+        rows, stated = parquet.read_rows(source.root / path)
         names = names or stated
-        rows += [(f"{n:08d}_{name}", i, n, label) for n, (name, label) in enumerate(zip(found, labels, strict=True))]
-    if not rows:
-        raise DeitfastError(f"no images in {source.root / source.paths[0]}")
-    bare = next((row for row in rows if not 0 <= row[3] <= LARGEST_CLASS), None)
-    if bare is not None:
-        raise DeitfastError(f"row {bare[2]} of {source.root / source.paths[bare[1]]} has no label. Leave that file out")
-    count = max(row[3] for row in rows) + 1
+        images += [Entry(i, f"{n:08d}_{name}", n, label=label) for n, (name, label) in enumerate(rows)]
+    if not images:
+        raise DeitfastError(f"no images in {source.where}")
+    labels = _numbers(source, images, "label. Leave that file out")
+    count = max(labels) + 1
     names = names or _listed_names(source) or (known if known and count <= len(known) else None)
     names = names if names and count <= len(names) else tuple(map(str, range(count)))
-    by_name = label_numbers(names, known or names, str(source.root))
-    entries = Entries(
-        files=source.paths,
-        file_id=np.array([row[1] for row in rows], np.int64),
-        member=[row[0] for row in rows],
-        offset=np.array([row[2] for row in rows], np.int64),
-        length=np.full(len(rows), -1),
-        label=np.array([by_name[names[row[3]]] for row in rows], np.int64),
-    )
-    return entries, known or names
-
-
-def _labelled(
-    source: Source, rows: Sequence[tuple[str, int, int, int, str]], known: tuple[str, ...] | None
-) -> tuple[Entries, tuple[str, ...]]:
-    """Entries of (member, file, offset, length, class name), and the class names."""
-    names = known or tuple(sorted({row[4] for row in rows}))
-    by_name = label_numbers(sorted({row[4] for row in rows}), names, str(source.root / source.paths[0]))
-    entries = Entries(
-        files=source.paths,
-        file_id=np.array([row[1] for row in rows], np.int64),
-        member=[row[0] for row in rows],
-        offset=np.array([row[2] for row in rows], np.int64),
-        length=np.array([row[3] for row in rows], np.int64),
-        label=np.array([by_name[row[4]] for row in rows], np.int64),
-    )
-    return entries, names
+    number = label_numbers(names, known or names, source.where)
+    return Entries(source.paths, images, [number[names[label]] for label in labels], known or names)

@@ -65,14 +65,17 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.label)
 
+    def take(self, chosen: slice | np.ndarray) -> Manifest:
+        """Some of the images, by a slice or by their numbers."""
+        return replace(self, **{name: getattr(self, name)[chosen] for name in PER_IMAGE})
+
     def head(self, n: int) -> Manifest:
         """The first n images."""
-        return replace(self, **{name: getattr(self, name)[:n] for name in PER_IMAGE})
+        return self.take(slice(n))
 
     def spread(self, n: int) -> Manifest:
         """n images at even distances, all where there are fewer: every class has its share."""
-        index = np.arange(n) * len(self) // n if n < len(self) else np.arange(len(self))
-        return replace(self, **{name: getattr(self, name)[index] for name in PER_IMAGE})
+        return self.take(np.arange(n) * len(self) // n) if n < len(self) else self
 
     def name(self, i: int) -> str:
         """Path of image i below the root; for an image in a shard, shard/member."""
@@ -94,18 +97,19 @@ class Manifest:
         length = int(self.length[i])
         try:
             if path.endswith(".parquet"):  # the offset is the row there
-                data, extra = read_row(path, int(self.offset[i])), 0
+                data = read_row(path, int(self.offset[i]))
             elif self.member[i]:
-                data, extra = self._shards.read(path, int(self.offset[i]), length), 0
+                data = self._shards.read(path, int(self.offset[i]), length)
             else:
-                data, extra = _read_file(path, length)
+                data = _OpenFile(path).read(0, length + 1)  # of a file that grew no more than shows it
         except OSError as error:
             raise DeitfastError(
                 f"cannot read {path}: {error.strerror or error}. The data changed in the run"
             ) from error
         reason = ""
-        if len(data) != length or extra:
-            reason = f"has {'more than ' if extra else ''}{len(data)} bytes, had {length} when it was scanned"
+        if len(data) != length:
+            more = "more than " if len(data) > length else ""
+            reason = f"has {more}{min(len(data), length)} bytes, had {length} when it was scanned"
         elif checksum(data) != int(self.checksum[i]):
             reason = "holds other bytes than when it was scanned"
         if reason:
@@ -217,12 +221,6 @@ class _OpenFile:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
-
-
-def _read_file(path: str, length: int) -> tuple[np.ndarray, int]:
-    """Up to `length` bytes of a file, and how many more a glance shows: a file that grew is not read in full."""
-    file = _OpenFile(path)
-    return file.read(0, length), len(file.read(length, 1))
 
 
 def name_of(file: str, member: str) -> str:
@@ -337,28 +335,21 @@ def relabelled(manifest: Manifest, classes: Sequence[str], label_of: dict[str, i
 
 
 def _arrays(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, refusing any that claims more than the file holds."""
-    arrays: dict[str, np.ndarray] = {}
+    """The arrays of an .npz file, none of which may claim more than the file holds."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data):
-                raise ValueError("compressed")
-            member = io.BytesIO(archive.read(info))  # checks the zip's CRC
-            if np.lib.format.read_magic(member) != (1, 0):
-                raise ValueError("npy version")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            start = member.tell()
-            if dtype.hasobject or len(shape) != 1 or shape[0] * dtype.itemsize != info.file_size - start:
-                raise ValueError("shape")
-            arrays[info.filename.removesuffix(".npy")] = np.frombuffer(member.getbuffer(), dtype, offset=start).copy()
-    return arrays
+        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data) for info in archive.infolist()):
+            raise ValueError("compressed")
+        if archive.testzip():
+            raise ValueError("a member's CRC is wrong")
+    with np.load(io.BytesIO(data)) as arrays:
+        return dict(arrays)
 
 
 def _sound(m: Manifest) -> bool:
     """Whether every entry is of its kind and within its range."""
     arrays: dict[str, Any] = {name: getattr(m, name) for name in ("files", *PER_IMAGE)}
     right_kind = all(
-        array.dtype.kind == _KINDS.get(name, "i") and (name in _KINDS or array.dtype.itemsize == 8)
+        array.ndim == 1 and array.dtype.kind == _KINDS.get(name, "i") and (name in _KINDS or array.dtype.itemsize == 8)
         for name, array in arrays.items()
     )
     if not right_kind or any(len(arrays[name]) != len(m) for name in PER_IMAGE):

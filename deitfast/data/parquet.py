@@ -20,17 +20,17 @@ _COLUMNS = ("image", "label")
 _lock = threading.Lock()
 
 
-def read_rows(path: Path) -> tuple[list[str], list[int], tuple[str, ...] | None]:
-    """Names of the images in a file, their labels, and the class names where the file states them."""
+def read_rows(path: Path) -> tuple[list[tuple[str, int | None]], tuple[str, ...] | None]:
+    """(name, label) of a file's images, None for no label, which test sets give as -1; the class names, if stated."""
     file = _open(path)
-    names: list[str] = []
-    labels: list[int] = []
+    rows: list[tuple[str, int | None]] = []
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=["image.path", "label"])
         paths = [(row or {}).get("path") or "" for row in table.column("image").to_pylist()]
-        names += [Path(name).name or f"{len(names) + i:08d}" for i, name in enumerate(paths)]
-        labels += [-1 if label is None else int(label) for label in table.column("label").to_pylist()]
-    return names, labels, _class_names(file.schema_arrow.metadata)
+        names = [Path(name).name or f"{len(rows) + i:08d}" for i, name in enumerate(paths)]
+        labels = (None if label in (None, -1) else int(label) for label in table.column("label").to_pylist())
+        rows += zip(names, labels, strict=True)
+    return rows, _class_names(file.schema_arrow.metadata)
 
 
 def read_row(path: str, row: int) -> np.ndarray:

@@ -16,24 +16,21 @@ import io
 import json
 import os
 import shutil
-import sys
 import tarfile
-import tempfile
-import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deitfast.data.cores import cores
-from deitfast.data.manifest import FORMATS, PER_IMAGE, Manifest, checksum, read_manifest, strings, write_manifest
+from deitfast.data.files import add_member
+from deitfast.data.manifest import FORMATS, PER_IMAGE, Manifest, read_manifest, strings, write_manifest
+from deitfast.data.scan import FACTS, Facts, columns, inspect_image, progress
 from deitfast.data.sources import Dataset
-from deitfast.errors import DeitfastError, say
+from deitfast.errors import DeitfastError
 from deitfast.files import write_atomically
 from deitfast.guard import quiet_pillow
 
@@ -57,8 +54,7 @@ class Settings:
                 raise DeitfastError(f"{flag} is {getattr(self, name)}, must be in [{low}, {high}]")
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """What was written: images, shards made now and before, and bytes, over all splits."""
 
     images: int
@@ -74,24 +70,17 @@ def prepare_shards(data: Dataset, out: Path, settings: Settings, workers: int = 
     a full disk, and for shards that read back wrong.
     """
     settings.check()
-    splits = {name: m for name, m in (("train", data.train), ("val", data.val)) if m is not None}
-    total = Done(0, 0, 0, 0)
+    splits = data.splits()
     try:
         _claim(out, splits, settings)
         classes = "".join(f"{name}\n" for name in data.classes)
         write_atomically(out / "classes.txt", lambda path: path.write_text(classes))
-        for split, manifest in splits.items():
-            done = _prepare_split(split, manifest, out, settings, workers or cores())
-            total = Done(*(a + b for a, b in zip(_counts(total), _counts(done), strict=True)))
+        done = [_prepare_split(name, m, out, settings, workers or cores()) for name, m in splits.items()]
     except OSError as error:
         raise DeitfastError(
             f"cannot write {error.filename or out}: {error.strerror}. What is finished stays; the same command goes on"
         ) from error
-    return total
-
-
-def _counts(done: Done) -> tuple[int, int, int, int]:
-    return done.images, done.made, done.found, done.size
+    return Done(*map(sum, zip(*done, strict=True)))
 
 
 def _claim(out: Path, splits: dict[str, Manifest], settings: Settings) -> None:
@@ -132,7 +121,7 @@ def _prepare_split(split: str, manifest: Manifest, out: Path, settings: Settings
     paths = [out / f"{split}-{number:05d}.tar" for number in range(len(starts))]
     missing = [n for n, path in enumerate(paths) if not (path.exists() and (_part(path).exists() or final.exists()))]
     jobs = ((paths[n], starts[n], _section(manifest, starts[n], settings), settings) for n in missing)
-    with _progress(f"{split}: writing shards", len(missing)) as tick:
+    with progress(f"{split}: writing shards", len(missing)) as tick:
         if workers == 1:
             for job in jobs:
                 _make_shard(*job)
@@ -152,7 +141,7 @@ def _prepare_split(split: str, manifest: Manifest, out: Path, settings: Settings
         if lost is not None:
             lost.unlink()
             raise DeitfastError(f"{_part(lost)} is missing or damaged. Run the same command again to redo that shard")
-        write_manifest(final, replace(_joined([p for p in parts if p is not None]), classes=manifest.classes))
+        write_manifest(final, _joined([p for p in parts if p is not None]))
     whole = read_manifest(final, out)
     if whole is None or len(whole) != len(manifest):
         final.unlink(missing_ok=True)
@@ -170,79 +159,60 @@ def _part(shard: Path) -> Path:
 
 def _section(manifest: Manifest, start: int, settings: Settings) -> Manifest:
     """The images of one shard as a manifest that is small enough to be sent to a worker."""
-    part = slice(start, start + settings.per_shard)
-    arrays = {name: getattr(manifest, name)[part] for name in PER_IMAGE}
-    used, arrays["file_id"] = np.unique(arrays["file_id"], return_inverse=True)
-    return Manifest(root=manifest.root, files=manifest.files[used], classes=manifest.classes, **arrays)
+    part = manifest.take(slice(start, start + settings.per_shard))
+    used, file_id = np.unique(part.file_id, return_inverse=True)
+    return replace(part, files=part.files[used], file_id=file_id, bad=())
 
 
 def _make_shard(path: Path, start: int, manifest: Manifest, settings: Settings) -> None:
     """Write the images of a section, numbered from `start` on, as one shard, and its part of the manifest."""
-    rows: list[tuple[Any, ...]] = []
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    try:
-        with os.fdopen(handle, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    names: list[str] = []
+    offsets: list[int] = []
+    facts: list[Facts] = []
+
+    def write(temporary: Path) -> None:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(len(manifest)):
-                data, kind, width, height, convert = _image(manifest, i, settings)
+                data = _encoded(manifest, i, settings)
+                facts.append(inspect_image(data, whole=False))
                 key = f"{start + i:08d}_{_plain(manifest.name(i))}"
-                name = key + _SUFFIX[kind]
-                offset = _add(tar, name, data)
-                _add(tar, f"{key}.cls", b"%d" % manifest.label[i])
-                rows.append((name, offset, len(data), width, height, checksum(data), FORMATS.index(kind), convert))
-            tar.close()  # its end blocks
-            file.flush()
-            os.fsync(file.fileno())
-        names, offsets, lengths, widths, heights, sums, kinds, converts = zip(*rows, strict=True)
-        part = Manifest(
-            root="",
-            files=strings([path.name]),
-            file_id=np.zeros(len(rows), np.int64),
-            member=strings(names),
-            offset=np.array(offsets, np.int64),
-            length=np.array(lengths, np.int64),
-            label=manifest.label,
-            width=np.array(widths, np.int64),
-            height=np.array(heights, np.int64),
-            checksum=np.array(sums, np.uint64),
-            format=np.array(kinds, np.uint8),
-            convert=np.array(converts, bool),
-            classes=manifest.classes,
-        )
-        os.chmod(temporary, 0o644)
-        write_manifest(_part(path), part)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+                names.append(key + _SUFFIX[FORMATS[facts[-1].format]])
+                offsets.append(add_member(tar, names[-1], data))
+                add_member(tar, f"{key}.cls", b"%d" % manifest.label[i])
+
+    write_atomically(path, write)
+    part = Manifest(
+        root="",
+        files=strings([path.name]),
+        file_id=np.zeros(len(names), np.int64),
+        member=strings(names),
+        offset=np.array(offsets, np.int64),
+        label=manifest.label,
+        classes=manifest.classes,
+        **columns(np.array(facts, FACTS)),
+    )
+    write_manifest(_part(path), part)
 
 
-def _image(manifest: Manifest, i: int, settings: Settings) -> tuple[bytes, str, int, int, bool]:
-    """Encoded bytes of image i, their format, width, height, and whether PIL must decode them."""
+def _encoded(manifest: Manifest, i: int, settings: Settings) -> bytes:
+    """The bytes of image i, or where it is too large a JPEG of it."""
     width, height = int(manifest.width[i]), int(manifest.height[i])
     short = min(width, height)
     if not settings.short_side or short <= settings.short_side:
-        return manifest.read(i).tobytes(), FORMATS[manifest.format[i]], width, height, bool(manifest.convert[i])
+        return manifest.read(i).tobytes()
     from PIL import Image
 
     width, height = (max(round(side * settings.short_side / short), 1) for side in (width, height))
     buffer = io.BytesIO()
     image = Image.fromarray(manifest.rgb(i)).resize((width, height), Image.Resampling.BICUBIC)
     image.save(buffer, "JPEG", quality=settings.quality)
-    return buffer.getvalue(), "JPEG", width, height, False
+    return buffer.getvalue()
 
 
 def _plain(name: str) -> str:
     """A file name's stem in characters that any tar reader takes: no dot, at which a WebDataset key would end."""
     stem = os.path.splitext(os.path.basename(name))[0]
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in stem)[:60]
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member; where its data begins."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-    return tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _joined(parts: list[Manifest]) -> Manifest:
@@ -262,7 +232,7 @@ def _verify(split: str, manifest: Manifest, workers: int) -> None:
             return manifest.name(i)
         return None
 
-    with _progress(f"{split}: verifying", len(manifest)) as tick, ThreadPoolExecutor(workers) as pool:
+    with progress(f"{split}: verifying", len(manifest)) as tick, ThreadPoolExecutor(workers) as pool:
         for name in pool.map(broken, range(len(manifest))):
             if name is not None:
                 shard = Path(manifest.root) / name.split("/")[0]
@@ -270,30 +240,3 @@ def _verify(split: str, manifest: Manifest, workers: int) -> None:
                 (Path(manifest.root) / f"{split}.manifest.npz").unlink()
                 raise DeitfastError(f"{name} read back wrong. Its shard was removed; run the same command again")
             tick()
-
-
-@contextmanager
-def _progress(what: str, total: int, stream: TextIO | None = None) -> Iterator[Any]:
-    """A function to be called at each step; says how far it is, in place on a terminal, else every ten seconds."""
-    stream = stream or sys.stderr
-    started = told = time.monotonic()
-    done = 0
-    in_place = stream.isatty()
-
-    def tick() -> None:
-        nonlocal done, told
-        done += 1
-        now = time.monotonic()
-        if now - told < (0.2 if in_place else 10.0):
-            return
-        told = now
-        left = (total - done) * (now - started) / done
-        line = f"{what}: {done:,} of {total:,}, {left:.0f} s to go"
-        if in_place:
-            print(f"\r\x1b[2K{line}", end="", file=stream, flush=True)
-        else:
-            say(line)
-
-    yield tick
-    if in_place and told > started:
-        print(file=stream)

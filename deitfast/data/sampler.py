@@ -131,10 +131,6 @@ class Order:
         """Number of different images in an epoch; where classes are balanced, of entries, some of the same image."""
         return -(-self.steps_per_epoch * self.batch // self.repeats)
 
-    def epoch(self, step: int) -> int:
-        """Epoch of a global step, counted from 0 over the whole run."""
-        return step // self.steps_per_epoch
-
     def slots(self, step: int) -> tuple[np.ndarray, np.ndarray, int]:
         """The global batch of a step in slot order: image index int64 (batch,), view int64 (batch,), epoch."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

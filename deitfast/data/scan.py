@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,28 +30,45 @@ _LARGE_ONES = threading.Lock()
 _NAMED = 10  # damaged files named on stderr; the rest is counted
 
 
+class Entry(NamedTuple):
+    """An image as names and headers tell of it."""
+
+    file: int
+    member: str = ""  # name inside a shard, empty for a plain file
+    offset: int = 0  # bytes; in a parquet file the row
+    length: int = -1  # bytes; -1: the whole file
+    label: int | None = None  # as stated, where an integer is
+    class_name: str = ""  # as stated, where a name is
+
+
 @dataclass(frozen=True)
 class Entries:
-    """Images to scan. files: paths relative to the root; member: name inside a shard, or "" for a plain file."""
+    """Images to scan. files: paths relative to the root. labels: of the images, into classes."""
 
     files: Sequence[str]
-    file_id: np.ndarray  # int64 (n,), into files
-    member: Sequence[str]  # (n,)
-    offset: np.ndarray  # int64 (n,), bytes
-    length: np.ndarray  # int64 (n,), bytes; -1: the whole file
-    label: np.ndarray  # int64 (n,)
+    images: Sequence[Entry]
+    labels: Sequence[int]
+    classes: tuple[str, ...]
     bad: Sequence[tuple[str, str]] = ()  # (name, reason) of what was seen to be damaged already
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a scan learns of one image. format: into FORMATS."""
+class Facts(NamedTuple):
+    """What a scan learns of one image, as a manifest names it: a row of an array of `FACTS`."""
 
+    length: int
     width: int
     height: int
     checksum: int
     format: int
     convert: bool
+
+
+FACTS = np.dtype(list(zip(Facts._fields, ("i8", "i8", "i8", "u8", "u1", "?"), strict=True)))
+
+
+def columns(facts: np.ndarray) -> dict[str, Any]:
+    """The arrays of a manifest that hold these facts, of dtype `FACTS`."""
+    return {name: facts[name].copy() for name in Facts._fields}
 
 
 def inspect_image(data: bytes, whole: bool = True) -> Facts:
@@ -71,7 +90,7 @@ def inspect_image(data: bytes, whole: bool = True) -> Facts:
             deep = image.format == "PNG" and data[24] == 16  # the header's bit depth, which PIL's mode may hide
             kind = image.format if image.format in FORMATS else "JPEG"  # MPO is JPEG with further images behind
             convert = image.mode not in _PLAIN_MODES or deep
-            facts = Facts(width, height, checksum(data), FORMATS.index(kind), convert)
+            facts = Facts(len(data), width, height, checksum(data), FORMATS.index(kind), convert)
             if whole:
                 with _LARGE_ONES if width * height > _LARGE else contextlib.nullcontext():
                     image.load()
@@ -86,17 +105,16 @@ def inspect_image(data: bytes, whole: bool = True) -> Facts:
     return facts
 
 
-def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = False) -> Manifest:
+def scan(root: Path, entries: Entries, quiet: bool = False) -> Manifest:
     """Decode every entry, in threads; those that fail go to `bad`. Progress goes to stderr once it takes a while."""
-    n = len(entries.label)
+    images = entries.images
+    n = len(images)
 
-    def look(i: int) -> tuple[int, Facts] | str:
-        path = root / entries.files[entries.file_id[i]]
-        offset, length = int(entries.offset[i]), int(entries.length[i])
+    def look(image: Entry) -> Facts | str:
+        path, offset, length = root / entries.files[image.file], image.offset, image.length
         try:
             if path.suffix == ".parquet":
-                row = read_row(str(path), offset).tobytes()
-                return len(row), inspect_image(row)
+                return inspect_image(read_row(str(path), offset).tobytes())
             with open(path, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 length = size if length < 0 else length
@@ -105,48 +123,58 @@ def scan(root: Path, entries: Entries, classes: Sequence[str], quiet: bool = Fal
                 if length > MAX_BYTES:
                     return f"{length} bytes: more than {MAX_BYTES}"
                 f.seek(offset)
-                data = f.read(length)
-            return len(data), inspect_image(data)
+                return inspect_image(f.read(length))
         except OSError as error:
             return error.strerror or str(error)
         except ValueError as error:
             return str(error)
 
-    length, table, good = np.zeros(n, np.int64), np.zeros((n, 4), np.int64), np.zeros(n, bool)
-    checksums = np.zeros(n, np.uint64)
+    facts, good = np.zeros(n, FACTS), np.zeros(n, bool)
     bad: list[tuple[str, str]] = list(entries.bad)
-    started = reported = time.monotonic()
-    with ThreadPoolExecutor(cores()) as pool:
+    with progress(f"checking {root}", n, quiet) as tick, ThreadPoolExecutor(cores()) as pool:
         for start in range(0, n, 4096):  # a bounded number of tasks at a time
-            for i, found in enumerate(pool.map(look, range(start, min(start + 4096, n))), start):
+            for i, found in enumerate(pool.map(look, images[start : start + 4096]), start):
                 if isinstance(found, str):
-                    name = name_of(entries.files[entries.file_id[i]], entries.member[i])
+                    name = name_of(entries.files[images[i].file], images[i].member)
                     bad.append((name, " ".join(found.split())))
                 else:
-                    good[i], length[i], facts = True, found[0], found[1]
-                    table[i] = facts.width, facts.height, facts.format, facts.convert
-                    checksums[i] = facts.checksum
-                now = time.monotonic()
-                if not quiet and now - reported > 5:
-                    reported = now
-                    rate = (i + 1) / (now - started)
-                    say(f"checking {root}: {i + 1:,} of {n:,} images, {rate:.0f}/s, {(n - i) / rate:.0f} s to go")
+                    good[i], facts[i] = True, found
+                tick()
     return Manifest(
         root=str(root),
         files=strings(entries.files),
-        file_id=np.asarray(entries.file_id, np.int64)[good],
-        member=strings(entries.member)[good],
-        offset=np.asarray(entries.offset, np.int64)[good],
-        length=length[good],
-        label=np.asarray(entries.label, np.int64)[good],
-        width=table[good, 0],
-        height=table[good, 1],
-        checksum=checksums[good],
-        format=table[good, 2].astype(np.uint8),
-        convert=table[good, 3].astype(bool),
-        classes=tuple(classes),
+        file_id=np.array([image.file for image in images], np.int64)[good],
+        member=strings([image.member for image in images])[good],
+        offset=np.array([image.offset for image in images], np.int64)[good],
+        label=np.array(entries.labels, np.int64)[good],
+        classes=entries.classes,
         bad=tuple(bad),
+        **columns(facts[good]),
     )
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """A function to be called at each step. From five seconds on it says how far it is: in place on a terminal."""
+    started = told = time.monotonic()
+    done = 0
+    in_place = sys.stderr.isatty()
+
+    def tick() -> None:
+        nonlocal done, told
+        done, now = done + 1, time.monotonic()
+        if quiet or now - told < (0.2 if in_place and told > started else 5.0):
+            return
+        told, rate = now, done / (now - started)
+        line = f"{what}: {done:,} of {total:,}, {rate:,.1f}/s, {(total - done) / rate:,.0f} s to go"
+        if in_place:
+            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            say(line)
+
+    yield tick
+    if in_place and told > started:
+        print(file=sys.stderr)
 
 
 def report_bad(manifest: Manifest, listing: Path | None) -> None:

@@ -68,7 +68,7 @@ def _captions(loader: TrainLoader, batch: Batch, mixed: bool) -> list[list[str]]
     manifest, index, view = loader.manifest, batch.index.numpy(), batch.view.numpy()
     operations = ["unchanged"] * len(index)
     if loader.augmentation.active:
-        operations = loader.augmentation.captions(loader.augmentation.draw(index, int(batch.epoch), view))
+        operations = loader.augmentation.draw(index, int(batch.epoch), view).captions()
     lines = []
     for s, i in enumerate(index.tolist()):
         name = manifest.name(i).split("/")[-1]
@@ -81,7 +81,7 @@ def _captions(loader: TrainLoader, batch: Batch, mixed: bool) -> list[list[str]]
     return lines
 
 
-def _sheet(views: list[np.ndarray], captions: list[list[str]], most: int = 1500) -> Image.Image:
+def _sheet(views: list[np.ndarray], captions: list[list[str]], most: int) -> Image.Image:
     from PIL import Image, ImageDraw, ImageFont
 
     side = views[0].shape[0]

@@ -42,6 +42,10 @@ class Dataset:
     val: Manifest | None
     classes: tuple[str, ...]
 
+    def splits(self) -> dict[str, Manifest]:
+        """Those that there are, by name."""
+        return {name: manifest for name, manifest in (("train", self.train), ("val", self.val)) if manifest is not None}
+
     def shortcomings(self) -> list[str]:
         """What makes scores say less than they seem to, a line each."""
         found = []
@@ -192,7 +196,7 @@ def _class_folders(root: Path, split: str) -> Source | None:
     if empty:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise DeitfastError(f"class folder {root / empty[0]}{more} has no images. Fill it or remove it")
-    return Source(root, tuple(paths), "folders", split, tuple(folders))
+    return Source(root, tuple(paths), "folders", split)
 
 
 def _not_found(root: Path, split: str) -> DeitfastError:
@@ -219,12 +223,13 @@ def _open(source: Source, known: tuple[str, ...] | None, quiet: bool) -> Manifes
     """The source's manifest with labels by `known` (by its own names if None): made before, or now by a scan."""
     manifest = _prepared(source)
     if manifest is not None:
-        return manifest if known is None else _by_classes(manifest, known)
+        if known is None or known == manifest.classes:
+            return manifest
+        return relabelled(manifest, known, label_numbers(manifest.classes, known, manifest.root))
     key = _key(source, known)
     manifest = load(key)
     if manifest is None or manifest.root != str(source.root):
-        entries, names = entries_of(source, known)
-        manifest = scan(source.root, entries, names, quiet)
+        manifest = scan(source.root, entries_of(source, known), quiet)
         store(key, manifest)
     if not quiet:
         report_bad(manifest, bad_list(key))
@@ -240,12 +245,6 @@ def _prepared(source: Source) -> Manifest | None:
     return prepared(source.root / f"{source.split}.manifest.npz", source.root, source.paths)
 
 
-def _by_classes(manifest: Manifest, known: tuple[str, ...]) -> Manifest:
-    if manifest.classes == known:
-        return manifest
-    return relabelled(manifest, known, label_numbers(manifest.classes, known, manifest.root))
-
-
 def _key(source: Source, known: tuple[str, ...] | None) -> str:
     beside = (p for p in names_files(source) if (source.root / p).is_file())
     return digest(source.root, (*source.paths, *beside), known or ())
@@ -253,7 +252,5 @@ def _key(source: Source, known: tuple[str, ...] | None) -> str:
 
 def _classes_of(source: Source) -> tuple[str, ...]:
     """The source's own class names, without decoding an image."""
-    if source.kind == "folders":
-        return source.folders
-    known = _prepared(source) or load(_key(source, None))
-    return known.classes if known is not None else entries_of(source, None)[1]
+    known = None if source.kind == "folders" else _prepared(source) or load(_key(source, None))
+    return (known or entries_of(source, None)).classes

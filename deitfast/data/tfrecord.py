@@ -28,6 +28,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf wire types
 
 Span = tuple[int, int]
 """First byte and end of a stretch of a file."""
+_NOTHING: Span = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -91,45 +92,43 @@ def _frames(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int, bool]]:
 def _example(data: mmap.mmap, start: int, end: int, number: int) -> Record:
     """What a tf.train.Example holds. Raises ValueError for anything else."""
     features: dict[bytes, Span] = {}
-    for field, value in _fields(data, start, end):  # Example
-        if field != 1 or isinstance(value, int):
-            continue
-        for inner, entry in _fields(data, *value):  # Features: map entries
-            if inner == 1 and not isinstance(entry, int):
-                pair = {k: v for k, v in _fields(data, *entry) if not isinstance(v, int)}
-                if 1 in pair and 2 in pair:
-                    features[data[slice(*pair[1])]] = pair[2]
-    image = _first_bytes(data, features.get(b"image/encoded"))
+    for maps in _spans(data, (start, end), 1):  # Example: Features
+        for entry in _spans(data, maps, 1):
+            pair = {field: value for field, value in _fields(data, entry) if not isinstance(value, int)}
+            if 1 in pair and 2 in pair:
+                features[data[slice(*pair[1])]] = pair[2]
+    image = _first_bytes(data, features.get(b"image/encoded", _NOTHING))
     if image is None:
         raise ValueError("no feature image/encoded")
-    label = _first_integer(data, features.get(b"image/class/label"))
-    texts = [_first_bytes(data, features.get(key)) for key in (b"image/class/synset", b"image/filename")]
+    label = _first_integer(data, features.get(b"image/class/label", _NOTHING))
+    texts = [_first_bytes(data, features.get(key, _NOTHING)) for key in (b"image/class/synset", b"image/filename")]
     synset, filename = (data[slice(*span)].decode("utf-8", "replace") if span else "" for span in texts)
     return Record(number, image[0], image[1] - image[0], label, synset, filename)
 
 
-def _first_bytes(data: mmap.mmap, feature: Span | None) -> Span | None:
+def _first_bytes(data: mmap.mmap, feature: Span) -> Span | None:
     """Where the first value of a Feature's bytes list (field 1) lies."""
-    for field, values in _fields(data, *feature) if feature else ():
-        if field == 1 and not isinstance(values, int):
-            return next((v for f, v in _fields(data, *values) if f == 1 and not isinstance(v, int)), None)
-    return None
+    return next((value for values in _spans(data, feature, 1) for value in _spans(data, values, 1)), None)
 
 
-def _first_integer(data: mmap.mmap, feature: Span | None) -> int | None:
+def _first_integer(data: mmap.mmap, feature: Span) -> int | None:
     """The first value of a Feature's int64 list (field 3), packed or not."""
-    for field, values in _fields(data, *feature) if feature else ():
-        if field == 3 and not isinstance(values, int):
-            for f, value in _fields(data, *values):
-                if f == 1:
-                    number = value if isinstance(value, int) else _varint(data, *value)[0]
-                    return number - (1 << 64) if number >> 63 else number
+    for values in _spans(data, feature, 3):
+        for field, value in _fields(data, values):
+            if field == 1:
+                number = value if isinstance(value, int) else _varint(data, *value)[0]
+                return number - (1 << 64) if number >> 63 else number
     return None
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int | Span]]:
+def _spans(data: mmap.mmap, message: Span, number: int) -> Iterator[Span]:
+    """Where the fields of that number lie, of those that hold bytes or a message."""
+    return (value for field, value in _fields(data, message) if field == number and not isinstance(value, int))
+
+
+def _fields(data: mmap.mmap, message: Span) -> Iterator[tuple[int, int | Span]]:
     """(field number, integer or span of bytes) of a protobuf message. Raises ValueError if it is malformed."""
-    at = start
+    at, end = message
     while at < end:
         key, at = _varint(data, at, end)
         kind = key & 7
@@ -174,18 +173,16 @@ def crc32c(data: bytes) -> int:
     length = len(data) // _LANES
     if length < 8:
         return _crc_bytes(data, 0xFFFFFFFF) ^ 0xFFFFFFFF
-    table = _table()
     columns = np.frombuffer(data, np.uint8, length * _LANES).reshape(_LANES, length).T.copy()
     crc: np.ndarray = np.zeros(_LANES, np.uint32)
     crc[0] = 0xFFFFFFFF
     for column in columns:
-        crc = table[(crc ^ column) & 0xFF] ^ (crc >> 8)
-    step = length
+        crc = _next(crc, column)
     while len(crc) > 1:
         # The CRC of AB (started with A's register) is A's register after as many zero bytes as B has, xor B's.
-        crc = _after_zeros(crc[::2], step) ^ crc[1::2]
-        step *= 2
-    return _crc_bytes(data[length * _LANES :], int(crc[0])) ^ 0xFFFFFFFF
+        crc = _mapped(crc[::2], _zeros(length)) ^ crc[1::2]
+        length *= 2
+    return _crc_bytes(data[length:], int(crc[0])) ^ 0xFFFFFFFF
 
 
 def _crc_bytes(data: bytes, crc: int) -> int:
@@ -195,39 +192,25 @@ def _crc_bytes(data: bytes, crc: int) -> int:
     return crc
 
 
-def _after_zeros(crc: np.ndarray, count: int) -> np.ndarray:
-    """Registers uint32 (n,) after `count` zero bytes: a linear map, applied byte by byte."""
-    tables = _zeros_tables(count)
+def _next(crc: np.ndarray, byte: np.ndarray | int) -> np.ndarray:
+    """Registers, uint32, after one more byte each."""
+    return _table()[(crc ^ byte) & 0xFF] ^ crc >> 8
+
+
+@lru_cache(maxsize=4096)
+def _zeros(count: int) -> np.ndarray:
+    """What `count` zero bytes make of each value of each of the register's four bytes: uint32 (4, 256)."""
+    if count == 0:
+        return np.arange(256, dtype=np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)[:, None]
+    half = _zeros(count // 2)
+    twice = _mapped(half, half)
+    return _next(twice, 0) if count % 2 else twice
+
+
+def _mapped(crc: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Registers after the zero bytes that `tables` stands for: a linear map, applied byte by byte."""
     parts = [tables[k][crc >> np.uint32(8 * k) & np.uint32(0xFF)] for k in range(4)]
     return parts[0] ^ parts[1] ^ parts[2] ^ parts[3]
-
-
-@lru_cache(maxsize=4096)
-def _zeros_tables(count: int) -> np.ndarray:
-    """What `count` zero bytes make of each value of each of the register's four bytes: uint32 (4, 256)."""
-    tables, value = np.zeros((4, 256), np.uint32), np.arange(256, dtype=np.uint32)
-    for bit, image in enumerate(_zeros_map(count)):
-        tables[bit // 8] ^= (value >> np.uint32(bit % 8) & np.uint32(1)) * np.uint32(image)
-    return tables
-
-
-@lru_cache(maxsize=4096)
-def _zeros_map(count: int) -> tuple[int, ...]:
-    """What `count` zero bytes make of each of the register's 32 bits, by squaring."""
-    if count == 1:
-        table = _table()
-        return tuple(int(table[(1 << bit) & 0xFF]) ^ (1 << bit) >> 8 for bit in range(32))
-    half = _zeros_map(count // 2)
-    double = tuple(_apply(half, value) for value in half)
-    return tuple(_apply(_zeros_map(1), value) for value in double) if count % 2 else double
-
-
-def _apply(images: tuple[int, ...], value: int) -> int:
-    result = 0
-    for bit, image in enumerate(images):
-        if value >> bit & 1:
-            result ^= image
-    return result
 
 
 @lru_cache(maxsize=1)

@@ -1,14 +1,15 @@
 """The training loader: micro-batches of a run in slot order.
 
 What a loader yields is a pure function of (seed, step) and of the files: every crop, flip and photometric operation is
-drawn on the host (`draws`, `policy`), so resuming is starting at another step. On a GPU DALI decodes, crops, resizes
-and flips (`pipeline`) and the policy's kernels follow; on a CPU DALI decodes and threads do the rest (`views`). All of
-it runs ahead of the consumer. A file that became unreadable since the scan is replaced (`quarantine`).
+drawn on the host, so resuming is starting at another step. On a GPU DALI decodes, crops, resizes and flips, and the
+augmentation's kernels follow; on a CPU DALI decodes and threads do the rest. All of it runs ahead of the consumer. A
+file that became unreadable since the scan is replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from deitfast.data.augmentation import Augmentation
 from deitfast.data.augmentation_draws import AugmentationDraws
 from deitfast.data.batch import Batch
 from deitfast.data.cores import thread_count
-from deitfast.data.cpu_ops import Workers, decoded, resized_crop
+from deitfast.data.cpu_ops import resized_crop
 from deitfast.data.dali import Feed, Runner, gathered
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import Manifest
@@ -82,7 +83,7 @@ class TrainLoader:
         threads = thread_count(recipe.workers)
         self._on_cpu = self.device.type == "cpu"
         self._decoder = decoder or choose_decoder(recipe.decode, manifest, image_size, self.device, threads, say)
-        self._workers = Workers(threads if self._on_cpu else 1)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="deitfast-views")
         self._runner: Runner[_TrainFeed] = Runner(
             self._quarantine,
             self._prepare,
@@ -120,7 +121,7 @@ class TrainLoader:
 
     def close(self) -> None:
         self._runner.close()
-        self._workers.close()
+        self._pool.shutdown()
 
     def __iter__(self) -> Iterator[Batch]:
         for feed, images in self._runner:
@@ -190,14 +191,14 @@ class TrainLoader:
     def _collect_cpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:
         batch = torch.empty((len(feed.row), self.image_size, self.image_size, 3), dtype=torch.uint8)
 
-        def make(part: slice) -> None:
-            for s in range(part.start, part.stop):
-                image = decoded(outputs[0], int(feed.row[s]))
-                batch[s] = resized_crop(image, feed.box[s], self.image_size, bool(feed.mirrored[s]))
+        def make(s: int) -> None:
+            image = torch.from_dlpack(outputs[0][int(feed.row[s])])
+            batch[s] = resized_crop(image, feed.box[s], self.image_size, bool(feed.mirrored[s]))
             if feed.augmentation is not None:
-                batch[part] = self.augmentation.apply(batch[part], feed.augmentation[part])
+                own = slice(s, s + 1)
+                batch[own] = self.augmentation.apply(batch[own], feed.augmentation[own])
 
-        self._workers.share(make, len(batch))
+        list(self._pool.map(make, range(len(batch))))
         return batch
 
     def _collect_gpu(self, feed: _TrainFeed, outputs: Sequence[Any]) -> torch.Tensor:

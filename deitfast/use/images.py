@@ -27,7 +27,7 @@ from deitfast.data.cores import thread_count
 from deitfast.data.eval_loader import eval_geometry, is_long, middle
 from deitfast.data.files import images_below, is_image
 from deitfast.data.manifest import FORMATS, most_pixels, strings, to_rgb
-from deitfast.data.scan import inspect_image
+from deitfast.data.scan import FACTS, columns, inspect_image
 from deitfast.errors import DeitfastError, did_you_mean
 from deitfast.model.download import TIMEOUT_S, is_url, offline
 from deitfast.model.preprocessing import Preprocessing
@@ -177,25 +177,19 @@ def _dali_batches(
         try:
             path = os.path.abspath(os.path.expanduser(os.fspath(source)))
             data = Path(path).read_bytes()
-            entries.append((i, path, len(data), inspect_image(data, whole=False)))
+            entries.append((i, path, inspect_image(data, whole=False)))
         except (OSError, ValueError) as error:
             bad.append((i, f"{source} cannot be read: {getattr(error, 'strerror', None) or error}"))
     n = len(entries)
-    facts = [fact for *_, fact in entries]
     manifest = Manifest(
         root="/",
-        files=strings([path for _, path, _, _ in entries]),
+        files=strings([path for _, path, _ in entries]),
         file_id=np.arange(n),
         member=strings([""] * n),
         offset=np.zeros(n, np.int64),
-        length=np.array([length for _, _, length, _ in entries], np.int64),
         label=np.array([i for i, *_ in entries], np.int64),
-        width=np.array([fact.width for fact in facts], np.int64),
-        height=np.array([fact.height for fact in facts], np.int64),
-        checksum=np.array([fact.checksum for fact in facts], np.uint64),
-        format=np.array([fact.format for fact in facts], np.uint8),
-        convert=np.array([fact.convert for fact in facts], bool),
         classes=(),
+        **columns(np.array([facts for *_, facts in entries], FACTS)),
     )
     loader = EvalLoader(
         manifest, image_size, preprocessing.crop_ratio, batch, squash=preprocessing.squash,

@@ -231,7 +231,7 @@ def test_the_sheet_holds_what_the_loader_yields_and_says_what_was_done(make_fold
     assert batch.epoch == 3
     assert np.array_equal(views, batch.images[:10].numpy())
     policy = Augmentation(recipe, 40, torch.device("cpu"))
-    operations = policy.captions(policy.draw(batch.index.numpy(), 3, batch.view.numpy()))
+    operations = policy.draw(batch.index.numpy(), 3, batch.view.numpy()).captions()
     for s, lines in enumerate(captions):
         i = int(batch.index[s])
         name = manifest.name(i).split("/")[1]

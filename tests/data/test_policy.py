@@ -51,7 +51,6 @@ def test_images_are_pils(name, device):
     assert out.dtype == torch.uint8
     assert np.array_equal(out.cpu().numpy(), augment_reference.apply(images, draws))
     assert np.array_equal(given.cpu().numpy(), images), "the input was written to"
-    assert policy.captions(draws) == draws.captions()
 
 
 @pytest.mark.parametrize("name", RECIPES)

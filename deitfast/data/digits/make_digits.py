@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from deitfast.data.files import add_member
+
 
 def encode(image: np.ndarray) -> bytes:
     """An 8 x 8 image with values 0..16 as a 16 x 16 grayscale JPEG."""
@@ -32,10 +34,7 @@ def main() -> None:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
                 if (i % 5 == 0) == (split == "val"):
-                    data = encode(image)
-                    info = tarfile.TarInfo(f"{label}/{i:04d}.jpg")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    add_member(tar, f"{label}/{i:04d}.jpg", encode(image))
         print(f"{path.name}: {path.stat().st_size:,} bytes")
 
 
