@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, object]] = {
 
 
 def recipe_of(case: str, size: int) -> Recipe:
-    return replace(RECIPE, engine="flat", batch=8 * size, mix_group=4, clip_norm=0.1, **CASES[case])  # type: ignore[arg-type]
+    return replace(RECIPE, engine="flat", batch=4 * size, mix_group=2, clip_norm=0.1, **CASES[case])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -21,6 +21,7 @@ from deitfast.use import doctor
 from deitfast.use.doctor import examine
 from deitfast.verification import warm
 from deitfast.verification.choice import Offers
+from deitfast.verification.verdict import Verdict
 from tests.rehearsal.test_first_contact import SHORT, forms, plant, run, takes
 from tests.verification.planted import FAULTS
 
@@ -31,6 +32,7 @@ COMMAND = ["doctor", "--model", "deit_digits_patch4_16", "--batch", "8", "--data
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deitfast.use.doctor._LOADING_SECONDS", 0.2)
+    monkeypatch.setattr("deitfast.use.doctor._LOADED_AT_ONCE", 4)
 
 
 def test_the_table_is_printed_and_a_run_takes_its_choices(
@@ -114,6 +116,7 @@ def test_fewer_gpus_need_less(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     monkeypatch.setattr("deitfast.use.doctor.missing_for_triton", lambda: "there is no Python.h. Install it")
+    monkeypatch.setattr("deitfast.use.doctor.verify", lambda *_: Verdict())
     with chosen():
         found = examine("deit_digits_patch4_16", 8, "digits", tmp_path, print)
     if gpus == 0:
