@@ -15,9 +15,7 @@ _BREAKS = 1
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
     """Add `doctor`."""
-    parser = commands.add_parser(
-        "doctor", help="what on this machine would break a run; exit 1 if anything would", allow_abbrev=False
-    )
+    parser = commands.add_parser("doctor", help="what on this machine would break a run; exit 1 if anything would")
     parser.add_argument("--data", default="", help="images to look at, as for training")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of runs to be [runs]")
     parser.add_argument(

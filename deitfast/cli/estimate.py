@@ -14,7 +14,6 @@ def add_estimate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "estimate",
         help="what a recipe takes on some GPUs: memory, largest batch, least hours and cost",
-        allow_abbrev=False,
     )
     parser.add_argument("recipe", help="a shipped recipe's name or a file of your own; its flags may follow")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs [1]")
@@ -22,7 +21,7 @@ def add_estimate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--classes", type=int, default=CLASSES, help=f"classes of the data [{CLASSES}]")
     parser.add_argument("--images", type=int, default=IMAGENET_IMAGES, help=f"training images [{IMAGENET_IMAGES}]")
     parser.add_argument("--price", type=float, default=0.0, help="of an hour of one GPU; 0: unknown [0]")
-    parser.set_defaults(run=_estimate)
+    parser.set_defaults(run=_estimate, passes_on=True)
 
 
 def _estimate(args: argparse.Namespace, flags: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from dataclasses import asdict
@@ -56,7 +57,7 @@ def _load(args: argparse.Namespace, **options: Any) -> LoadedModel:
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("predict", help="what is in images: files, folders, globs, URLs", allow_abbrev=False)
+    parser = commands.add_parser("predict", help="what is in images: files, folders, globs, URLs")
     parser.add_argument("images", nargs="+", metavar="IMG", help="file, folder, glob in quotes, or URL")
     _model_flags(parser)
     _run_flags(parser)
@@ -98,7 +99,7 @@ def _predict(args: argparse.Namespace, _: list[str]) -> None:
             print(f"error: {result}", file=sys.stderr)
             continue
         top = classifier.top(result, args.top)
-        print(_as_text(files[i], top, args), flush=True)
+        _print(files[i], top, args)
         if args.show:
             picture = annotate(open_image(files[i]), [(name, score) for _, name, score in top])
             picture.save(shown.take(files[i]), quality=90)
@@ -108,19 +109,16 @@ def _predict(args: argparse.Namespace, _: list[str]) -> None:
         sys.exit(_EXIT_PARTLY)
 
 
-def _as_text(file: str, top: list[tuple[int, str, float]], args: argparse.Namespace) -> str:
+def _print(file: str, top: list[tuple[int, str, float]], args: argparse.Namespace) -> None:
     if args.json:
         classes = [{"label": label, "class": name, "score": round(score, 6)} for label, name, score in top]
-        return json.dumps({"file": file, "top": classes})
-    if args.csv:
-        import csv
-        import io
-
-        table = io.StringIO()
+        print(json.dumps({"file": file, "top": classes}))
+    elif args.csv:
         rows = ((file, rank, label, name, f"{score:.6f}") for rank, (label, name, score) in enumerate(top, 1))
-        csv.writer(table, lineterminator="\n").writerows(rows)
-        return table.getvalue().removesuffix("\n")
-    return "\n".join([file, *(f"  {100 * score:6.2f} %  {name}" for _, name, score in top)])
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+    else:
+        print("\n".join([file, *(f"  {100 * score:6.2f} %  {name}" for _, name, score in top)]))
+    sys.stdout.flush()
 
 
 class _Names:
@@ -145,7 +143,7 @@ class _Names:
 
 
 def _add_attention(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("attention", help="draw where a model looks in an image", allow_abbrev=False)
+    parser = commands.add_parser("attention", help="draw where a model looks in an image")
     parser.add_argument("image", metavar="IMG", help="file or URL")
     _model_flags(parser)
     parser.add_argument("--out", default="", help="picture to write [attention-IMG.jpg]")
@@ -184,7 +182,7 @@ def _attention(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("export", help="write a model for other libraries and runtimes", allow_abbrev=False)
+    parser = commands.add_parser("export", help="write a model for other libraries and runtimes")
     parser.add_argument("out", metavar="OUT", help="file to write; for hf a new folder")
     _model_flags(parser)
     parser.add_argument(
@@ -208,9 +206,7 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _add_test(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "test", aliases=["eval"], help="accuracy of weights on a validation set", allow_abbrev=False
-    )
+    parser = commands.add_parser("test", aliases=["eval"], help="accuracy of weights on a validation set")
     _model_flags(parser)
     parser.add_argument("--data", required=True, help="folder with val/<class>/*, of class folders, or of val shards")
     parser.add_argument(
@@ -307,7 +303,7 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _add_models(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("models", help="list the models", allow_abbrev=False)
+    parser = commands.add_parser("models", help="list the models")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_models)
 

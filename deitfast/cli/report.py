@@ -10,9 +10,7 @@ from deitfast.errors import DeitfastError
 
 def add_report(commands: argparse._SubParsersAction) -> None:
     """Add `report`."""
-    parser = commands.add_parser(
-        "report", help="one page about a run, live or ended, or about several: report.html", allow_abbrev=False
-    )
+    parser = commands.add_parser("report", help="one page about a run, live or ended, or about several: report.html")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, default=None, help="file to write; empty: report.html in the first folder")
     parser.add_argument("--price", type=float, default=0.0, help="of an hour of one GPU, for the cost; 0: unknown [0]")
