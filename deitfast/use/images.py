@@ -11,7 +11,6 @@ import glob
 import io
 import os
 import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ from deitfast.data.files import images_below, is_image
 from deitfast.data.manifest import FORMATS, most_pixels, strings, to_rgb
 from deitfast.data.scan import FACTS, columns, inspect_image
 from deitfast.errors import DeitfastError, did_you_mean
-from deitfast.model.download import TIMEOUT_S, is_url, offline
+from deitfast.model.download import is_url, offline, open_url
 from deitfast.model.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -109,9 +108,8 @@ def open_image(source: Any, name: str = "") -> PILImage:
 def _download(url: str) -> bytes:
     if offline():
         raise DeitfastError(f"DEITFAST_OFFLINE or HF_HUB_OFFLINE forbids fetching {url}")
-    request = urllib.request.Request(url, headers={"User-Agent": "deitfast"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+        with open_url(url) as answer:
             data = answer.read(_LARGEST_DOWNLOAD + 1)
     except urllib.error.URLError as error:
         raise DeitfastError(f"could not fetch {url} ({getattr(error, 'reason', error)})") from error
