@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from dataclasses import asdict
@@ -92,7 +93,10 @@ def _predict(args: argparse.Namespace, _: list[str]) -> None:
         print(f"{len(files)} image(s), {classifier.predictor.how}", file=sys.stderr)
     if args.csv:
         print("file,rank,label,class,score")
-    failed, shown = 0, _Names(args.show)
+    failed, pictures = 0, []
+    if args.show:
+        Path(args.show).mkdir(parents=True, exist_ok=True)
+        pictures = _picture_paths(files, Path(args.show))
     for i, result in classifier.stream(files):
         if isinstance(result, str):
             failed += 1
@@ -102,7 +106,7 @@ def _predict(args: argparse.Namespace, _: list[str]) -> None:
         _print(files[i], top, args)
         if args.show:
             picture = annotate(open_image(files[i]), [(name, score) for _, name, score in top])
-            picture.save(shown.take(files[i]), quality=90)
+            picture.save(pictures[i], quality=90)
     if failed == len(files):
         raise DeitfastError(f"none of the {failed} image(s) could be read")
     if failed:
@@ -121,22 +125,14 @@ def _print(file: str, top: list[tuple[int, str, float]], args: argparse.Namespac
     sys.stdout.flush()
 
 
-class _Names:
-    """Names for pictures in one folder, none twice."""
-
-    def __init__(self, folder: str | None) -> None:
-        self.folder, self.taken = Path(folder or "."), set[str]()
-        if folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def take(self, file: str) -> Path:
+def _picture_paths(files: list[str], folder: Path) -> list[Path]:
+    """Where the picture of each file goes, no two to the same place."""
+    taken: dict[Path, None] = {}
+    for file in files:
         stem = Path(file.split("?", 1)[0]).stem or "image"
-        name, i = f"{stem}.jpg", 1
-        while name in self.taken:
-            i += 1
-            name = f"{stem}-{i}.jpg"
-        self.taken.add(name)
-        return self.folder / name
+        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+        taken[next(path for name in names if (path := folder / f"{name}.jpg") not in taken)] = None
+    return list(taken)
 
 
 # attention -----------------------------------------------------------------------------------------------------------
@@ -272,16 +268,13 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
     )  # fmt: skip
     if not world.is_main:
         return
-    plots: list[Path] = []
-    if args.plots:
-        plots = write_plots(details, names, Path(args.plots))
+    plots = write_plots(details, names, Path(args.plots)) if args.plots else []
     facts: dict[str, Any] = {
         "model": loaded.name, "weights": args.weights or "", "data": args.data, "crop_ratio": crop_ratio,
         **{key: value for key, value in asdict(scores).items() if value is not None},
         "ece": details.ece, "images_per_second": details.images_per_second,
+        **({} if details.real_top1 is None else {"real_top1": details.real_top1}),
     }  # fmt: skip
-    if details.real_top1 is not None:
-        facts["real_top1"] = details.real_top1
     if args.json:
         per_class = [None if value != value else round(value, 4) for value in details.per_class.tolist()]
         print(json.dumps(facts | {"per_class": per_class}))

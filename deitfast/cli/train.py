@@ -51,9 +51,11 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
         args.parser.print_help()
         return
     file = find_recipe(_recipe_first(args.recipe, flags))
-    processes = args.processes or _gpu_count() or 1
     if (args.nodes > 1) != bool(args.master):
         raise DeitfastError("--nodes N and --master HOST belong together: give both, the same on every machine")
+    import torch
+
+    processes = args.processes or torch.cuda.device_count() or 1
     if args.wire:
         os.environ[WIRE] = args.wire
     where = ["--standalone"]
@@ -117,9 +119,3 @@ def _left_behind(end: Path) -> int:
         return int(end.read_text())
     except (OSError, ValueError):
         return 0
-
-
-def _gpu_count() -> int:
-    import torch
-
-    return torch.cuda.device_count()

@@ -53,11 +53,6 @@ class StandIn:
     __setstate__ = __setitem__ = append = extend = add = update = _ignore
 
 
-def is_harmless(name: str) -> bool:
-    """Whether a class or function of that dotted name is put in place by a stand-in."""
-    return any(name == known or name.startswith(f"{known}.") for known in _HARMLESS)
-
-
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -83,7 +78,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         known = _get_allowed_globals()
         if full in known:
             return known[full]
-        if is_harmless(full):
+        if any(full == harmless or full.startswith(f"{harmless}.") for harmless in _HARMLESS):
             return StandIn
         raise pickle.UnpicklingError(f"GLOBAL {full}")
 

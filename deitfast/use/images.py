@@ -11,9 +11,8 @@ import glob
 import io
 import os
 import urllib.error
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,18 +150,15 @@ def batches(
         except DeitfastError as error:
             return str(error)
 
+    chunks = [range(len(sources))[start : start + batch] for start in range(0, len(sources), batch)]
     with ThreadPoolExecutor(thread_count(0), thread_name_prefix="deitfast-read") as pool:
-        ahead: deque[Future[np.ndarray | str]] = deque()
-        submitted = 0
-        for start in range(0, len(sources), batch):
-            stop = min(start + batch, len(sources))
-            while submitted < min(stop + batch, len(sources)):  # the batch after this one is made meanwhile
-                ahead.append(pool.submit(prepare, submitted))
-                submitted += 1
-            made = [(i, ahead.popleft().result()) for i in range(start, stop)]
-            good = [(i, image) for i, image in made if not isinstance(image, str)]
+        made = pool.map(prepare, next(iter(chunks), ()))
+        for chunk, following in zip(chunks, [*chunks[1:], range(0)], strict=True):
+            results, made = made, pool.map(prepare, following)  # the next batch is made meanwhile
+            pairs = list(zip(chunk, results, strict=True))
+            good = [(i, image) for i, image in pairs if not isinstance(image, str)]
             stacked = np.stack([image for _, image in good]) if good else np.zeros((0, image_size, image_size, 3), "u1")
-            bad = [(i, reason) for i, reason in made if isinstance(reason, str)]
+            bad = [(i, reason) for i, reason in pairs if isinstance(reason, str)]
             yield [i for i, _ in good], torch.from_numpy(stacked), bad
 
 
