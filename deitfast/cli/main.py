@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from deitfast.cli.data import add_data
-from deitfast.cli.doctor import add_doctor
-from deitfast.cli.estimate import add_estimate
 from deitfast.cli.model import add_use
-from deitfast.cli.report import add_report
+from deitfast.cli.runs import add_runs
 from deitfast.cli.train import add_train
 from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded
@@ -42,9 +40,7 @@ def command_parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_use(commands)
     add_data(commands)
-    add_doctor(commands)
-    add_report(commands)
-    add_estimate(commands)
+    add_runs(commands)
     return parser
 
 
