@@ -129,12 +129,13 @@ class Teacher:
     ) -> float:  # fmt: skip
         """Top-1 in percent on some hundred validation images, as the student would hand them over; every process calls.
 
-        Told in one line. DeitfastError where it is no better than guessing (within three standard deviations): its
-        classes are then not the data's, in their order.
+        An untrained one, which has nothing to show, sees one batch of them. Told in one line. DeitfastError where it is
+        no better than guessing (within three standard deviations): its classes are then not the data's, in their order.
         """
+        shown = val.spread(batch if self.fresh else CHECKED_IMAGES)
         loader = EvalLoader(
-            val.spread(CHECKED_IMAGES), image_size=self.image_size, crop_ratio=crop_ratio, batch=batch,
-            rank=world.rank, world_size=world.size, device=self.device, workers=workers, decode=decode,
+            shown, image_size=self.image_size, crop_ratio=crop_ratio, batch=batch, rank=world.rank,
+            world_size=world.size, device=self.device, workers=workers, decode=decode,
         )  # fmt: skip
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for images, labels in loader:
