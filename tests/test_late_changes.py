@@ -251,7 +251,7 @@ def test_attention_dropout_of_transformers_counts():
     accelerate(model, verbose=False)
     for layer in model.vit.layers:
         layer.attention.attention_dropout = 0.5
-    with pytest.warns(UserWarning, match="attention_probs_dropout_prob is 0.5"):
+    with pytest.warns(UserWarning, match=r"dropout attention\.attention_dropout is 0.5"):
         assert not torch.equal(logits(model, images(model)), logits(model, images(model)))
 
 

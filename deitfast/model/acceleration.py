@@ -10,9 +10,8 @@ No such library is imported here: a model that comes from one has imported it al
 from __future__ import annotations
 
 import functools
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 
 from deitfast.compiler import check_compiler
 from deitfast.errors import DeitfastError
-from deitfast.model.class_token import is_classifier, reading, tokens_read
-from deitfast.model.deit import Block
-from deitfast.model.fitness import Fusible, examine, find_problem
+from deitfast.model.class_token import is_classifier, reading_forward, tokens_read
+from deitfast.model.fitness import Fusible, dotted, examine, find_problem
 from deitfast.model.fused import (
     BlockTensors,
     FusedBlock,
@@ -31,6 +29,7 @@ from deitfast.model.fused import (
     fused_block_forward,
     head_problems,
     layer_problems,
+    problems_by_timms_names,
     wrong_class,
 )
 from deitfast.verification.verify import FUSED_OPS, Question, trust
@@ -94,34 +93,24 @@ class AcceleratedBlock(Fusible, Accelerated):
 class AcceleratedClassifier(Accelerated):
     """A classifier whose `forward`, its library's own, says that only class tokens are read of the last block."""
 
+    def __init_subclass__(cls) -> None:
+        cls.forward = reading_forward(cls.original)  # type: ignore[method-assign]
 
-_classes: dict[tuple[type[Accelerated], type[nn.Module]], type[Accelerated]] = {}
+
+_classes: dict[tuple[type, type], type[nn.Module]] = {}
 
 
-def _accelerated_class(adapter: type[Accelerated], original: type[nn.Module]) -> type[Accelerated]:
+def _accelerated_class(adapter: type, original: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module of class `original` that runs as `adapter` has it."""
+    if issubclass(adapter, original):  # our own block's
+        return adapter
     if (adapter, original) not in _classes:
         members = {"adapter": adapter, "original": original, "__module__": __name__, "__doc__": original.__doc__}
-        if adapter is AcceleratedClassifier:
-            members["forward"] = _reading_forward(original)
         _classes[adapter, original] = type(original.__name__, (adapter, original), members)
     return _classes[adapter, original]
 
 
-def _reading_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    library, compiling, read = original.forward, torch.compiler.is_compiling, reading
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if compiling():
-            return library(self, *args, **kwargs)
-        with read(self, kwargs):
-            return library(self, *args, **kwargs)
-
-    # torch.fx wraps the functions that it must not trace in the globals of the root's forward: give it the library's.
-    own = types.FunctionType(forward.__code__, library.__globals__, closure=forward.__closure__)  # type: ignore[attr-defined]
-    return functools.wraps(library)(own)  # trainers look at its arguments
-
-
-def _new_accelerated(adapter: type[Accelerated], original: type[nn.Module]) -> Accelerated:
+def _new_accelerated(adapter: type, original: type[nn.Module]) -> nn.Module:
     cls = _accelerated_class(adapter, original)
     return cls.__new__(cls)
 
@@ -132,13 +121,13 @@ def _new_accelerated(adapter: type[Accelerated], original: type[nn.Module]) -> A
 class _TimmBlock(AcceleratedBlock):
     """timm.models.vision_transformer.Block: ViT, DeiT, DeiT III."""
 
+    dropouts = ("attn.attn_drop.p", "attn.proj_drop.p", "mlp.drop1.p", "mlp.drop2.p")
+    notes = ("calls with an attention mask run the library's own forward",)
+
     @staticmethod
     def problems(block: Any) -> Iterator[str]:
         attn, mlp = block.attn, block.mlp
-        yield from wrong_class("attn", attn, timm=("Attention",))
-        yield from wrong_class("mlp", mlp, timm=("Mlp",))
-        for name in ("ls1", "ls2"):
-            yield from wrong_class(name, getattr(block, name), timm=("LayerScale",), torch=("Identity",))
+        yield from problems_by_timms_names(block, "timm", mlp.act)
         for name in ("drop_path1", "drop_path2"):
             yield from wrong_class(name, getattr(block, name), timm=("DropPath",), torch=("Identity",))
         for name, owner, what in (
@@ -151,23 +140,8 @@ class _TimmBlock(AcceleratedBlock):
             if type(getattr(owner, name, None)) not in (nn.Identity, type(None)):
                 yield f"it {what}"
         yield from head_problems(attn.proj.out_features, attn.num_heads, attn.scale)
-        yield from layer_problems(
-            norms={"norm1": block.norm1, "norm2": block.norm2},
-            linears={"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
-            activation=mlp.act,
-        )
         if attn.qkv.out_features != 3 * attn.qkv.in_features:
             yield f"attn.qkv makes {attn.qkv.out_features} of {attn.qkv.in_features} channels, not three times as many"
-
-    @staticmethod
-    def dropouts(block: Any) -> dict[str, tuple[Any, str]]:
-        attn, mlp = block.attn, block.mlp
-        return {
-            "attn.attn_drop": (attn.attn_drop, "p"),
-            "attn.proj_drop": (attn.proj_drop, "p"),
-            "mlp.drop1": (mlp.drop1, "p"),
-            "mlp.drop2": (mlp.drop2, "p"),
-        }
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal or self.steps_aside(x):
@@ -201,6 +175,13 @@ _EXACT_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 class _TransformersLayer(AcceleratedBlock):
     """transformers' ViTLayer and DeiTLayer, which keep queries, keys and values in three linear layers."""
 
+    dropouts = ("attention.attention_dropout", "dropout.p")
+    settings = ("attention.config._attn_implementation",)
+    notes = (
+        "query, key and value weights are joined to one matrix in every forward (a copy of 3 x width^2 values)",
+        "calls with an attention mask or output_attentions=True run the library's own forward",
+    )
+
     @staticmethod
     def problems(block: Any) -> Iterator[str]:
         attention, mlp = block.attention, block.mlp
@@ -220,17 +201,6 @@ class _TransformersLayer(AcceleratedBlock):
         function = attention.config._attn_implementation
         if function not in _EXACT_ATTENTION:
             yield f"its attention is the function registered as {function!r}, which may compute anything"
-
-    @staticmethod
-    def dropouts(block: Any) -> dict[str, tuple[Any, str]]:
-        return {
-            "attention_probs_dropout_prob": (block.attention, "attention_dropout"),
-            "dropout": (block.dropout, "p"),
-        }
-
-    @staticmethod
-    def settings(block: Any) -> Iterator[tuple[Any, str]]:
-        yield block.attention.config, "_attn_implementation"
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         block: Any = self
@@ -253,6 +223,8 @@ class _TransformersLayer(AcceleratedBlock):
 class _TorchvisionBlock(AcceleratedBlock):
     """torchvision.models.vision_transformer.EncoderBlock."""
 
+    dropouts = ("self_attention.dropout", "dropout.p", "mlp.2.p", "mlp.4.p")
+
     @staticmethod
     def problems(block: Any) -> Iterator[str]:
         attention, mlp = block.self_attention, block.mlp
@@ -269,15 +241,6 @@ class _TorchvisionBlock(AcceleratedBlock):
             activation=mlp[1],
         )
 
-    @staticmethod
-    def dropouts(block: Any) -> dict[str, tuple[Any, str]]:
-        return {
-            "attention_dropout": (block.self_attention, "dropout"),
-            "dropout": (block.dropout, "p"),
-            "mlp.2": (block.mlp[2], "p"),
-            "mlp.4": (block.mlp[4], "p"),
-        }
-
     def forward(self, input: Tensor) -> Tensor:
         if self.steps_aside(input):
             return super().forward(input)
@@ -290,22 +253,14 @@ class _TorchvisionBlock(AcceleratedBlock):
         )
 
 
-_MASKS = "calls with an attention mask{} run the library's own forward"
-_ADAPTERS: dict[str, tuple[type[AcceleratedBlock], tuple[str, ...]]] = {
-    "timm.models.vision_transformer.Block": (_TimmBlock, (_MASKS.format(""),)),
-    **dict.fromkeys(
-        ("transformers.models.vit.modeling_vit.ViTLayer", "transformers.models.deit.modeling_deit.DeiTLayer"),
-        (
-            _TransformersLayer,
-            (
-                "query, key and value weights are joined to one matrix in every forward (a copy of 3 x width^2 values)",
-                _MASKS.format(" or output_attentions=True"),
-            ),
-        ),
-    ),
-    "torchvision.models.vision_transformer.EncoderBlock": (_TorchvisionBlock, ()),
+_ADAPTERS: dict[str, type[AcceleratedBlock | FusedBlock]] = {
+    "deitfast.model.deit.Block": FusedBlock,
+    "timm.models.vision_transformer.Block": _TimmBlock,
+    "transformers.models.vit.modeling_vit.ViTLayer": _TransformersLayer,
+    "transformers.models.deit.modeling_deit.DeiTLayer": _TransformersLayer,
+    "torchvision.models.vision_transformer.EncoderBlock": _TorchvisionBlock,
 }
-"""Block class -> its adapter, and what a user of it should know."""
+"""Block class -> its adapter."""
 
 
 def _foreign_block(module: nn.Module) -> bool:
@@ -341,10 +296,8 @@ class AccelerationReport:
         another library has given a class of its own since (FSDP).
         """
         for block, original in self._originals:
-            fused = FusedBlock if original is Block else type(block)
-            if isinstance(block, Accelerated):
-                fused = _accelerated_class(block.adapter, block.original)
-            if type(block) not in (fused, original):
+            given = next((cls for cls in type(block).__mro__ if "original" in vars(cls)), None)
+            if type(block) not in (given, original):
                 raise DeitfastError(
                     f"a block is a {type(block).__name__} now, of which undo knows nothing. Undo before FSDP, or build "
                     "the model anew and load its state dict"
@@ -353,6 +306,10 @@ class AccelerationReport:
             block.__class__ = original
             block.__dict__.pop("_examination", None)
         self._originals.clear()
+
+    def _give_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        self._originals.append((module, type(module)))
+        module.__class__ = cls
 
     def __str__(self) -> str:
         total = len(self.replaced) + len(self.already) + len(self.left)
@@ -384,42 +341,35 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
     if torch.cuda.is_available():
         check_compiler()
     report = AccelerationReport(type(model).__name__)
-    classifiers: list[tuple[nn.Module, type[nn.Module]]] = []
+    classifiers: list[nn.Module] = []
     for name, module in list(model.named_modules()):
-        cls = type(module)
         name = name or "the model itself"
         if isinstance(module, (AcceleratedBlock, FusedBlock)):
-            report._originals.append((module, Block if isinstance(module, FusedBlock) else module.original))
+            report._originals.append((module, module.original))
             if problem := examine(module).problem:
                 report.left[name] = problem
             else:
                 report.already.append(name)
-        elif entry := _ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}"):
-            adapter, notes = entry
+        elif adapter := _ADAPTERS.get(dotted(type(module))):
             if problem := find_problem(adapter, module):
                 report.left[name] = problem
             else:
-                _give_class(report, name, module, _accelerated_class(adapter, cls))
-                report.notes = list(dict.fromkeys([*report.notes, *notes]))
-        elif cls is Block:
-            if problem := find_problem(FusedBlock, module):
-                report.left[name] = problem
-            else:
-                _give_class(report, name, module, FusedBlock)
+                report.replaced.append(name)
+                report.notes = list(dict.fromkeys([*report.notes, *adapter.notes]))
+                report._give_class(module, _accelerated_class(adapter, type(module)))
         elif isinstance(module, AcceleratedClassifier):
             report._originals.append((module, module.original))
         elif is_classifier(module):
-            classifiers.append((module, cls))
+            classifiers.append(module)
         elif _foreign_block(module):
-            report.left[name] = f"{cls.__module__}.{cls.__qualname__} is no plain pre-norm ViT block"
+            report.left[name] = f"{dotted(type(module))} is no plain pre-norm ViT block"
     if classifiers and (report.replaced or report.already):
         report.notes.append(
             "the last block computes the class token alone in calls of the model itself, outside torch.compile; calls "
             "that want other tokens (forward_features, hidden states, hooks, checkpointing) compute all"
         )
-        for module, cls in classifiers:
-            report._originals.append((module, cls))
-            module.__class__ = _accelerated_class(AcceleratedClassifier, cls)
+        for module in classifiers:
+            report._give_class(module, _accelerated_class(AcceleratedClassifier, type(module)))
     if not (report.replaced or report.already or report.left):
         raise DeitfastError(
             f"accelerate found no transformer block in {report.model}. Give it a timm ViT or DeiT, a Hugging Face ViT "
@@ -430,12 +380,6 @@ def accelerate(model: nn.Module, *, verbose: bool = True) -> AccelerationReport:
     if not (report.replaced or report.already):
         warnings.warn(f"deitfast.accelerate replaced no block of {report.model}: {_first(report.left)}", stacklevel=2)
     return report
-
-
-def _give_class(report: AccelerationReport, name: str, block: nn.Module, cls: type[nn.Module]) -> None:
-    report.replaced.append(name)
-    report._originals.append((block, type(block)))
-    block.__class__ = cls
 
 
 def _first(left: Mapping[str, str]) -> str:

@@ -1,22 +1,23 @@
 """What of a library's classifier reads class tokens alone, so that the last block need compute no other.
 
 Only what `forward` of the classifier itself returns is known to depend on nothing else: `forward_features`, outputs of
-single layers and hidden states want all tokens. So `reading` names the last block for the time of such a call alone, by
-the classifier's settings of that moment, and only where all that stands between the block and the head is the library's
-own, without hooks or patches. A block that does not find itself named computes all tokens.
+single layers and hidden states want all tokens. So `reading_forward` names the last block for the time of such a call
+alone, by the classifier's settings of that moment, and only where all that stands between the block and the head is the
+library's own, without hooks or patches. A block that does not find itself named computes all tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import types
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
-from deitfast.model.fitness import RECORDERS, foreign, hooks_of
+from deitfast.model.fitness import RECORDERS, dotted, foreign, hooks_of
 
 _READ: ContextVar[tuple[nn.Module, int] | None] = ContextVar("deitfast_read_tokens", default=None)
 """The last block of the classifier that runs in this thread, and how many tokens its head reads."""
@@ -32,14 +33,22 @@ def tokens_read(block: nn.Module) -> int | None:
     return named[1] if named is not None and named[0] is block else None
 
 
-@contextlib.contextmanager
-def reading(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Around a classifier's own forward, called with these keyword arguments."""
-    token = _READ.set(_find(model, arguments))
-    try:
-        yield
-    finally:
-        _READ.reset(token)
+def reading_forward(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a library's classifier, which says while it runs what it reads of the last block."""
+    library, compiling, read, find = original.forward, torch.compiler.is_compiling, _READ, _find
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if compiling():
+            return library(self, *args, **kwargs)
+        token = read.set(find(self, kwargs))
+        try:
+            return library(self, *args, **kwargs)
+        finally:
+            read.reset(token)
+
+    # torch.fx wraps the functions that it must not trace in the globals of the root's forward: give it the library's.
+    own = types.FunctionType(forward.__code__, library.__globals__, closure=forward.__closure__)  # type: ignore[attr-defined]
+    return functools.wraps(library)(own)  # trainers look at its arguments
 
 
 Found = tuple[nn.Module, int] | None
@@ -65,7 +74,7 @@ def _transformers(model: Any, arguments: Mapping[str, Any]) -> Found:
     asked = arguments.get("output_hidden_states"), getattr(base.config, "output_hidden_states", None)
     if any(value is not None and value is not False for value in asked):  # 0 is the number of a layer
         return None
-    if _path(type(base)) not in _BASES or base.layers[-1].gradient_checkpointing:
+    if dotted(type(base)) not in _BASES or base.layers[-1].gradient_checkpointing:
         return None
     return _named(base.layers, 1 + hasattr(model, "distillation_classifier"), base, base.layernorm)
 
@@ -73,7 +82,7 @@ def _transformers(model: Any, arguments: Mapping[str, Any]) -> Found:
 def _torchvision(model: Any, arguments: Mapping[str, Any]) -> Found:
     """torchvision's VisionTransformer."""
     encoder = model.encoder
-    if _path(type(encoder)) != "torchvision.models.vision_transformer.Encoder":
+    if dotted(type(encoder)) != "torchvision.models.vision_transformer.Encoder":
         return None
     if type(encoder.layers) is not nn.Sequential:
         return None
@@ -93,19 +102,15 @@ _READERS: dict[str, Callable[[Any, Mapping[str, Any]], Found]] = {
 
 def is_classifier(model: nn.Module) -> bool:
     """Whether `model` is a classifier, of a class known here, that reads class tokens alone as it is set now."""
-    return _path(type(model)) in _READERS and _find(model, {}) is not None
+    return dotted(type(model)) in _READERS and _find(model, {}) is not None
 
 
 def _find(model: nn.Module, arguments: Mapping[str, Any]) -> Found:
     original = getattr(model, "original", type(model))
     try:
-        return None if foreign(original, "forward") else _READERS[_path(original)](model, arguments)
+        return None if foreign(original, "forward") else _READERS[dotted(original)](model, arguments)
     except AttributeError:  # another version's layout
         return None
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _named(blocks: Any, count: int, *between: nn.Module) -> Found:

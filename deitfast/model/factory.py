@@ -11,20 +11,21 @@ import torch
 
 from deitfast.errors import DeitfastError
 from deitfast.model.class_names import class_names
-from deitfast.model.convert import to_ours
 from deitfast.model.deit import DeiT
 from deitfast.model.fused import fuse
 from deitfast.model.preprocessing import Preprocessing
-from deitfast.model.weights import WeightFile, fill, layer_scale_of, published_weights, read_weights, shapes_of
-from deitfast.model.zoo import Variant, find_variant, recognise
+from deitfast.model.weights import WeightFile, fill, published_weights, read_weights
+from deitfast.model.zoo import Variant, find_variant
 from deitfast.recipe import Recipe
+
+_NEITHER = "neither a model nor weights. Give a model's name (`deitfast models`) or a weight file"
 
 
 def create_model(
     name: str | None = None,
     pretrained: bool | str | Path = False,
     *,
-    weights: str | Path | None = None,
+    weights: str | Path | WeightFile | None = None,
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
@@ -39,9 +40,9 @@ def create_model(
     """A DeiT by timm's name.
 
     name: as `deitfast models` lists them; None to tell it from the weights.
-    weights: what `read_weights` takes: a file, a run's folder, a URL; None for fresh ones. pretrained: the same under
-        timm's and mmpretrain's name; True for the authors' published weights (downloaded once and checked against the
-        hash in their name).
+    weights: what `read_weights` takes (a file, a run's folder, a URL) or returns; None for fresh ones. pretrained: the
+        same under timm's and mmpretrain's name; True for the authors' published weights (downloaded once and checked
+        against the hash in their name).
     classes: the data's class names, for which `num_classes` need not be given; a head whose weights name their classes
         is brought into their order, or refused.
     num_classes, image_size, layer_scale: those of the weights where None (image_size: or 0, as in the commands), else
@@ -57,48 +58,44 @@ def create_model(
     """
     if weights is not None and pretrained:
         raise DeitfastError("weights and pretrained are the same. Give one of them")
-    if name is None and (pretrained is True or not (weights or pretrained)):
-        raise DeitfastError("neither a model nor weights. Give a model's name (`deitfast models`) or a weight file")
+    source = weights if weights is not None else pretrained
     if name is not None:
         find_variant(name)  # before anything is read
-    source = weights if weights is not None else published_weights(str(name)) if pretrained is True else pretrained
+    elif not source or source is True:
+        raise DeitfastError(_NEITHER)
+    if source is True:
+        source = published_weights(str(name))
     if ema and not source:
         raise DeitfastError("ema chooses among a run's weights, and none are given. Give weights=")
-    file = read_weights(source, ema=ema) if source else None
-    state = to_ours(file.tensors) if file else {}
-    shapes = shapes_of(state)
-    name = name or _told_by(file, shapes)
-    variant = find_variant(name)
+    file = source if isinstance(source, WeightFile) else read_weights(source, ema=ema) if source else None
+    shapes = file.shapes if file else {}
+    known = file.told_model() if file and name is None else str(name)
+    variant = find_variant(known)
+    if file and not image_size:
+        image_size = _own_size(file, variant, by_positions=name is None)
     if num_classes is None:
         trained = None if reset_head else shapes.get("head.weight")
         num_classes = len(classes) if classes is not None else trained[0] if trained else 1000
+    if layer_scale is None:
+        layer_scale = 1.0 if "blocks.0.ls1.gamma" in shapes else variant.layer_scale
     model = DeiT(
         width=variant.width,
         depth=variant.depth if depth is None else depth,
         num_heads=variant.heads,
-        image_size=image_size or _size_stated(file, variant) or variant.image_size,
+        image_size=image_size or variant.image_size,
         patch_size=variant.patch_size,
         num_classes=num_classes,
         drop_path=drop_path,
         constant_drop_path=constant_drop_path,
-        layer_scale=(layer_scale_of(shapes) or variant.layer_scale) if layer_scale is None else layer_scale,
+        layer_scale=layer_scale,
         class_position=variant.class_position,
         distilled=variant.distilled,
     )
     if file:
-        fill(model, file, state, name, reset_head, classes)
+        fill(model, file, known, reset_head, classes)
     if fused or (fused is None and torch.cuda.is_available()):
         fuse(model, on_cpu=bool(fused))
     return model
-
-
-def _told_by(file: WeightFile | None, shapes: dict[str, tuple[int, ...]]) -> str:
-    """The name of the model that a file is of: as it states, or by its shapes. Raises DeitfastError where neither."""
-    assert file is not None
-    name = file.model or recognise(shapes)
-    if name is None:
-        raise DeitfastError(f"{file.path} holds weights of no model of the list. Give the model's name")
-    return name
 
 
 def model_of(recipe: Recipe, classes: Sequence[str], depth: int | None = None) -> DeiT:
@@ -117,10 +114,14 @@ def model_of(recipe: Recipe, classes: Sequence[str], depth: int | None = None) -
     )
 
 
-def _size_stated(file: WeightFile | None, variant: Variant) -> int | None:
-    """The image side that weights state for themselves, where it is one that the model can have."""
-    size = file.stated.get("image_size") if file else None
-    return size if isinstance(size, int) and size > 0 and size % variant.patch_size == 0 else None
+def _own_size(file: WeightFile, variant: Variant, by_positions: bool) -> int | None:
+    """The image side that weights state for themselves, or have positions for, where the model can have it."""
+    size, positions = file.stated.get("image_size"), file.shapes.get("pos_embed", ())
+    if isinstance(size, int) and size > 0 and size % variant.patch_size == 0:
+        return size
+    if by_positions and len(positions) == 3:
+        return math.isqrt(max(positions[1] - variant.prefix_positions, 1)) * variant.patch_size
+    return None
 
 
 @dataclass(frozen=True)
@@ -165,23 +166,11 @@ def load_model(
     num_classes, image_size: the file's where None (image_size: or 0, as in the commands); a file that does not state
     its image size has `name`'s where a name is given. Raises DeitfastError for weights that do not fit.
     """
-    if weights is None:
-        if name is None:
-            raise DeitfastError("neither a model nor weights. Give a model's name (`deitfast models`) or a weight file")
-        weights = published_weights(name)
-    file = read_weights(weights, ema=ema)
-    state = to_ours(file.tensors)
-    shapes = shapes_of(state)
-    known = name or _told_by(file, shapes)
+    if weights is None and name is None:
+        raise DeitfastError(_NEITHER)
+    file = read_weights(published_weights(str(name)) if weights is None else weights, ema=ema)
+    model = create_model(name, weights=file, num_classes=num_classes, image_size=image_size, fused=fused).eval()
+    known = name or file.told_model()
     variant = find_variant(known)
-    image_size = image_size or _size_stated(file, variant)
-    if name is None and image_size is None and len(shapes.get("pos_embed", ())) == 3:
-        patches = shapes["pos_embed"][1] - variant.prefix_positions
-        image_size = math.isqrt(max(patches, 1)) * variant.patch_size
-    count = num_classes or (shapes["head.weight"][0] if "head.weight" in shapes else 1000)
-    model = create_model(
-        known, num_classes=count, image_size=image_size, layer_scale=layer_scale_of(shapes), fused=fused
-    )
-    fill(model, file, state, known)
     preprocessing = Preprocessing(crop_ratio=variant.crop_ratio).changed(file.stated)
-    return LoadedModel(model.eval(), known, class_names(count, file.classes), preprocessing, model.classes)
+    return LoadedModel(model, known, class_names(model.num_classes, file.classes), preprocessing, model.classes)

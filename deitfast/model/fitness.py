@@ -12,9 +12,10 @@ Under torch.compile the answer is a constant of the graph: what Dynamo guards (t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,20 +56,19 @@ class _Examination:
 class Fusible:
     """Mixed into a block's class: `steps_aside` says whether a call belongs to the block's own forward."""
 
+    original: ClassVar[type[nn.Module]]
+    """The class whose forward that is."""
+    dropouts: ClassVar[tuple[str, ...]] = ()
+    """Dropout probabilities, by their paths from the block: `attn.attn_drop.p`."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """What else, beyond `_SETTINGS` of its modules, a block depends on, by paths."""
+    notes: ClassVar[tuple[str, ...]] = ()
+    """What a user of such fused blocks should know."""
+
     @staticmethod
     def problems(block: Any) -> Iterator[str]:
         """Why the kernels cannot stand in for `block`, dropout left aside; nothing if they can."""
         raise NotImplementedError
-
-    @staticmethod
-    def dropouts(block: Any) -> Mapping[str, tuple[Any, str]]:
-        """Dropout probabilities by name: the module that has them, and its attribute."""
-        return {}
-
-    @staticmethod
-    def settings(block: Any) -> Iterator[tuple[Any, str]]:
-        """What else, beyond `_SETTINGS` of its modules, a block depends on: owners and their attributes."""
-        return iter(())
 
     def steps_aside(self, x: Any) -> bool:
         """Whether this call must run the block's own forward; the reason is told the first time."""
@@ -203,7 +203,7 @@ def examine(block: Any) -> _Examination:
             for name in (*_SETTINGS, *(["training"] if any(inside.get(p) for p in _PROBABILITIES) else []))
             if name in inside
         ],
-        foreign=[(owner, name, getattr(owner, name, None)) for owner, name in block.settings(block)],
+        foreign=[(owner, name, getattr(owner, name, None)) for owner, name in _found(block, block.settings)],
         weights=[
             (inside, weight.dtype)
             for inside in attributes
@@ -236,6 +236,11 @@ def find_problem(kind: type[Fusible], block: nn.Module, active: bool = False) ->
         return f"not the layout this version of deitfast knows: {error}"
 
 
+def dotted(cls: type) -> str:
+    """Where a class lies: by this name other libraries' are known here, which are not imported."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def hooks_of(module: nn.Module) -> list[Any]:
     """The functions that others want called around a module."""
     return [hook for kind in HOOKS for hook in vars(module)[kind].values()]
@@ -248,8 +253,15 @@ def foreign(cls: type[nn.Module], method: str) -> str | None:
     return None if home == owner.__module__ else home
 
 
+def _found(block: nn.Module, paths: tuple[str, ...]) -> Iterator[tuple[Any, str]]:
+    """Of the attribute at the end of each path its owner and its name."""
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        yield attrgetter(owner)(block), name
+
+
 def _dropouts(kind: type[Fusible], block: nn.Module, active: bool) -> Iterator[str]:
-    for name, (owner, attribute) in kind.dropouts(block).items():
-        probability = getattr(owner, attribute)
+    for path, (owner, name) in zip(kind.dropouts, _found(block, kind.dropouts), strict=True):
+        probability = getattr(owner, name)
         if probability > 0 and (owner.training or not active):
-            yield f"dropout {name} is {probability}; set it to 0 to fuse the block"
+            yield f"dropout {path.removesuffix('.p')} is {probability}; set it to 0 to fuse the block"

@@ -226,27 +226,34 @@ def layer_problems(norms: Mapping[str, Any], linears: Mapping[str, Any], activat
         yield f"its GELU is the {activation.approximate} approximation, the kernels' is exact"
 
 
+def problems_by_timms_names(block: Any, library: str, activation: Any = None) -> Iterator[str]:
+    """What no kernel takes of a block with timm's names, whose modules should be `library`'s."""
+    attn, mlp = block.attn, block.mlp
+    yield from wrong_class("attn", attn, **{library: ("Attention",)})
+    yield from wrong_class("mlp", mlp, **{library: ("Mlp",)})
+    for name in ("ls1", "ls2"):
+        yield from wrong_class(name, getattr(block, name), **{library: ("LayerScale",)}, torch=("Identity",))
+    yield from layer_problems(
+        norms={"norm1": block.norm1, "norm2": block.norm2},
+        linears={"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
+        activation=activation,
+    )
+
+
 # Our own model -------------------------------------------------------------------------------------------------------
 
 
 class FusedBlock(Fusible, Block):
     """`deitfast.model.deit.Block`, same parameters and names, computed by the kernels."""
 
+    original = Block
     computes_prefix = True
     on_cpu = True
     """False: the kernels only where the input is on a GPU (or in Triton's interpreter), eager PyTorch on CPU."""
 
     @staticmethod
     def problems(block: Any) -> Iterator[str]:
-        attn, mlp = block.attn, block.mlp
-        yield from wrong_class("attn", attn, deitfast=("Attention",))
-        yield from wrong_class("mlp", mlp, deitfast=("Mlp",))
-        for name in ("ls1", "ls2"):
-            yield from wrong_class(name, getattr(block, name), deitfast=("LayerScale",), torch=("Identity",))
-        yield from layer_problems(  # of the heads the ops themselves tell, for this is our own model
-            norms={"norm1": block.norm1, "norm2": block.norm2},
-            linears={"attn.qkv": attn.qkv, "attn.proj": attn.proj, "mlp.fc1": mlp.fc1, "mlp.fc2": mlp.fc2},
-        )
+        return problems_by_timms_names(block, "deitfast")  # of its heads the ops themselves tell
 
     def forward(self, x_BND: Tensor, drop: Tensor | Subset | None = None, prefix: int | None = None) -> Tensor:
         if not (self.on_cpu or x_BND.is_cuda or INTERPRETED) or self.steps_aside(x_BND):

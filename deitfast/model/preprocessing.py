@@ -34,19 +34,9 @@ class Preprocessing:
 
 def stated_in_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Preprocessing`, and image_size, in the metadata of weights that deitfast wrote."""
-    found: dict[str, Any] = {}
-    values = {name: _json(metadata.get(name)) for name in ("image_size", "mean", "std", "squash")}
-    crop = _json(metadata.get("eval_crop_ratio", metadata.get("crop_ratio")))
-    if isinstance(values["image_size"], int):
-        found["image_size"] = values["image_size"]
-    if isinstance(crop, (int, float)) and 0 < crop <= 1:
-        found["crop_ratio"] = float(crop)
-    found |= {name: triple for name in ("mean", "std") if (triple := _triple(values[name]))}
-    if isinstance(metadata.get("interpolation"), str):
-        found["interpolation"] = metadata["interpolation"]
-    if isinstance(values["squash"], bool):
-        found["squash"] = values["squash"]
-    return found
+    values = {name: _json(value) for name, value in metadata.items()}
+    crop_ratio = values.get("eval_crop_ratio", values.get("crop_ratio"))
+    return _sound(values | {"crop_ratio": crop_ratio, "interpolation": metadata.get("interpolation")})
 
 
 def stated_beside(folder: Path) -> dict[str, Any]:
@@ -68,24 +58,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
     size = config.get("input_size")
-    if isinstance(size, list) and len(size) == 3 and isinstance(size[2], int):
-        found["image_size"] = size[2]
-    crop = config.get("crop_pct")
-    if isinstance(crop, (int, float)) and 0 < crop <= 1:
-        found["crop_ratio"] = float(crop)
-    found |= {name: triple for name in ("mean", "std") if (triple := _triple(config.get(name)))}
-    if config.get("interpolation") in _PIL_FILTERS.values():
-        found["interpolation"] = config["interpolation"]
-    if config.get("crop_mode") == "squash":
-        found["squash"] = True
-    return found
+    return _sound({
+        "image_size": size[2] if isinstance(size, list) and len(size) == 3 else None,
+        "crop_ratio": config.get("crop_pct"),
+        "mean": config.get("mean"),
+        "std": config.get("std"),
+        "interpolation": config.get("interpolation"),
+        "squash": config.get("crop_mode") == "squash",
+    })  # fmt: skip
 
 
 def _of_processor(config: Mapping[str, Any]) -> dict[str, Any]:
     """Hugging Face's ViT, DeiT and CLIP image processors, also as older versions write them."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"mean": config.get("image_mean"), "std": config.get("image_std")}
     resized, cropped = config.get("size"), config.get("crop_size")
     if isinstance(resized, dict):
         found["squash"] = "shortest_edge" not in resized
@@ -97,18 +83,30 @@ def _of_processor(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(resized, int) and resized > 0 and config.get("do_resize", True):
         found["image_size"] = cropped if crops else resized
         found["crop_ratio"] = min(found["image_size"] / resized, 1.0)
-    found |= {name: triple for name in ("mean", "std") if (triple := _triple(config.get(f"image_{name}")))}
     if config.get("do_normalize") is False:
-        found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        found |= {"mean": [0, 0, 0], "std": [1, 1, 1]}
     if config.get("resample") in _PIL_FILTERS:
         found["interpolation"] = _PIL_FILTERS[config["resample"]]
-    return found
+    return _sound(found)
 
 
-def _triple(value: Any) -> tuple[float, float, float] | None:
-    if isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value):
-        return (float(value[0]), float(value[1]), float(value[2]))
-    return None
+def _sound(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `found` is an image_size or a field of `Preprocessing`; the rest, of a strange file, is left out."""
+    sound: dict[str, Any] = {}
+    size, crop_ratio = found.get("image_size"), found.get("crop_ratio")
+    if isinstance(size, int):
+        sound["image_size"] = size
+    if isinstance(crop_ratio, (int, float)) and 0 < crop_ratio <= 1:
+        sound["crop_ratio"] = float(crop_ratio)
+    for name in ("mean", "std"):
+        triple = found.get(name)
+        if isinstance(triple, (list, tuple)) and len(triple) == 3 and all(isinstance(v, (int, float)) for v in triple):
+            sound[name] = tuple(map(float, triple))
+    if found.get("interpolation") in _PIL_FILTERS.values():
+        sound["interpolation"] = found["interpolation"]
+    if isinstance(found.get("squash"), bool):
+        sound["squash"] = found["squash"]
+    return sound
 
 
 def _json(text: Any) -> Any:
@@ -116,5 +114,5 @@ def _json(text: Any) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False}.get(text)

@@ -24,14 +24,14 @@ from deitfast.model.deit import DeiT, resize_pos_embed
 from deitfast.model.download import fetch, is_url
 from deitfast.model.preprocessing import read_json, stated_beside, stated_in_metadata
 from deitfast.model.state_dicts import find_state
-from deitfast.model.zoo import find_variant, recognise
+from deitfast.model.zoo import architecture, find_variant, recognise
 
 _HEADER_LIMIT = 100_000_000  # of safetensors
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file as read. tensors: by the names they have there, prefixes of wrappers taken off.
+    """A weight file as read. tensors: by timm's names, prefixes of wrappers taken off.
 
     model: the model's name where the file states it. classes: class names in index order where it has them. eps:
     LayerNorm's epsilon where it is stated beside the file, as Hugging Face does. stated: image_size and what of
@@ -44,6 +44,18 @@ class WeightFile:
     classes: tuple[str, ...] | None = None
     eps: float | None = None
     stated: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name, but of scalars, which tell nothing."""
+        return _shapes(self.tensors)
+
+    def told_model(self) -> str:
+        """The name of the model that this is of: as it states, or by its shapes. Raises DeitfastError where neither."""
+        name = self.model or recognise(self.shapes)
+        if name is None:
+            raise DeitfastError(f"{self.path} holds weights of no model of the list. Give the model's name")
+        return name
 
 
 def load_weights(
@@ -62,8 +74,7 @@ def load_weights(
     its own. Raises DeitfastError naming the model the file is of, or the first missing, unexpected or
     misshapen tensor.
     """
-    file = read_weights(source, ema=ema)
-    fill(model, file, to_ours(file.tensors), name, reset_head, classes)
+    fill(model, read_weights(source, ema=ema), name, reset_head, classes)
 
 
 def published_weights(name: str) -> Path:
@@ -124,29 +135,22 @@ def read_weights(source: str | Path, *, ema: bool = False) -> WeightFile:
     vetting.check_dense(path, state)
     if kind == "safetensors":
         vetting.check_hash(path, found, meta)
-    run = _run_of(path)
-    stated = {**stated_beside(path.parent), **run.stated, **stated_in_metadata(meta if kind == "safetensors" else {})}
-    config = _config_beside(path)
-    model = meta.get("model") if kind == "safetensors" else None
-    classes = _classes_in(meta, config) or run.classes
-    return WeightFile(path, state, model or run.model, classes, config.get("layer_norm_eps"), stated)
+    config, ours = _config_beside(path), meta if kind == "safetensors" else {}
+    run_model, run_classes, run_stated = _known_to_run(path)
+    stated = {**stated_beside(path.parent), **run_stated, **stated_in_metadata(ours)}
+    classes = _classes_in(meta, config) or run_classes
+    return WeightFile(
+        path, to_ours(state), ours.get("model") or run_model, classes, config.get("layer_norm_eps"), stated
+    )
 
 
-@dataclass(frozen=True)
-class _RunFacts:
-    """What a run's folder knows of the files in it that know nothing themselves: checkpoints and averages."""
-
-    model: str | None = None
-    classes: tuple[str, ...] | None = None
-    stated: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _run_of(path: Path) -> _RunFacts:
-    """Of the checkpoint that `path` lies in (RUN/ckpt/step-N), from its state and the run's best weights."""
+def _known_to_run(path: Path) -> tuple[str | None, tuple[str, ...] | None, dict[str, Any]]:
+    """Model, classes and what is stated of a checkpoint's files (RUN/ckpt/step-N), which know nothing themselves: from
+    its state and the run's best weights."""
     state = read_json(path.parent / "state.json")
     recipe = state.get("recipe")
     if not isinstance(recipe, dict) or not isinstance(recipe.get("model"), str):
-        return _RunFacts()
+        return None, None, {}
     best: Mapping[str, Any] = {}
     try:
         with safe_open(path.parent.parent.parent / "best" / "model.safetensors", framework="pt") as file:
@@ -158,7 +162,7 @@ def _run_of(path: Path) -> _RunFacts:
         stated["crop_ratio"] = float(recipe["eval_crop_ratio"])
     if isinstance(recipe.get("image_size"), int) and recipe["image_size"]:
         stated["image_size"] = recipe["image_size"]
-    return _RunFacts(recipe["model"], _classes_in(state, {}) or _classes_in(best, {}), stated)
+    return recipe["model"], _classes_in(state, {}) or _classes_in(best, {}), stated
 
 
 def _facts_of_pickle(found: Mapping[Any, Any]) -> dict[str, Any]:
@@ -178,17 +182,12 @@ def find_weight_file(path: Path, ema: bool) -> Path:
     """The weight file that `path`, a file or a folder, stands for."""
     path = path.expanduser()
     if path.is_dir():
-        latest = pointed_to(path / "ckpt")
-        if latest and (ema or not (path / "best").is_dir()):
-            path = latest
-        elif (path / "best").is_dir() and not ema:
-            path = path / "best"
-        folder = path
-        path = folder / ("ema.safetensors" if ema else "model.safetensors")
-        if not ema and not path.is_file() and (folder / "pytorch_model.bin").is_file():  # Hugging Face's older files
-            path = folder / "pytorch_model.bin"
+        latest, best = pointed_to(path / "ckpt"), path / "best"
+        folder = best if best.is_dir() and not ema else latest or path
+        names = ["ema.safetensors"] if ema else ["model.safetensors", "pytorch_model.bin"]  # Hugging Face's older files
+        path = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
         if ema and not path.is_file():
-            raise DeitfastError(f"{path.parent} holds no averaged weights. Leave --ema (ema=True) out")
+            raise DeitfastError(f"{folder} holds no averaged weights. Leave --ema (ema=True) out")
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings) or " Give a .safetensors or .pth file, or a run's folder"
@@ -242,16 +241,12 @@ def _classes_in(meta: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str
 
 
 def fill(
-    model: DeiT,
-    file: WeightFile,
-    state: dict[str, Tensor],
-    name: str,
-    reset_head: bool = False,
-    classes: Sequence[str] | None = None,
+    model: DeiT, file: WeightFile, name: str, reset_head: bool = False, classes: Sequence[str] | None = None
 ) -> None:
-    ours = model.state_dict()
-    if _architecture(state) != _architecture(ours):
-        found = recognise(shapes_of(state))
+    """`load_weights` of a file that has been read."""
+    state, ours = dict(file.tensors), model.state_dict()
+    if architecture(file.shapes) != architecture(_shapes(ours)):
+        found = recognise(file.shapes)
         what = f"of {found}" if found else "of another model"
         remedy = _remedy(found, model, state)
         raise DeitfastError(f"{file.path} holds weights {what}, not of {name or 'this model'}. {remedy}")
@@ -292,22 +287,8 @@ def _check_grid(path: Path, positions: int, prefix: int) -> None:
         )
 
 
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, but of scalars, which tell nothing."""
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.ndim}
-
-
-def layer_scale_of(shapes: Mapping[str, tuple[int, ...]]) -> float | None:
-    """An initial LayerScale for a model that such tensors fill; None leaves the choice to its name."""
-    return 1.0 if "blocks.0.ls1.gamma" in shapes else None
-
-
-def _architecture(state: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """What must agree before single tensors are worth naming: width, patch size, depth, distillation, LayerScale."""
-    patch = state.get("patch_embed.proj.weight")
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.") and key.endswith("norm1.weight")})
-    shape = None if patch is None else tuple(patch.shape)
-    return shape, depth, "dist_token" in state, "blocks.0.ls1.gamma" in state
 
 
 def _remedy(found: str | None, model: DeiT, state: Mapping[str, Tensor]) -> str:

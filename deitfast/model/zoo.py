@@ -9,6 +9,7 @@ sha256. DeiT III's files carry none and nobody publishes their hash, so of those
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,12 +60,16 @@ class Variant:
     def prefix_positions(self) -> int:
         return self.prefix_tokens if self.class_position else 0
 
+    @property
+    def positions(self) -> int:
+        """Position embeddings."""
+        return self.tokens - self.prefix_tokens + self.prefix_positions
+
     def parameters(self, classes: int = 1000) -> int:
         """Number of parameters, by formula."""
         D, prefix = self.width, self.prefix_tokens
         block = 12 * D * D + 13 * D + (2 * D if self.layer_scale else 0)
-        positions = self.tokens - prefix + self.prefix_positions
-        embedding = 3 * self.patch_size**2 * D + D + positions * D + prefix * D
+        embedding = 3 * self.patch_size**2 * D + D + self.positions * D + prefix * D
         return self.depth * block + embedding + 2 * D + prefix * (D + 1) * classes
 
     def multiply_adds(self) -> int:
@@ -194,25 +199,29 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def recognise(tensors: dict[str, tuple[int, ...]]) -> str | None:
-    """The variant whose shapes these are (timm's tensor name -> shape), or None where they are no DeiT of this list.
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of tensors by timm's names."""
+
+
+def architecture(shapes: Shapes) -> tuple[int, int, int, bool, bool] | None:
+    """Width, patch size, depth, whether there is a distillation token, whether there is LayerScale; None: no ViT."""
+    patches = shapes.get("patch_embed.proj.weight", ())
+    if len(patches) != 4:
+        return None
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.") and name.endswith("norm1.weight")})
+    return patches[0], patches[2], depth, "dist_token" in shapes, "blocks.0.ls1.gamma" in shapes
+
+
+def recognise(shapes: Shapes) -> str | None:
+    """The variant whose shapes these are, or None where they are no DeiT of this list.
 
     One of another image size is the answer where none has the very size.
     """
-    try:
-        width, _, patch_size, _ = tensors["patch_embed.proj.weight"]
-        positions = tensors["pos_embed"][1]
-    except (KeyError, ValueError, IndexError):
-        return None
-    distilled, scaled = "dist_token" in tensors, "blocks.0.ls1.gamma" in tensors
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    sought = (width, patch_size, depth, distilled, scaled)
+    sought, positions = architecture(shapes), shapes.get("pos_embed", ())
     fitting = [
         name
         for name, v in VARIANTS.items()
         if (v.width, v.patch_size, v.depth, v.distilled, v.layer_scale is not None) == sought
     ]
-    for name in fitting:
-        if VARIANTS[name].tokens - VARIANTS[name].prefix_tokens + VARIANTS[name].prefix_positions == positions:
-            return name
-    return fitting[0] if fitting else None
+    exact = [name for name in fitting if positions[1:2] == (VARIANTS[name].positions,)]
+    return next(iter(exact or fitting), None)
