@@ -97,6 +97,7 @@ LEVERS = (
     Lever("LayerNorm inside qkv's and fc1's product", "norm", 3.0, built=True),
     Lever("attention at three stages, loads issued together", "attention", 2.8, built=True),
     Lever("attention backward with S transposed, an entry on sm_90, not its default", "attention", 5.0, built=False),
+    Lever("the last block's attention to its rows themselves, without keys and values", "attention", 2.0, built=False),
     Lever("LayerNorm backward: all loads before its sums over rows", "norm", 0.9, built=True),
     Lever("gradients gathered in one call, no addition each and no memset", "gaps", 1.4, built=True),
 )

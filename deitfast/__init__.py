@@ -19,21 +19,15 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `deitfast --help` and `deitfast models` never wait for torch.
 _HOMES = {
-    "AccelerationReport": "deitfast.model.acceleration",
-    "accelerate": "deitfast.model.acceleration",
-    "DeitfastError": "deitfast.errors",
-    "DeiT": "deitfast.model.deit",
-    "create_model": "deitfast.model.factory",
-    "LoadedModel": "deitfast.model.factory",
-    "load_model": "deitfast.model.factory",
-    "Classifier": "deitfast.use.predict",
-    "get_model": "deitfast.use.predict",
-    "inference_model": "deitfast.use.predict",
-    "list_models": "deitfast.model.zoo",
-    "Recipe": "deitfast.recipe",
-    "Result": "deitfast.training.train",
-    "run": "deitfast.training.launch",
-    "train": "deitfast.training.launch",
+    "deitfast.errors": ("DeitfastError",),
+    "deitfast.model.acceleration": ("AccelerationReport", "accelerate"),
+    "deitfast.model.deit": ("DeiT",),
+    "deitfast.model.factory": ("LoadedModel", "create_model", "load_model"),
+    "deitfast.model.zoo": ("list_models",),
+    "deitfast.recipe": ("Recipe",),
+    "deitfast.training.launch": ("run", "train"),
+    "deitfast.training.train": ("Result",),
+    "deitfast.use.predict": ("Classifier", "get_model", "inference_model"),
 }
 __all__ = [
     "AccelerationReport",
@@ -55,12 +49,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'deitfast' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'deitfast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *__all__])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import pickle
 import signal
@@ -32,6 +33,7 @@ _LONGEST_NAP_S = 0.25
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _PR_SET_PDEATHSIG = 1
+_boards = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ class World:
                 raise silent
         return result
 
+    def lead(self, action: Callable[[], T]) -> T:
+        """What `action` gives on the leading process, which alone runs it, on every process. Raises as `agree` does."""
+        return self.share(self.agree(lambda: action() if self.is_main else None))  # type: ignore[return-value]
+
     def _exchange(self, value: Any, speakers: Sequence[int]) -> list[Any]:
         """What the processes `speakers` put in, on every process.
 
@@ -171,6 +177,23 @@ def start(device: str = "auto") -> World:
             timeout=TRAINING_PATIENCE,
         )
     return World(rank, size, local_rank, local_size, where, _WIRES[wire])
+
+
+def board() -> dist.Store | None:
+    """An empty board of small messages between the processes, over the store in which they met: no device, no
+    collective. None for a process that is alone; all call this in the same order.
+
+    What a run before it on the same processes posted, or this one before it was rolled back, is not on it. One object
+    is for one thread, because a waiting call blocks the others of its connection; a `clone` has its own.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.PrefixStore(f"deitfast/board/{next(_boards)}", dist.distributed_c10d._get_default_store())
+
+
+def posted(board: dist.Store | None, key: str) -> str | None:
+    """What lies there on the board; None where nothing does."""
+    return board.get(key).decode() if board is not None and board.check([key]) else None
 
 
 def _die_with_parent() -> None:

@@ -1,10 +1,12 @@
-"""Files: where this machine keeps what deitfast found out or fetched once, and writing in full or not at all."""
+"""Files: where this machine keeps what deitfast found out or fetched once; JSON; writing in full or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,29 @@ def cache_folder(kind: str) -> Path:
     if home:
         return Path(home).expanduser() / kind
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deitfast" / kind
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of one a line; none without it. Lines that a crash cut off are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`write_atomically` of an object."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -80,7 +80,9 @@ def leave_now(code: int, *, final: bool = False) -> None:
     """End this process from any of its threads, whatever the others do. final: the launcher starts nothing again."""
     if final:
         _call_off_restarts(code)
-    _flush()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -118,14 +120,7 @@ def _leave(code: int) -> None:
     for the watchdog. torchrun ends them.
     """
     if _started():
-        _flush()
-        os._exit(code)
-
-
-def _flush() -> None:
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        leave_now(code)
 
 
 def _tell_torchrun(message: str) -> None:

@@ -1,7 +1,7 @@
 """Recipe: every setting of a training run in one flat frozen dataclass, and the flags generated from its fields.
 
 The defaults are the DeiT paper's for 300 epochs on ImageNet-1k (Touvron et al. 2021, arXiv 2012.12877, table 9, and
-main.py of facebookresearch/deit). Where a default cannot be the paper's value, the field's metadata states it.
+main.py of facebookresearch/deit).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ RAND_AUGMENT = re.compile(r"rand-m(\d+(?:\.\d+)?)(?:-mstd(\d+(?:\.\d+)?))?(-inc1
 """timm's notation: magnitude, its standard deviation, and whether effects grow with the magnitude."""
 
 
-def _paper(default: Any, help: str, paper: Any = None) -> Any:
+def _paper(default: Any, help: str) -> Any:
     """A hyper-parameter: changing it changes the result, so a value other than the paper's is printed in words."""
-    return field(default=default, metadata={"help": help, "paper": default if paper is None else paper})
+    return field(default=default, metadata={"help": help, "paper": default})
 
 
 def _task(default: Any, help: str) -> Any:

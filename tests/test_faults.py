@@ -19,11 +19,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deitfast.board import Board, board
+from deitfast.distributed import board, posted
 from deitfast.engine.engine import FlatEngine
 from deitfast.errors import DeitfastError, HopelessError
 from deitfast.training import checkpoint, resume, saving
-from deitfast.training.checkpoint import Checkpoint, Retention
+from deitfast.training.checkpoint import Checkpoint
 from deitfast.training.environment import changes
 from deitfast.training.faults import FaultLog
 from deitfast.training.interrupt import Agreement, StopRequest
@@ -252,8 +252,8 @@ def test_a_disk_that_is_full_for_a_while_costs_saves_and_nothing_else(
     assert_same(whole, tmp_path)
 
 
-def make_saver(folder: Path, told: list[str], retention: Retention | None = None) -> Saver:
-    return Saver(folder, retention or Retention(), told.append, lambda _: None, lambda *_: None)
+def make_saver(folder: Path, told: list[str]) -> Saver:
+    return Saver(folder, 0, told.append, lambda _: None, lambda *_: None)
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_run_that_cannot_save_for_long_stops(tmp_path: Path, monkeypatch: pyte
 def test_retention_keeps_the_newest_and_those_of_every_so_many_steps(tmp_path: Path) -> None:
     tensors = {"model": {"w": torch.zeros(3)}}
     for step in range(1, 12):
-        checkpoint.save(tmp_path, Checkpoint(step, tensors, {}), Retention(last=2, every=5))
+        checkpoint.save(tmp_path, Checkpoint(step, tensors, {}), keep_every=5)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{s:07d}" for s in (5, 10, 11)]
 
 
@@ -455,7 +455,7 @@ def test_all_processes_stop_after_the_same_step(who: int) -> None:
 
     def process(rank: int) -> None:
         stop = StopRequest()
-        agreement = Agreement(stop, Board(store), rank, 0)
+        agreement = Agreement(stop, store, rank, 0)
         for step in range(1, 2000):
             time.sleep(0.002 if rank == 1 else 0.0005)
             if rank == who and step == 40:
@@ -481,9 +481,9 @@ def test_a_run_finds_no_message_of_the_run_before_it_on_the_same_processes(monke
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     before, now = board(), board()
-    before.post("stop/0", "1 SIGTERM")
-    assert now.read("stop/0") is None
-    assert before.another().read("stop/0") == "1 SIGTERM"
+    before.set("stop/0", "1 SIGTERM")
+    assert posted(now, "stop/0") is None
+    assert posted(before.clone(), "stop/0") == "1 SIGTERM"
 
 
 def test_a_process_that_hangs_while_tensors_are_collected_has_no_more_patience_than_in_a_step() -> None:
@@ -506,7 +506,7 @@ def test_a_process_that_hangs_while_tensors_are_collected_has_no_more_patience_t
 
 
 def test_the_leading_process_says_whom_all_wait_for_and_a_hanging_one_ends() -> None:
-    board, said, faults, ended = Board(dist.HashStore()), [], [], threading.Event()
+    board, said, faults, ended = dist.HashStore(), [], [], threading.Event()
     watches = [
         Watch(
             board, rank, 2, 5, patience=2.0, restarts=rank == 0, say=said.append, tell_after=0.4,

@@ -72,6 +72,16 @@ def test_a_block_for_the_prefix_alone_has_the_rows_and_gradients_of_the_whole_bl
         assert_close_to_float64(name, found[2][name], found[0][name], found[1][name], 2.0 if name == "out" else 3.0)
 
 
+def test_in_16_bits_the_scores_of_the_prefix_are_not_rounded():
+    """Of up to 180, which bf16 keeps to a half: the prefix alone is as near to float64 as the whole."""
+    block = small_deit().blocks[0].bfloat16()
+    block.attn.qkv.weight.data *= 12
+    exact = copy.deepcopy(block).double()
+    x = torch.randn(4, 50, 64).bfloat16()
+    part, whole = block(x, None, 1), block(x)[:, :1]
+    assert_close_to_float64("out", part, exact(x.double())[:, :1], whole, 1.2)
+
+
 def test_no_head_reads_more_than_the_prefix():
     """The last block's queries, projection and MLP see one row an image (two with a distillation token)."""
     for fused in (False, True):

@@ -123,7 +123,8 @@ def assert_taken_up(recipe: Recipe, saved: dict[str, Tensor]) -> None:
 def engine_of(recipe: Recipe, world: World, accumulation: int = 1) -> FlatEngine:
     model = make_model(recipe)
     drop_path = DropPath(model, recipe, recipe.batch // world.size // accumulation)
-    return FlatEngine(model, recipe, world, accumulation, recipe.precision == "bf16", drop_path)
+    bf16 = recipe.precision == "bf16"
+    return FlatEngine(model, recipe, world, drop_path, accumulation=accumulation, bf16=bf16)
 
 
 def _rank(rank: int, size: int, out: str) -> None:

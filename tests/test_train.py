@@ -22,8 +22,10 @@ import deitfast
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
 from deitfast.training.train import train
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
+TINY = ROOT / "recipes" / "deit_tiny.py"
 # Every mechanism that could break exactness is on: drop-path, mixup, cutmix, erasing, EMA, accumulation, repeats.
 FULL = replace(
     Recipe(), model="deit_digits_patch4_16", data="digits", epochs=2, batch=32, micro_batch=16, warmup_epochs=1.0,
@@ -74,21 +76,12 @@ def write_noise(folder: Path, **images: int) -> str:
     return str(folder)
 
 
-def launch(recipe: Recipe, processes: int, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, str(ROOT / "recipes" / "deit_tiny.py"), *flags(recipe)], env=environment, **kwargs
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path: Path, few: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     recipe = replace(FULL, data=few, batch=16, micro_batch=4, mix_group=4, epochs=1, warmup_epochs=0.0)
     assert train(replace(recipe, out=str(one))) is not None
-    process = launch(replace(recipe, out=str(two)), 2)
-    assert process.wait(timeout=240) == 0
+    processes.run(TINY, flags(replace(recipe, out=str(two))), tmp_path / "said", size=2)
     first, second = losses(one), losses(two)
     assert len(first) == len(second) == 10
     assert second == pytest.approx(first, rel=1e-5)
@@ -109,7 +102,10 @@ def test_killed_in_mid_epoch_and_started_again_ends_bitwise_equal(tmp_path: Path
     # A checkpoint after every step: a kill may hit a save, too.
     recipe = replace(FULL, data=few, batch=8, micro_batch=4, mix_group=4, epochs=1, save_minutes=0.0)
     train(replace(recipe, out=str(whole)))
-    process = launch(replace(recipe, out=str(killed)), 1, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", TINY, *flags(replace(recipe, out=str(killed)))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (killed / "metrics.jsonl").exists() or len(losses(killed)) < 7:
         assert time.monotonic() < deadline, "no progress"
@@ -248,16 +244,16 @@ def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path, few:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     recipe = replace(FULL, data=few, batch=8, micro_batch=4, mix_group=4, epochs=2)
     train(replace(recipe, out=str(whole)))
-    command = [sys.executable, str(ROOT / "recipes" / "deit_tiny.py"), *flags(replace(recipe, out=str(stopped)))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (stopped / "metrics.jsonl").exists() or len(losses(stopped)) < 5:
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.02)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "SIGTERM: saved at step" in said
+    said = tmp_path / "said"
+    with processes.running(TINY, flags(replace(recipe, out=str(stopped))), said) as (process,):
+        deadline = time.monotonic() + 120
+        while not (stopped / "metrics.jsonl").exists() or len(losses(stopped)) < 5:
+            assert time.monotonic() < deadline, "no progress"
+            time.sleep(0.02)
+        process.terminate()
+        process.join(60)
+        assert process.exitcode == 75
+    assert "SIGTERM: saved at step" in said.read_text()
     assert 5 <= len(losses(stopped)) < 40
     train(replace(recipe, out=str(stopped)))
     assert_bitwise(whole, stopped)
@@ -309,14 +305,13 @@ def run(*command: str, timeout: float = 200) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.slow
 def test_smoke_passes_and_leaves_nothing(tmp_path: Path) -> None:
-    result = run("recipes/deit_tiny.py", "--data", "digits", "--smoke", "--out", str(tmp_path / "run"))
-    assert result.returncode == 0, result.stderr
-    assert "smoke test passed: deit_tiny_patch16_224 cut to 2 blocks on digits, 1 cpu process(es)" in result.stdout
-    assert "3 steps ran with a finite loss: flat buffers" in result.stdout
-    assert "saved after step 2 and resumed" in result.stdout
-    assert "16 images were evaluated" in result.stdout
+    said = processes.run(TINY, ["--data", "digits", "--smoke", "--out", str(tmp_path / "run")], tmp_path / "said")
+    assert "smoke test passed: deit_tiny_patch16_224 cut to 2 blocks on digits, 1 cpu process(es)" in said
+    assert "3 steps ran with a finite loss: flat buffers" in said
+    assert "saved after step 2 and resumed" in said
+    assert "16 images were evaluated" in said
     for frightening in ("loss ", "top-1", "eta", "deviation"):
-        assert frightening not in result.stdout
+        assert frightening not in said
     assert not (tmp_path / "run").exists()
 
 

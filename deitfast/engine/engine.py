@@ -12,11 +12,12 @@ uncaptured.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -42,50 +43,72 @@ _AHEAD = 2  # steps the host may be ahead of the device
 _GIVE_UP = 10  # non-finite steps in a row
 
 
-class Teacher(Protocol):
-    """Logits (m, classes) of images (m, 3, S, S) in the student's normalisation."""
-
-    def __call__(self, images: Tensor) -> Tensor: ...
-
+Teacher = Callable[[Tensor], Tensor]
+"""Logits (m, classes) of images (m, 3, S, S) in the student's normalisation."""
 
 Weights = Callable[[], contextlib.AbstractContextManager[None]]
 """What to enter so that the model holds certain weights inside."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """What the loop knows of an engine. description: how it runs, for the log."""
 
     description: str
 
+    def __init__(
+        self, model: DeiT, recipe: Recipe, world: World, drop_path: DropPath, *, accumulation: int, bf16: bool,
+        teacher: Teacher | None = None, class_weights: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.recipe, self.world, self.drop_path = model, recipe, world, drop_path
+        self.accumulation, self.bf16, self.teacher, self.class_weights = accumulation, bf16, teacher, class_weights
+        self.loss_sum, self.skipped_sum = torch.zeros(2, dtype=torch.float64, device=world.device).unbind()
+        self.pace = Pace(world.device)
+        block: Any
+        for block in model.blocks:
+            block.recompute = recipe.recompute
+        sum_in_fp32()
+
     @property
     def seconds_for_others(self) -> float:
         """Host time blocked on sums with the other processes so far; a GPU waits for them without the host."""
+        return 0.0
 
+    @abstractmethod
     def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
         """Optimisation step number `step` on the next `accumulation` micro-batches."""
 
     def pop_loss(self) -> tuple[Tensor, Tensor]:
         """fp64 scalars since the last call: this process's share of the summed losses, and steps that were skipped."""
+        loss, skipped = self.loss_sum.clone(), self.skipped_sum.clone()
+        self.loss_sum.zero_()
+        self.skipped_sum.zero_()
+        return loss, skipped
 
     def should_stop(self) -> bool:
         """Whether ten steps in a row were skipped; waits for the device."""
+        return False
 
     @property
     def stems(self) -> tuple[str, ...]:
         """The files that the state takes: model, optim and, where weights are averaged, ema."""
+        return ("model", "optim", "ema") if self.recipe.ema_decay else ("model", "optim")
 
+    @abstractmethod
     def tensors(self, *stems: str) -> dict[str, dict[str, Tensor]]:
         """The state by file stem and tensor name, of these stems or of all.
 
         To be called on every process, together; it is complete on the leading one.
         """
 
+    @abstractmethod
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of `tensors`."""
 
+    @abstractmethod
     def broadcast(self) -> None:
         """Give every process the leading one's state."""
 
+    @abstractmethod
     def weights(self) -> contextlib.AbstractContextManager[list[Weights]]:
         """What the model is evaluated with, the present weights and, where they are kept, the averaged ones.
 
@@ -94,8 +117,9 @@ class Engine(Protocol):
 
     def busy(self) -> bool:
         """Whether the device has steps left to run."""
+        return self.pace.busy()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
         """Free what must not outlive the process group; no step runs afterwards."""
 
 
@@ -107,18 +131,21 @@ def make_engine(
 
     class_weights: of `training_loss`.
     """
-    block: Any
-    for block in model.blocks:
-        block.recompute = recipe.recompute
-    sum_in_fp32()
-    if recipe.engine == "plain":
-        return PlainEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, class_weights)
-    captures = world.device.type == "cuda" and recipe.engine != "flat"
-    return FlatEngine(model, recipe, world, accumulation, bf16, drop_path, teacher, class_weights, captures)
+    chosen: type[Engine] = PlainEngine if recipe.engine == "plain" else FlatEngine
+    return chosen(
+        model, recipe, world, drop_path, accumulation=accumulation, bf16=bf16, teacher=teacher,
+        class_weights=class_weights,
+    )  # fmt: skip
 
 
-def _stems(recipe: Recipe) -> tuple[str, ...]:
-    return ("model", "optim", "ema") if recipe.ema_decay else ("model", "optim")
+@contextlib.contextmanager
+def _swapped(swap: Callable[[], None]) -> Iterator[None]:
+    """Inside is what `swap` exchanges."""
+    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
 class Pace:
@@ -143,18 +170,13 @@ class Pace:
         return bool(self._ends) and not self._ends[-1].query()
 
 
-class PlainEngine:
-    """The reference engine."""
+class PlainEngine(Engine):
+    """The reference engine. Its `seconds_for_others` are 0: DistributedDataParallel does not tell."""
 
     description = "plain loop: DistributedDataParallel, autocast, torch's optimiser"
-    seconds_for_others = 0.0  # DistributedDataParallel does not tell
 
-    def __init__(
-        self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
-        teacher: Teacher | None = None, class_weights: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        self.model, self.recipe, self.world, self.accumulation, self.bf16 = model, recipe, world, accumulation, bf16
-        self.drop_path, self.teacher, self.class_weights = drop_path, teacher, class_weights
+    def __init__(self, model: DeiT, recipe: Recipe, world: World, drop_path: DropPath, **more: Any) -> None:
+        super().__init__(model, recipe, world, drop_path, **more)
         self.optimizer = make_optimizer(model, recipe)
         self.ema = Ema(model, recipe.ema_decay) if recipe.ema_decay else None
         self.trained: nn.Module = model
@@ -162,8 +184,6 @@ class PlainEngine:
             self.trained = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
             if world.wire == torch.bfloat16:
                 self.trained.register_comm_hook(None, bf16_compress_hook)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        self.pace = Pace(world.device)
 
     def __call__(self, batches: Iterator[Batch], step: int, lr: float) -> None:
         set_learning_rate(self.optimizer, lr)
@@ -187,18 +207,6 @@ class PlainEngine:
             self.ema.update(self.model)
         self.pace.queued()
 
-    def pop_loss(self) -> tuple[Tensor, Tensor]:
-        loss = self.loss_sum.clone()
-        self.loss_sum.zero_()
-        return loss, torch.zeros_like(loss)
-
-    def should_stop(self) -> bool:
-        return False
-
-    @property
-    def stems(self) -> tuple[str, ...]:
-        return _stems(self.recipe)
-
     def tensors(self, *stems: str) -> dict[str, dict[str, Tensor]]:
         state = {"model": self.model.state_dict(), "optim": optimizer_tensors(self.model, self.optimizer)}
         state |= {"ema": self.ema.tensors} if self.ema else {}
@@ -217,64 +225,39 @@ class PlainEngine:
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[list[Weights]]:
-        yield [contextlib.nullcontext, *([self._averaged] if self.ema else [])]
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        assert self.ema
-        self.ema.swap(self.model)
-        try:
-            yield
-        finally:
-            self.ema.swap(self.model)
-
-    def busy(self) -> bool:
-        return self.pace.busy()
-
-    def close(self) -> None:
-        pass
+        averaged = [partial(_swapped, partial(self.ema.swap, self.model))] if self.ema else []
+        yield [contextlib.nullcontext, *averaged]
 
 
-class FlatEngine:
-    """The engine of flat buffers, captured as a CUDA graph where `captures` says so."""
+class FlatEngine(Engine):
+    """The engine of flat buffers; on a GPU captured as a CUDA graph, unless the recipe asks for `flat`."""
 
-    def __init__(
-        self, model: DeiT, recipe: Recipe, world: World, accumulation: int, bf16: bool, drop_path: DropPath,
-        teacher: Teacher | None = None, class_weights: Tensor | None = None, captures: bool = False,
-    ) -> None:  # fmt: skip
-        self.model, self.recipe, self.world, self.accumulation = model, recipe, world, accumulation
-        self.drop_path, self.teacher, self.captures = drop_path, teacher, captures
-        self.class_weights = class_weights
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+    def __init__(self, model: DeiT, recipe: Recipe, world: World, drop_path: DropPath, **more: Any) -> None:
+        super().__init__(model, recipe, world, drop_path, **more)
+        device = world.device
+        self.captures = device.type == "cuda" and recipe.engine != "flat"
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         in_bf16 = world.wire == torch.bfloat16
-        self.flat = FlatState(
-            model, recipe, self.dtype, accumulation > 1 or (world.size > 1 and not in_bf16), world
-        )  # fmt: skip
+        accumulates = self.accumulation > 1 or (world.size > 1 and not in_bf16)
+        self.flat = FlatState(model, recipe, self.dtype, accumulates, world)
         self.compute: Any = self.flat.compute_model()
         self.compute.train()
-        device = world.device
-        self.loss_sum, self.skipped_sum, self.skipped_in_row, self.skipped_most = torch.zeros(
-            4, dtype=torch.float64, device=device
-        ).unbind()
+        self.skipped_in_row, self.skipped_most = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         on_cpu = " (CUDA graphs need a GPU)" if device.type == "cpu" else ""
-        how = f"one CUDA graph from step {UNCAPTURED_STEPS} on" if captures else f"not captured{on_cpu}"
+        how = f"one CUDA graph from step {UNCAPTURED_STEPS} on" if self.captures else f"not captured{on_cpu}"
         shared = "" if world.size == 1 else f", each of {world.size} processes updates its share of the weights"
         self.description = f"flat buffers, {how}{shared}{', gradients summed in bf16' if in_bf16 and shared else ''}"
         self.steps_run = 0
         self.reduction = Reduction(self.flat) if world.size > 1 else None
         # Autograd remembers the stream on which a parameter's gradient was first accumulated and makes later ones wait
         # for it: the steps before the capture run on the stream of the capture.
-        self._stream = torch.cuda.Stream(device, priority=-1) if captures else None  # before the loader's kernels
+        self._stream = torch.cuda.Stream(device, priority=-1) if self.captures else None  # before the loader's kernels
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple[list[Batch], Tensor] | None = None
-        self.pace = Pace(device)
 
     @property
     def seconds_for_others(self) -> float:
         return self.reduction.seconds_waiting if self.reduction else 0.0
-
-    def busy(self) -> bool:
-        return self.pace.busy()
 
     def close(self) -> None:  # NCCL does not end while a graph holds its collectives
         if self._graph is not None:
@@ -339,18 +322,8 @@ class FlatEngine:
         outputs, teacher_logits = self.forward(batch)
         return training_loss(outputs, targets(batch, self.recipe), self.recipe, teacher_logits, self.class_weights)
 
-    def pop_loss(self) -> tuple[Tensor, Tensor]:
-        loss, skipped = self.loss_sum.clone(), self.skipped_sum.clone()
-        self.loss_sum.zero_()
-        self.skipped_sum.zero_()
-        return loss, skipped
-
     def should_stop(self) -> bool:
         return self.skipped_most.item() >= _GIVE_UP
-
-    @property
-    def stems(self) -> tuple[str, ...]:
-        return _stems(self.recipe)
 
     def tensors(self, *stems: str) -> dict[str, dict[str, Tensor]]:
         self.flat.complete()
@@ -376,16 +349,8 @@ class FlatEngine:
         self.flat.complete()
         found: list[Weights] = [contextlib.nullcontext]
         if self.flat.ema is not None:
-            found.append(partial(self._averaged, self.flat.averages()))
+            found.append(partial(_swapped, partial(self.flat.swap, self.flat.averages())))
         yield found
-
-    @contextlib.contextmanager
-    def _averaged(self, averages: Tensor) -> Iterator[None]:
-        self.flat.swap(averages)
-        try:
-            yield
-        finally:
-            self.flat.swap(averages)
 
     def _capture(self, inputs: list[Batch], scalars: Tensor) -> None:
         """Record the step into a graph; it does not run yet."""

@@ -34,19 +34,11 @@ def balancing_weights(labels: Sequence[int] | np.ndarray, classes: int) -> Tenso
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Targets, class_weights: Tensor) -> Tensor:
-    """Mean over the images of -sum_j w_j t_j log p_j, in eager PyTorch: fp32 scalar.
-
-    What F.cross_entropy(logits, target, weight=w, label_smoothing=s) gives for soft targets (B, C). class_weights:
-    fp32 (C,).
-    """
-    log_p = F.log_softmax(logits.float(), dim=1)
-
-    def of(labels: Tensor) -> Tensor:
-        return class_weights.gather(0, labels) * log_p.gather(1, labels[:, None]).squeeze(1)
-
-    mixture = targets.lam * of(targets.labels) + (1 - targets.lam) * of(targets.partner_labels)
-    spread = (class_weights * log_p).mean(1)
-    return -((1 - targets.smoothing) * mixture + targets.smoothing * spread).mean()
+    """Mean over the images of -sum_j w_j t_j log p_j, by PyTorch on dense targets: fp32 scalar. class_weights: (C,)."""
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    own, partners = (labels[:, None] == classes for labels in (targets.labels, targets.partner_labels))
+    shares = targets.lam[:, None] * own + (1 - targets.lam[:, None]) * partners
+    return F.cross_entropy(logits.float(), shares, weight=class_weights, label_smoothing=targets.smoothing)
 
 
 def base_loss(logits: Tensor, targets: Targets, recipe: Recipe, class_weights: Tensor | None = None) -> Tensor:

@@ -35,16 +35,11 @@ def state_bytes(parameters: int, recipe: Recipe, bf16: bool, accumulates: bool, 
     return parameters * (4 + gradients) + parameters * shard // processes
 
 
-def image_bytes(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = None) -> int:
-    """Bytes that one image of a micro-batch needs while its gradients are computed.
+def image_parts(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = None) -> dict[str, int]:
+    """Bytes that one image of a micro-batch needs while its gradients are computed, by what they are for.
 
     kernels: whether fused blocks run their ops; None: as they do here.
     """
-    return sum(image_parts(model, recipe, bf16, kernels).values())
-
-
-def image_parts(model: DeiT, recipe: Recipe, bf16: bool, kernels: bool | None = None) -> dict[str, int]:
-    """`image_bytes` by what they are for."""
     block: Any = model.blocks[0]
     itemsize, width, hidden, depth = (2 if bf16 else 4), model.width, block.mlp.fc1.out_features, len(model.blocks)
     tokens = model.pos_embed.shape[1]
@@ -108,7 +103,7 @@ def images_that_fit(
     """Images that a GPU with `free` bytes holds at once, at least 1."""
     parameters = sum(p.numel() for p in model.parameters())
     left = _USABLE * free - state_bytes(parameters, recipe, bf16, accumulates=True, processes=processes)
-    trained = max(image_bytes(model, recipe, bf16, kernels), teacher_image_bytes)
+    trained = max(sum(image_parts(model, recipe, bf16, kernels).values()), teacher_image_bytes)
     # Evaluation comes beside the step's memory, which a graph keeps. It is a graph too, with a pool of its own, beside
     # which what it replays runs once uncaptured, to be compared.
     evaluated = 2 * evaluated_image_bytes(model, bf16)

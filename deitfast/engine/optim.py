@@ -14,7 +14,6 @@ another learning rate after a resume.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -117,9 +116,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    keys: Iterable[str] = {key.split(".", 1)[0] for key in tensors}
-    state: dict[int, dict[str, Tensor]] = {}
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for i, parameter in enumerate(ordered):
-        state[i] = {key: tensors[f"{key}.{names[parameter]}"] for key in keys}
+    keys = {key.split(".", 1)[0] for key in tensors}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {i: {key: tensors[f"{key}.{name}"] for key in keys} for i, name in enumerate(ordered)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

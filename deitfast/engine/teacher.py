@@ -16,7 +16,6 @@ Where `--teacher` looks, in this order:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import json
 import math
@@ -35,14 +34,15 @@ from deitfast.data import IMAGENET_MEAN, IMAGENET_STD, EvalLoader, Manifest, ima
 from deitfast.distributed import World
 from deitfast.errors import DeitfastError, did_you_mean, first_line
 from deitfast.model.factory import create_model
-from deitfast.model.weights import read_state_dict
+from deitfast.model.preprocessing import Preprocessing, stated_beside
+from deitfast.model.vetting import content_hash
 from deitfast.model.zoo import OTHER_WEIGHTS, VARIANTS, canonical_name
 from deitfast.recipe import Recipe
 
 CHECKED_IMAGES = 512
 """Validation images that a teacher is tried on before a run."""
 
-_PIL_FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+_FILTERS = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Input:
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in ("bicubic", "bilinear"):
+        if self.interpolation not in _FILTERS:
             raise DeitfastError(f"teacher's interpolation {self.interpolation!r} unknown. Use bicubic or bilinear")
         if not (self.size > 0 and len(self.mean) == len(self.std) == 3 and all(s > 0 for s in self.std)):
             raise DeitfastError(f"teacher's size {self.size}, mean {self.mean} or std {self.std} is no image's")
@@ -71,7 +71,7 @@ class Teacher:
         self.name, self.wants, self.image_size, self.device = name, wants, image_size, device
         self.classes = len(classes)
         self.fresh = name.endswith(":fresh")
-        self.digest = weights_digest(network.state_dict())
+        self.digest = content_hash(network.state_dict(), {})
         self.network = network.to(device)
         for parameter in network.parameters():
             parameter.requires_grad_(False)
@@ -129,12 +129,13 @@ class Teacher:
     ) -> float:  # fmt: skip
         """Top-1 in percent on some hundred validation images, as the student would hand them over; every process calls.
 
-        Told in one line. DeitfastError where it is no better than guessing (within three standard deviations): its
-        classes are then not the data's, in their order.
+        An untrained one, which has nothing to show, sees one batch of them. Told in one line. DeitfastError where it is
+        no better than guessing (within three standard deviations): its classes are then not the data's, in their order.
         """
+        shown = val.spread(batch if self.fresh else CHECKED_IMAGES)
         loader = EvalLoader(
-            val.spread(CHECKED_IMAGES), image_size=self.image_size, crop_ratio=crop_ratio, batch=batch,
-            rank=world.rank, world_size=world.size, device=self.device, workers=workers, decode=decode,
+            shown, image_size=self.image_size, crop_ratio=crop_ratio, batch=batch, rank=world.rank,
+            world_size=world.size, device=self.device, workers=workers, decode=decode,
         )  # fmt: skip
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for images, labels in loader:
@@ -197,16 +198,6 @@ def class_columns(teacher: str, outputs: int, classes: Sequence[str], device: to
     )
 
 
-def weights_digest(state: dict[str, Tensor]) -> str:
-    """sha256 of names, types, shapes and bytes of the tensors, in the order of their names."""
-    h = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
-
-
 def _find(recipe: Recipe, classes: int, device: torch.device, image_size: int) -> tuple[nn.Module, Input]:
     """Network, in evaluation mode, and its input."""
     teacher = recipe.teacher
@@ -227,14 +218,10 @@ def _find(recipe: Recipe, classes: int, device: torch.device, image_size: int) -
 
 
 def _ours(name: str, weights: str, classes: int, fused: bool | None) -> tuple[nn.Module, Input]:
-    if weights and weights != "fresh":
-        head = read_state_dict(weights).get("head.weight")
-        classes = classes if head is None or not head.ndim else head.shape[0]
-        model = create_model(name, pretrained=weights, num_classes=classes, fused=fused)
-    elif weights:
+    if weights == "fresh":
         model = create_model(name, num_classes=classes, fused=fused)
     else:
-        model = create_model(name, pretrained=True, fused=fused)
+        model = create_model(name, pretrained=weights or True, fused=fused)
     return model.eval(), Input(model.image_size)
 
 
@@ -255,12 +242,10 @@ def _hugging_face(name: str) -> tuple[nn.Module, Input]:
     with _as_one_line(f"Hugging Face's transformers cannot load teacher {name}"):
         network = transformers.AutoModelForImageClassification.from_pretrained(name)
         # Only the numbers: the class that reads them would need torchvision.
-        settings = json.loads(Path(transformers.utils.cached_file(name, "preprocessor_config.json")).read_text())
-        size = settings.get("crop_size") or settings.get("size") or network.config.image_size
-        if isinstance(size, dict):
-            size = size.get("height") or size["shortest_edge"]
-        mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std") or IMAGENET_STD
-        return network, Input(size, tuple(mean), tuple(std), _PIL_FILTERS.get(settings.get("resample", 3), "bicubic"))
+        stated = stated_beside(Path(transformers.utils.cached_file(name, "preprocessor_config.json")).parent)
+        wants, size = Preprocessing().changed(stated), stated.get("image_size") or network.config.image_size
+        smooth = wants.interpolation if wants.interpolation in _FILTERS else "bicubic"
+        return network, Input(size, wants.mean, wants.std, smooth)
 
 
 def _efficientnet_lite(name: str) -> tuple[nn.Module, Input]:

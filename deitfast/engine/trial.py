@@ -22,7 +22,7 @@ from deitfast.errors import first_line
 from deitfast.model.factory import model_of
 from deitfast.recipe import Recipe
 from deitfast.verification import process
-from deitfast.verification.process import READY, ProcessEnded
+from deitfast.verification.process import ProcessEnded
 from deitfast.verification.verdict import Verdict, machine, remembered
 from deitfast.verification.verify import adopt
 
@@ -62,7 +62,6 @@ def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     device = torch.device(job["device"])
     torch.cuda.set_device(device)
     adopt(Verdict.of(job["verdict"]))
-    yield READY
     try:
         plain, captured = (losses(job, engine, device) for engine in ("flat", "graph"))
     except torch.OutOfMemoryError:

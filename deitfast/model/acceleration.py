@@ -32,7 +32,7 @@ from deitfast.model.fused import (
     problems_by_timms_names,
     wrong_class,
 )
-from deitfast.verification.verify import FUSED_OPS, Question, trust
+from deitfast.verification.verify import FUSED_OPS, Question, Shape, trust
 
 
 class Packed(NamedTuple):
@@ -55,7 +55,7 @@ def _verified_forward(x: Tensor, tensors: BlockTensors, num_heads: int, **option
 def _question(shape: torch.Size, num_heads: int, dtype: torch.dtype, backward: bool) -> Question:
     """What to verify before blocks of this kind run: few images show it, and processes need not agree on times."""
     return Question(
-        FUSED_OPS, width=shape[-1], heads=num_heads, tokens=shape[-2], batch=8, dtype=str(dtype).removeprefix("torch."),
+        FUSED_OPS, Shape(shape[-1], num_heads, shape[-2], batch=8), str(dtype).removeprefix("torch."),
         backward=backward, without=("gamma", "path_scale"), timed=False,
     )  # fmt: skip
 

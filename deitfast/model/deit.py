@@ -52,10 +52,12 @@ class Attention(nn.Module):
         return self.proj(rearrange(out_BHNK, "b h n k -> b n (h k)"))
 
     def of_prefix(self, x_BND: Tensor, prefix: int) -> Tensor:
-        """The first `prefix` rows of `forward`, (B, prefix, D): all tokens give keys and values, those queries."""
+        """The first `prefix` rows of `forward`, (B, prefix, D)."""
         (q_weight, kv_weight), (q_bias, kv_bias) = split_qkv(self.qkv.weight), split_qkv(self.qkv.bias)
-        q_BPD, kv_BNE = F.linear(x_BND[:, :prefix], q_weight, q_bias), F.linear(x_BND, kv_weight, kv_bias)
-        return self.proj(attend(q_BPD, kv_BNE, self.num_heads))
+        q_BPD = F.linear(x_BND[:, :prefix], q_weight, q_bias)
+        if q_BPD.dtype in (torch.float16, torch.bfloat16):
+            return self.proj(attend(q_BPD, F.linear(x_BND, kv_weight, kv_bias), self.num_heads))
+        return self.proj(attend_to_rows(q_BPD, x_BND, kv_weight, kv_bias, self.num_heads))
 
 
 def split_qkv(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +71,20 @@ def attend(q_BPD: Tensor, kv_BNE: Tensor, num_heads: int) -> Tensor:
     q = rearrange(q_BPD, "b p (h k) -> b h p k", h=num_heads)
     k, v = rearrange(kv_BNE, "b n (two h k) -> two b h n k", two=2, h=num_heads)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h p k -> b p (h k)")
+
+
+def attend_to_rows(q_BPD: Tensor, x_BND: Tensor, kv_weight: Tensor, kv_bias: Tensor, num_heads: int) -> Tensor:
+    """`attend` to the keys and values of x, (B, P, D), which are not computed: for few queries, and not in 16 bits.
+
+    With x_n a row, q (Wk x_n) = (q Wk) x_n, and sum_n p_n (Wv x_n) = Wv sum_n p_n x_n: the weights meet P rows
+    an image and head instead of N. The keys' bias shifts all scores of a query alike, which softmax ignores,
+    and the values' is added to a mean. The scores are rounded to the dtype of x, where `attend` keeps fp32.
+    """
+    k_weight, v_weight = rearrange(kv_weight, "(two h k) d -> two h k d", two=2, h=num_heads)
+    q_BPHK = q_BPD.unflatten(-1, (num_heads, -1)) * k_weight.shape[1] ** -0.5
+    scores = torch.einsum("bphk,hkd->bphd", q_BPHK, k_weight).flatten(1, 2) @ x_BND.mT
+    mean_BPHD = (scores.softmax(-1) @ x_BND).unflatten(1, (-1, num_heads))
+    return torch.einsum("bphd,hkd->bphk", mean_BPHD, v_weight).flatten(2) + kv_bias.chunk(2)[1]
 
 
 class Mlp(nn.Module):
@@ -311,7 +327,7 @@ class DeiT(nn.Module):
     def prefix_features(self, images: Tensor, drop: Tensor | Sequence[Subset | None] | None = None) -> Tensor:
         """The class (and distillation) token of `forward_features`, (B, 1 or 2, D): all that the heads read.
 
-        The last block computes these rows alone; of the other tokens it needs keys and values, nothing else.
+        The last block computes these rows alone; of the other tokens it needs what attention reads, nothing else.
         """
         return self._features(images, drop, self.num_prefix_tokens)
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deitfast.kernels.attention_op import HEAD_DIMS
+from deitfast.kernels.catalogue import Shape
 from deitfast.kernels.common import DTYPES, INTERPRETED
 from deitfast.kernels.layernorm_attention_op import layernorm_attention
 from deitfast.kernels.layernorm_mlp_op import layernorm_mlp
@@ -168,11 +169,12 @@ def question_about(model: DeiT, ops: tuple[str, ...], batch: int, dtype: torch.d
     """What to verify before `model` runs `batch` images through these ops. more: further fields of the question."""
     block: Any = model.blocks[0]
     without = () if hasattr(block.ls1, "gamma") else ("gamma",)
-    return Question(
-        ops, model.width, block.attn.num_heads, model.pos_embed.shape[1], batch, str(dtype).removeprefix("torch."),
-        prefix=1 + model.distilled, patch_size=model.patch_size, classes=model.num_classes,
-        **{**more, "without": (*without, *more.get("without", ()))},
+    shape = Shape(
+        model.width, block.attn.num_heads, model.pos_embed.shape[1], batch, prefix=1 + model.distilled,
+        patch_size=model.patch_size, classes=model.num_classes,
     )  # fmt: skip
+    more["without"] = (*without, *more.get("without", ()))
+    return Question(ops, shape, str(dtype).removeprefix("torch."), **more)
 
 
 def runs_kernels() -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deitfast.data.batch import IMAGENET_MEAN, IMAGENET_STD
+from deitfast.files import read_json
 
 _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
@@ -46,15 +47,6 @@ def stated_beside(folder: Path) -> dict[str, Any]:
         return _of_processor(processor)
     config = read_json(folder / "config.json").get("pretrained_cfg")
     return _of_timm(config) if isinstance(config, dict) else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deitfast.errors import DeitfastError, did_you_mean, first_line
-from deitfast.files import cache_folder, write_atomically
+from deitfast.files import cache_folder, read_json, write_atomically
 from deitfast.integrity import file_damage, pointed_to
 from deitfast.model import unpickling, vetting
 from deitfast.model.class_names import head_order
 from deitfast.model.convert import to_ours
 from deitfast.model.deit import DeiT, resize_pos_embed
 from deitfast.model.download import fetch, is_url
-from deitfast.model.preprocessing import read_json, stated_beside, stated_in_metadata
+from deitfast.model.preprocessing import stated_beside, stated_in_metadata
 from deitfast.model.state_dicts import find_state
 from deitfast.model.zoo import architecture, find_variant, recognise
 

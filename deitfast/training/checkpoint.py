@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 from deitfast.errors import DeitfastError
 from deitfast.files import fsync, write_atomically
 from deitfast.integrity import MANIFEST, damage, sha256, step_of, steps_newest_first, write_hashes
+
+_NEWEST = 2  # that stay: the newest, and the one before for the day the newest turns out damaged
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,12 @@ class Checkpoint:
     identity: str = ""
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay: the `last` newest, and those of every multiple of `every` steps; 0: none for that."""
+def save(folder: Path, checkpoint: Checkpoint, keep_every: int = 0) -> Path:
+    """Write `checkpoint` as `folder/step-NNNNNNN`, point `folder/latest` to it, drop all but the newest two.
 
-    last: int = 2  # the newest, and the one before for the day the newest turns out damaged
-    every: int = 0
-
-    def surplus(self, newest_first: Sequence[Path]) -> list[Path]:
-        """Those that need not stay."""
-        return [p for p in newest_first[max(self.last, 1) :] if not (self.every and step_of(p) % self.every == 0)]
-
-
-def save(folder: Path, checkpoint: Checkpoint, retention: Retention | None = None) -> Path:
-    """Write `checkpoint` as `folder/step-NNNNNNN`, point `folder/latest` to it, drop what `retention` does not keep.
-
-    None is dropped before the new one has been read back whole. A failure (OSError, SafetensorError) leaves nothing of
-    the new one behind, and all others as they were.
+    keep_every: steps of whose every multiple the checkpoint stays, too; 0: of none. None is dropped before the new one
+    has been read back whole. A failure (OSError, SafetensorError) leaves nothing of the new one behind, and all others
+    as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".tmp-*"):  # of a process that was killed: a checkpoint's folder, or the file of `latest`
@@ -68,7 +59,8 @@ def save(folder: Path, checkpoint: Checkpoint, retention: Retention | None = Non
         write_atomically(folder / "latest", lambda path: path.write_text(target.name))
     finally:
         _remove(temporary)
-    surplus = (retention or Retention()).surplus(steps_newest_first(folder))
+    older = steps_newest_first(folder)[_NEWEST:]
+    surplus = [path for path in older if not (keep_every and step_of(path) % keep_every == 0)]
     if surplus and damage(target) is None:
         for old in surplus:
             shutil.rmtree(old)

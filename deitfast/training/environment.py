@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deitfast.files import write_atomically
+from deitfast.files import read_json, write_json
 from deitfast.guard import WIRE
 from deitfast.integrity import hash_of_all
 
@@ -49,13 +47,10 @@ def environment() -> dict[str, Any]:
 
 def write_environment(path: Path, facts: dict[str, Any]) -> list[str]:
     """Write `facts` to `path` with those of earlier starts under "earlier"; how they differ from the last, in words."""
-    try:
-        before = dict(json.loads(path.read_bytes()))
-        earlier = before.pop("earlier", [])
-        kept = [*(earlier if isinstance(earlier, list) else []), before][-_MOST_KEPT:]
-    except (OSError, ValueError, TypeError, RecursionError):
-        before, kept = {}, []
-    write_atomically(path, partial(_write, facts | {"earlier": kept}))
+    before = read_json(path)
+    earlier = before.pop("earlier", [])
+    kept = [*(earlier if isinstance(earlier, list) else []), before] if before else []
+    write_json(path, facts | {"earlier": kept[-_MOST_KEPT:]})
     return changes(before, facts)
 
 
@@ -71,10 +66,6 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{v}" for v in value.values())
     return str(value)[:12] if value else "none"
-
-
-def _write(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _code() -> str:

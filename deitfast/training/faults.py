@@ -1,7 +1,7 @@
 """faults.jsonl: what went wrong in a run, one JSON object a line, of all its processes and all its starts.
 
-Each has `time`, `kind`, `step` and what else is known. Kinds: `crash` (a start that ended without a word; told by the
-next one), `error` (an exception, with its text and process), `hang`, `waiting`, `failed save`, `damaged checkpoint`,
+Each has `time`, `kind`, `step`, `process` and what else is known. Kinds: `crash` (a start that ended without a word;
+told by the next one), `error` (an exception, with its text), `hang`, `waiting`, `failed save`, `damaged checkpoint`,
 `roll-back`, `skipped steps`, `bad files`, `tracker`, `refused` (a start after three crashes at one step).
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deitfast.errors import HopelessError
+from deitfast.files import read_json_lines
 
 CRASHES_TO_REFUSE = 3
 _SHOWN_ELSEWHERE = ("skipped steps", "bad files", "error")  # in the progress line, or with the crash that follows
@@ -24,25 +25,22 @@ _SHOWN_ELSEWHERE = ("skipped steps", "bad files", "error")  # in the progress li
 class FaultLog:
     """The faults of one run. Every process appends; a disk that is full or gone is no further fault."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, process: int = 0) -> None:
+        """process: rank of the one that appends."""
+        self.path, self.process = path, process
         self._size, self._summary = 0, ""
 
-    def add(self, kind: str, step: int, **facts: Any) -> None:
-        entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "step": step, **facts}
+    def add(self, kind: str, step: int, what: str = "", **facts: Any) -> None:
+        entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind, "step": step, "process": self.process}
+        entry |= {"what": what, **facts} if what else facts
         with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as file:
             file.write(json.dumps(entry).encode() + b"\n")  # one write: lines of several processes do not mix
 
     def entries(self) -> list[dict[str, Any]]:
         """All faults so far, oldest first; lines that a crash cut off are left out."""
-        found = []
         with contextlib.suppress(OSError):
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    entry = json.loads(line)
-                    if isinstance(entry, dict) and isinstance(entry.get("kind"), str):
-                        found.append(entry)
-        return found
+            return [entry for entry in read_json_lines(self.path) if isinstance(entry.get("kind"), str)]
+        return []
 
     def summary(self) -> str:
         """`crash 2, failed save 1`, for the progress line; empty while nothing went wrong."""

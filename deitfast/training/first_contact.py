@@ -50,9 +50,7 @@ def trust_kernels(
     before: the choices of the run that is resumed, which hold on the same GPU, or empty.
     """
 
-    def find() -> Verdict | None:
-        if not world.is_main:
-            return None
+    def find() -> Verdict:
         if recipe.choices:
             return read_choices(Path(recipe.choices), world.device)
         if world.device.type != "cuda" or recipe.fused == "no":
@@ -61,8 +59,7 @@ def trust_kernels(
             return Verdict.of(before["kernels"])
         return verify(question(recipe, model, micro_batch, bf16), world.device, say)
 
-    verdict = world.share(world.agree(find))
-    assert verdict is not None
+    verdict = world.lead(find)
     world.agree(lambda: adopt(verdict, insist=recipe.fused == "yes"))
     for line in told(verdict):
         note(line)
@@ -80,14 +77,8 @@ def read_choices(path: Path, device: torch.device) -> Verdict:
         found = json.loads(path.read_text())
         choices = found.get("choices", found)
         same = device.type == "cuda" and choices.get("machine") == machine(device)
-        ops = [
-            OpVerdict(
-                op["op"], op["form"], op["why"], ms=op.get("ms", {}) if same else {},
-                launches=op.get("launches", {}) if same else {}, faster=op.get("faster", {}) if same else {},
-            )
-            for op in choices["kernels"]["ops"]
-        ]  # fmt: skip
-        verdict = Verdict(ops)
+        kept = ("op", "form", "why", "ms", "launches", "faster") if same else ("op", "form", "why")
+        verdict = Verdict([OpVerdict(**{name: op[name] for name in kept}) for op in choices["kernels"]["ops"]])
         assert verdict.launches is not None  # every entry can be read
         return verdict
     except OSError as error:
@@ -106,14 +97,10 @@ def trust_capture(
     if world.device.type != "cuda" or recipe.engine not in ("auto", "graph"):
         return recipe
 
-    def find() -> str:
-        if not world.is_main:
-            return ""
-        return capture_problem(
-            recipe, classes, model.image_size, micro_batch, accumulation, bf16, verdict, world.device
-        )  # fmt: skip
-
-    problem = world.share(world.agree(find))
+    size, device = model.image_size, world.device
+    problem = world.lead(
+        lambda: capture_problem(recipe, classes, size, micro_batch, accumulation, bf16, verdict, device)
+    )
     if not problem:
         return recipe
     if recipe.engine == "graph":

@@ -13,9 +13,12 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
-from deitfast.board import Board
+from torch.distributed import Store
+
+from deitfast.distributed import posted
 from deitfast.errors import EXIT_INTERRUPTED
 from deitfast.guard import leave_now
 
@@ -24,7 +27,7 @@ _SAME_S = 1.0  # a launcher and a terminal may both pass on one key press
 _ENDING_S = 10.0
 _CHECK_S = 0.5
 _MOST_STEPS = 32
-_PATIENCE_S = 1800.0
+_PATIENCE = timedelta(minutes=30)
 _KEPT = 1000  # decisions that a process which lags behind may still read
 _WANTED = "stop/wanted"
 
@@ -99,7 +102,7 @@ class Agreement:
     the next of these steps. So no process is ahead of another that has stopped.
     """
 
-    def __init__(self, stop: StopRequest, board: Board | None, rank: int, step: int) -> None:
+    def __init__(self, stop: StopRequest, board: Store | None, rank: int, step: int) -> None:
         self.stop, self.board, self.is_main = stop, board, rank == 0
         self._checked, self._next, self._number = step, step, 0
         self._then = time.monotonic()
@@ -113,8 +116,8 @@ class Agreement:
         self.announce()
         if self.is_main:
             self._decide(step)
-        answer = self.board.wait(f"stop/{self._number}", _PATIENCE_S)
-        steps, _, name = answer.partition(" ")
+        self.board.wait([f"stop/{self._number}"], _PATIENCE)
+        steps, _, name = self.board.get(f"stop/{self._number}").decode().partition(" ")
         self._next, self._number = step + int(steps), self._number + 1
         return name or None
 
@@ -124,20 +127,20 @@ class Agreement:
         now = time.monotonic()
         seconds_a_step = max(now - self._then, 1e-6) / max(step - self._checked, 1)
         steps = max(1, min(int(_CHECK_S / seconds_a_step), _MOST_STEPS))
-        self.board.post(f"stop/{self._number}", f"{steps} {self.stop.received or self.board.read(_WANTED) or ''}")
+        self.board.set(f"stop/{self._number}", f"{steps} {self.wanted() or ''}")
         if self._number >= _KEPT:
-            self.board.remove(f"stop/{self._number - _KEPT}")
+            self.board.delete_key(f"stop/{self._number - _KEPT}")
         self._checked, self._then = step, now
 
     def announce(self) -> None:
         """Tell the others of a signal that this process got."""
         if self.board is not None and self.stop.received:
-            self.board.post(_WANTED, self.stop.received)
+            self.board.set(_WANTED, self.stop.received)
 
     def wanted(self) -> str | None:
         """The signal that some process got, as far as this one knows: no agreement yet."""
         self.announce()
-        return self.stop.received or (self.board.read(_WANTED) if self.board else None)
+        return self.stop.received or posted(self.board, _WANTED)
 
 
 def _last_words(text: str) -> None:

@@ -35,14 +35,14 @@ class _Parser(argparse.ArgumentParser):
         raise DeitfastError(message)
 
 
-def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "", description: str = "") -> Recipe:
+def parse_flags(base: Recipe, arguments: Sequence[str], *, prog: str = "") -> Recipe:
     """`base` with the fields given as flags replaced, checked.
 
     Flags are the field names with dashes; booleans are `--flag` and `--no-flag`. Five more are the command's:
     `--scale-lr` gives the batch the learning rate that belongs to it, the others are for `run`. Unknown and mistyped
     ones raise DeitfastError with the nearest name. `--help` prints them with `base`'s values and exits.
     """
-    return _applied(_flags_of(base, prog, description), base, arguments)[0]
+    return _applied(_flags_of(base, prog), base, arguments)[0]
 
 
 def _flags_of(base: Recipe, prog: str = "", description: str = "") -> _Parser:

@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from deitfast.data import TooManyBadFiles
@@ -35,9 +36,9 @@ class Meter:
         self.window_start = time.monotonic()
         self.waited_before = self._waited()
 
-    def _waited(self) -> tuple[float, float]:
-        """Host seconds blocked so far on data, and on other processes."""
-        return self.loader.seconds_waiting, self.engine.seconds_for_others
+    def _waited(self) -> torch.Tensor:
+        """Host seconds blocked so far on data, and on other processes: fp64 (2,)."""
+        return torch.tensor([self.loader.seconds_waiting, self.engine.seconds_for_others], dtype=torch.float64)
 
     @property
     def images_per_second(self) -> float:
@@ -54,25 +55,24 @@ class Meter:
         steps = step - before
         seconds = time.monotonic() - self.window_start
         loss_sum, skipped_steps = self.engine.pop_loss()
-        waits = torch.zeros(2, self.world.size, dtype=loss_sum.dtype)
-        for kind, (now, then) in enumerate(zip(self._waited(), self.waited_before, strict=True)):
-            waits[kind, self.world.rank] = (now - then) / max(seconds, 1e-9)
+        waits = (self._waited() - self.waited_before) / max(seconds, 1e-9)
         due = run.saver is not None and run.saver.due(60 * self.recipe.save_minutes)
-        own = torch.cat([torch.tensor([len(self.loader.quarantined), due], dtype=loss_sum.dtype), waits.view(-1)])
-        sums = self.world.sum(
-            torch.cat([torch.stack([loss_sum, skipped_steps / self.world.size]), own.to(loss_sum.device)])
-        ).tolist()
-        skipped, self.save_due = round(sums[1]), sums[3] > 0
+        own = loss_sum.new_tensor([len(self.loader.quarantined), due, *waits.tolist()])
+        of_all = loss_sum.new_zeros(self.world.size, 2 + len(own))  # a row a process
+        of_all[self.world.rank] = torch.cat([torch.stack([loss_sum, skipped_steps / self.world.size]), own])
+        of_all = self.world.sum(of_all).cpu()
+        loss, skipped_share, bad, dues = of_all[:, :4].sum(0).tolist()
+        data_waits, peer_waits = of_all[:, 4:].T.tolist()
+        skipped, self.save_due = round(skipped_share), dues > 0
         self.all_skipped = skipped == steps
-        data_waits, peer_waits = sums[4 : 4 + self.world.size], sums[4 + self.world.size :]
-        if sums[2]:  # the same file may have met several processes
+        if bad:  # the same file may have met several processes
             met = len({name for names in self.world.gather(self.loader.quarantined) for name, _ in names})
             if run.folder and met > self.bad_files:
                 run.faults.add("bad files", step, count=met - self.bad_files)
             self.bad_files = met
         if skipped and run.folder:
             run.faults.add("skipped steps", step, count=skipped)
-        loss = sums[0] / max(steps - skipped, 1)
+        loss /= max(steps - skipped, 1)
         self.skipped += skipped
         seconds = time.monotonic() - self.window_start
         self.logged_step = step
@@ -93,16 +93,11 @@ class Meter:
         waiting = max(waits)
         by_process = {}
         if len(waits) > 1:
-            by_process = {
-                name: [round(w, 4) for w in of_all]
-                for name, of_all in (("data_waits", waits), ("peer_waits", peer_waits))
-            }
+            by_process = {"data_waits": np.round(waits, 4).tolist(), "peer_waits": np.round(peer_waits, 4).tolist()}
         memory, held = "", {}
         if self.world.device.type == "cuda":
-            used, total = (
-                torch.cuda.max_memory_reserved(),
-                torch.cuda.get_device_properties(self.world.device).total_memory,
-            )
+            used = torch.cuda.max_memory_reserved()
+            total = torch.cuda.get_device_properties(self.world.device).total_memory
             memory = f" mem {used / 2**30:.0f}/{total / 2**30:.0f}G"
             held = {"memory_gib": round(used / 2**30, 2)}
         folder.metrics(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from deitfast.data import TrainLoader
 from deitfast.distributed import start
 from deitfast.engine.engine import UNCAPTURED_STEPS
 from deitfast.engine.optim import learning_rate
@@ -30,18 +29,11 @@ def profile(recipe: Recipe, out: Path, steps: int = 5) -> str:
     leading one is traced. Raises DeitfastError where `out` cannot be written.
     """
     world = start(recipe.device)
-    folder = world.share(tempfile.mkdtemp(prefix="deitfast-profile-") if world.is_main else "")
-    try:
-        run, _ = set_up(replace(recipe, out=folder))
-        try:
+    with tempfile.TemporaryDirectory(prefix="deitfast-profile-", ignore_cleanup_errors=True) as folder:
+        with closing(set_up(replace(recipe, out=world.share(folder)))[0]) as run:
             text = _traced(run, out, steps)
-        finally:
-            run.close()
         world.barrier()
-        return text
-    finally:
-        if world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+    return text
 
 
 def _traced(run: Run, out: Path, steps: int) -> str:
@@ -51,11 +43,7 @@ def _traced(run: Run, out: Path, steps: int) -> str:
         activities.append(ProfilerActivity.CUDA)
         by = "self_device_time_total"
     run.model.train()
-    with TrainLoader(
-        run.train_data, run.recipe, image_size=run.model.image_size, micro_batch=run.micro_batch, rank=run.world.rank,
-        world_size=run.world.size, device=run.world.device, stop_step=_WARM_STEPS + steps, say=run.warn,
-        decoder=run.decode,
-    ) as loader:  # fmt: skip
+    with run.loader(_WARM_STEPS + steps) as loader:
         batches = iter(loader)
 
         def go(first: int, count: int) -> float:

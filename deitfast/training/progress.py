@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from deitfast.files import read_json
 
 _BYTES = 128
 
@@ -27,22 +29,19 @@ class Progress:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.now = path, Reached()
+        self.path = path
         self._descriptor = -1
 
     def read(self) -> Reached | None:
         """What the last start left; None where there is nothing readable."""
-        try:
-            found = json.loads(self.path.read_bytes()[:_BYTES])
-            step, saved, running = found["step"], found["saved"], found["running"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-        sound = type(step) is int and (saved is None or type(saved) is int) and type(running) is bool
-        return Reached(step, saved, running) if sound else None
+        found = read_json(self.path)
+        step, saved, running = (found.get(name) for name in ("step", "saved", "running"))
+        if type(step) is int and (saved is None or type(saved) is int) and type(running) is bool:
+            return Reached(step, saved, running)
+        return None
 
     def write(self, reached: Reached) -> None:
-        self.now = reached
-        line = json.dumps({"step": reached.step, "saved": reached.saved, "running": reached.running})
+        line = json.dumps(asdict(reached))
         with contextlib.suppress(OSError):
             if self._descriptor < 0:
                 self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -195,8 +195,10 @@ def _of_run(run: RunRecord, seen: Seen, several: bool) -> Iterator[str]:
     for problem in seen.problems:
         yield f'<p class="small">{_text(problem)}</p>'
     yield "<h3>Settings against the paper</h3>"
-    words = run.recipe.deviations(_train_images(run))
-    yield _list(words) if words else "<p>Every setting is the DeiT paper's.</p>"
+    listed = read_manifest(run.path / IMAGES)
+    words = run.recipe.deviations(None if listed is None else len(listed))
+    items = "".join(f"<li>{_text(word)}</li>" for word in words)
+    yield f"<ul>{items}</ul>" if words else "<p>Every setting is the DeiT paper's.</p>"
     yield "<h3>Run it again</h3>"
     yield f"<pre>{_text(command(run))}</pre>"
     yield "<h3>Environment</h3>"
@@ -211,12 +213,6 @@ def _of_run(run: RunRecord, seen: Seen, several: bool) -> Iterator[str]:
         yield f'<div class="wide">{_table(rows)}</div>'
         if len(newest) < len(run.faults):
             yield f'<p class="small">The last {len(newest)} of {len(run.faults)}; faults.jsonl has all.</p>'
-
-
-def _train_images(run: RunRecord) -> int | None:
-    """How many training images the run's own list has; None where it cannot be read."""
-    listed = read_manifest(run.path / IMAGES)
-    return len(listed) if listed is not None else None
 
 
 def _evaluation(seen: Seen) -> Iterator[str]:
@@ -279,10 +275,6 @@ def _table(rows: Sequence[Sequence[str]], *, head: bool = True, escaped: bool = 
         tag = "th" if head and i == 0 else "td"
         lines.append("<tr>" + "".join(f"<{tag}>{cell if escaped else _text(cell)}</{tag}>" for cell in row) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
-
-
-def _list(words: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_text(word)}</li>" for word in words) + "</ul>"
 
 
 def _data_url(png: bytes) -> str:

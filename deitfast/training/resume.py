@@ -8,17 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from deitfast.data import Dataset
 from deitfast.data.manifest import read_manifest, write_manifest
 from deitfast.engine.optim import learning_rate
-from deitfast.errors import DeitfastError, first_line
+from deitfast.errors import DeitfastError
+from deitfast.files import write_json
 from deitfast.recipe import Recipe, flag
 from deitfast.training import checkpoint
-from deitfast.training.checkpoint import Checkpoint, Retention
-from deitfast.training.environment import environment
-from deitfast.training.progress import Reached
+from deitfast.training.checkpoint import Checkpoint
+from deitfast.training.environment import environment, write_environment
 from deitfast.training.run import IMAGES, Run, choices, introduce
 from deitfast.training.saving import Saver
 from deitfast.training.trackers import Trackers
@@ -64,23 +62,23 @@ def _write_down(run: Run) -> None:
         if run.recipe.allow_changes or read_manifest(images) is None:
             write_manifest(images, run.train_data)
         facts = environment() | {"choices": choices(run), "step": run.engine.description}
-        run.notes += [f"since the last start {change}" for change in folder.write_settings(run.recipe, facts)]
+        write_json(folder.path / "recipe.json", asdict(run.recipe))
+        run.notes += [f"since the last start {change}" for change in write_environment(folder.path / "env.json", facts)]
         folder.resume_metrics(run.step)
     except OSError as error:
         raise DeitfastError(
             f"cannot write the run folder {folder.path}: {error.strerror or error}. Free space, or change --out"
         ) from error
-    saved = run.step or None
-    folder.reached.write(Reached(run.step, saved, running=True))
-    retention = Retention(every=run.recipe.keep_every * run.order.steps_per_epoch)
-    run.saver = Saver(folder.checkpoints, retention, run.say, folder.note, partial(run.fault, "failed save"))
-    run.saver.saved = saved
+    keep_every = run.recipe.keep_every * run.order.steps_per_epoch
+    run.saver = Saver(folder.checkpoints, keep_every, run.say, folder.note, partial(run.faults.add, "failed save"))
+    run.saver.saved = run.step or None
+    run.reached()
 
 
 def _open_trackers(run: Run, names: Sequence[str]) -> None:
     if run.folder and names:
         settings, path = asdict(run.recipe), run.folder.path
-        run.folder.trackers = Trackers(names, path, settings, run.step, say=run.say, fault=run.fault)
+        run.folder.trackers = Trackers(names, path, settings, run.step, say=run.say, fault=run.faults.add)
 
 
 def resume(run: Run) -> None:
@@ -91,7 +89,7 @@ def resume(run: Run) -> None:
     """
     if run.folder:
         run.folder.check_recipe(run.recipe)
-    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.stems)
+    found = _newest(run)
     if found is None:
         _refuse_to_lose(run)
         return
@@ -152,7 +150,7 @@ def roll_back(run: Run, error: Diverged) -> None:
     """
     if run.saver:
         run.saver.join()
-    found = checkpoint.load_newest(_folder(run), _tell_damage(run), stems=run.engine.stems, before=error.since + 1)
+    found = _newest(run, before=error.since + 1)
     told = str(error) if run.folder else ""
     if found is None:
         raise DeitfastError(told and f"{told}. There is no checkpoint of before to go back to")
@@ -161,7 +159,7 @@ def roll_back(run: Run, error: Diverged) -> None:
         run.faults.add("roll-back", error.step, to=run.step)
         run.say(f"{error}. Going back to the checkpoint of step {run.step}; if it comes again, the run ends")
         run.folder.resume_metrics(run.step)
-        run.folder.reached.write(Reached(run.step, run.folder.reached.now.saved, running=True))
+        run.reached()
 
 
 def save(run: Run, watch: Watch, *, wait: bool = False) -> None:
@@ -171,13 +169,6 @@ def save(run: Run, watch: Watch, *, wait: bool = False) -> None:
     disk that of a save.
     """
     tensors = run.engine.tensors()
-    with watch.during(SAVE):
-        _save(run, tensors, wait)
-
-
-def _save(run: Run, tensors: dict[str, dict[str, Tensor]], wait: bool) -> None:
-    if not run.folder or not run.saver:
-        return
     state: dict[str, Any] = {
         "recipe": asdict(run.recipe),
         "classes": list(run.train_data.classes),
@@ -185,9 +176,11 @@ def _save(run: Run, tensors: dict[str, dict[str, Tensor]], wait: bool) -> None:
         "steps_per_epoch": run.order.steps_per_epoch,
         "evaluated": run.evaluated,
     }
-    run.saver.save(run.step, tensors, state)
-    if wait:
-        run.saver.join()
+    with watch.during(SAVE):
+        if run.saver:
+            run.saver.save(run.step, tensors, state)
+            if wait:
+                run.saver.join()
 
 
 def is_saved(run: Run) -> bool:
@@ -195,38 +188,21 @@ def is_saved(run: Run) -> bool:
     return run.saver is None or run.saver.saved == run.step
 
 
-def save_or_tell(run: Run, watch: Watch) -> None:
-    """The last save of a run that is finished. Raises DeitfastError where it failed."""
-    save(run, watch, wait=True)
-    if not is_saved(run):
-        assert run.saver
-        raise DeitfastError(
-            f"the last checkpoint could not be written. The same command goes on from step {run.saver.saved or 0}"
-        )
+def _newest(run: Run, before: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint in the run's folder, of an earlier step than `before`; damaged ones are told."""
 
+    def tell(text: str) -> None:
+        run.say(text)
+        if run.folder:
+            run.faults.add("damaged checkpoint", run.step, what=text)
 
-def record_error(run: Run, error: Exception) -> None:
-    """Note an exception that ends this process, for whoever starts the run again."""
-    run.faults.add("error", run.step, rank=run.world.rank, what=f"{type(error).__name__}: {first_line(error)}"[:500])
-
-
-def _folder(run: Run) -> Path:
-    return Path(run.recipe.out) / "ckpt"
+    return checkpoint.load_newest(Path(run.recipe.out) / "ckpt", tell, stems=run.engine.stems, before=before)
 
 
 def _take_up(run: Run, found: Checkpoint) -> None:
     run.engine.load(found.tensors)
     run.step, run.best, run.resumed_from = found.step, found.state["best"], found.identity
     run.evaluated = found.state.get("evaluated", found.step)
-
-
-def _tell_damage(run: Run) -> Any:
-    def tell(text: str) -> None:
-        run.say(text)
-        if run.folder:
-            run.faults.add("damaged checkpoint", run.step, what=text)
-
-    return tell
 
 
 def _refuse_to_lose(run: Run) -> None:

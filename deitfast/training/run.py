@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deitfast.data import Dataset, Manifest, Order, imagenet_classes, open_dataset
+from deitfast.data import Dataset, Manifest, Order, TrainLoader, imagenet_classes, open_dataset
 from deitfast.data.cores import thread_count
 from deitfast.data.decoder import choose_decoder
 from deitfast.data.manifest import read_manifest
@@ -25,6 +24,7 @@ from deitfast.engine.losses import balancing_weights
 from deitfast.engine.memory import LARGEST_EVALUATED, largest_micro_batch
 from deitfast.engine.teacher import load_teacher
 from deitfast.errors import DeitfastError
+from deitfast.files import read_json
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import model_of
 from deitfast.model.zoo import find_variant
@@ -84,9 +84,17 @@ class Run:
             self.step == self.total_steps or (in_epoch == 0 and epoch % self.recipe.eval_every == 0)
         )
 
+    def loader(self, stop_step: int) -> TrainLoader:
+        """This process's micro-batches of the steps from the present one up to (not including) `stop_step`."""
+        return TrainLoader(
+            self.train_data, self.recipe, image_size=self.model.image_size, micro_batch=self.micro_batch,
+            rank=self.world.rank, world_size=self.world.size, device=self.world.device, start_step=self.step,
+            stop_step=stop_step, say=self.warn, bad_list=Path(self.recipe.out) / "bad.txt", decoder=self.decode,
+        )  # fmt: skip
+
     def reached(self, *, running: bool = True) -> None:
         """Note on disk how far the run is. running: it goes on from here."""
-        if self.folder and self.saver:
+        if self.folder and self.saver:  # the run has begun
             self.saver.poll()
             self.folder.reached.write(Reached(self.step, self.saver.saved, running))
 
@@ -99,14 +107,9 @@ class Run:
                 self.saver.join()
         finally:
             self.engine.close()
-            if self.folder and self.saver:  # it had begun
-                self.folder.reached.write(replace(self.folder.reached.now, running=self.died))
+            self.reached(running=self.died)
             if self.folder:
                 self.folder.close()
-
-    def fault(self, kind: str, step: int, what: str) -> None:
-        """Note a fault that this process has met."""
-        self.faults.add(kind, step, process=self.world.rank, what=what)
 
     def say(self, text: str) -> None:
         """One line from the leading process."""
@@ -149,7 +152,7 @@ def set_up(
     if recipe.distillation != "none":
         teacher = world.agree(lambda: load_teacher(recipe, data.classes, world.device, model.image_size))
     teacher_bytes = teacher.image_bytes() if teacher else 0
-    before = world.share(world.agree(lambda: choices_before(recipe, world.device) if world.is_main else {}))
+    before = world.lead(lambda: choices_before(recipe, world.device))
     micro_batch, accumulation = fit(recipe, world, model, bf16, teacher_bytes, before)
     kernels = trust_kernels(recipe, world, model, micro_batch, bf16, before, notes.append)
     if not kernels.all_ours:  # eager PyTorch keeps more for the backward
@@ -157,14 +160,9 @@ def set_up(
     drop_path = world.agree(lambda: DropPath(model, recipe, micro_batch))
     threads = thread_count(recipe.workers)
     wanted = before.get("decode", "auto") if recipe.decode == "auto" else recipe.decode
-    decode = world.agree(
-        lambda: (
-            choose_decoder(wanted, train_data, model.image_size, world.device, threads, notes.append)
-            if world.is_main
-            else ""
-        )
+    decode = world.lead(  # the pixels of the two differ a little: the same everywhere
+        lambda: choose_decoder(wanted, train_data, model.image_size, world.device, threads, notes.append)
     )
-    decode = world.share(decode)  # the pixels of the two differ a little: the same everywhere
     classes = list(data.classes)
     how = trust_capture(recipe, world, model, classes, micro_batch, accumulation, bf16, kernels, notes.append)
     if teacher:
@@ -193,7 +191,7 @@ def set_up(
         folder=world.agree(lambda: RunFolder(recipe.out, quiet=quiet) if world.is_main else None),
         notes=notes,
         kernels=kernels,
-        faults=FaultLog(Path(recipe.out) / "faults.jsonl"),
+        faults=FaultLog(Path(recipe.out) / "faults.jsonl", process=world.rank),
     )
     if stage and world.local_rank == 0:
         run.stage = Stage([train_data, val_data], run.warn)
@@ -240,13 +238,11 @@ def choices_before(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     Raises DeitfastError for another device that nobody asked for: a driver that lost its GPUs must not bring a run to
     the CPU, nor to another dtype, on its own.
     """
-    try:
-        recorded = json.loads((Path(recipe.out) / "env.json").read_bytes())["choices"]
-        sound = type(recorded["micro_batch"]) is int and recorded["decode"] in ("cpu", "gpu")
-        kind = str(recorded["device"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    recorded = read_json(Path(recipe.out) / "env.json").get("choices")
+    if not isinstance(recorded, dict) or recipe.allow_changes:
         return {}
-    if not sound or recipe.allow_changes:
+    kind = recorded.get("device")
+    if not kind or type(recorded.get("micro_batch")) is not int or recorded.get("decode") not in ("cpu", "gpu"):
         return {}
     if kind != device.type and recipe.device == "auto":
         raise DeitfastError(

@@ -11,15 +11,12 @@ import shutil
 import socket
 import sys
 import time
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from deitfast.errors import DeitfastError
-from deitfast.files import write_atomically
+from deitfast.files import read_json_lines, write_atomically
 from deitfast.recipe import Recipe
-from deitfast.training.environment import write_environment
 from deitfast.training.progress import Progress
 from deitfast.training.trackers import Trackers
 
@@ -50,6 +47,7 @@ class RunFolder:
         quiet: what is said goes to log.txt alone.
         """
         self.path, self.quiet = Path(path), quiet
+        self.checkpoints = self.path / "ckpt"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = open(self.path / ".lock", "a+")  # noqa: SIM115 (held until close)
@@ -63,10 +61,6 @@ class RunFolder:
         self.trackers: Trackers | None = None  # that get every line of metrics.jsonl, too
         self._metrics: IO[str] | None = None
         self._last_progress = 0.0
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "ckpt"
 
     def close(self) -> None:
         if self.trackers:
@@ -95,28 +89,21 @@ class RunFolder:
                 "Change --out, or give --allow-changes"
             )
 
-    def write_settings(self, recipe: Recipe, environment: dict[str, Any]) -> list[str]:
-        """Write recipe.json and env.json; how the environment differs from the last start's, in words."""
-        write_atomically(self.path / "recipe.json", partial(_write_json, asdict(recipe)))
-        return write_environment(self.path / "env.json", environment)
-
     def resume_metrics(self, step: int) -> None:
         """Open metrics.jsonl for appending, without lines of steps after `step`: those will be computed again."""
         path = self.path / "metrics.jsonl"
         if self._metrics:
             self._metrics.close()
         if path.exists():
-            kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
-            write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(line + b"\n" for line in kept)))
+            kept = [json.dumps(line) + "\n" for line in measured(self.path) if line["step"] <= step]
+            write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
         self._metrics = open(path, "a")  # noqa: SIM115 (held until close)
 
     def steps_measured(self) -> int:
         """The last step of metrics.jsonl; 0 where there is none."""
-        try:
-            steps = [_step_of(line) for line in (self.path / "metrics.jsonl").read_bytes().splitlines()]
-        except OSError:
-            return 0
-        return int(max((step for step in steps if step != float("inf")), default=0))
+        with contextlib.suppress(OSError):
+            return max((line["step"] for line in measured(self.path)), default=0)
+        return 0
 
     def say(self, text: str) -> None:
         """One line to stdout and, with the time, to log.txt."""
@@ -135,13 +122,13 @@ class RunFolder:
         if self.trackers:
             self.trackers.send(values)
 
-    def progress(self, text: str, *, last: bool = False) -> None:
+    def progress(self, text: str) -> None:
         """The progress line: in place on a terminal; elsewhere a plain line at most every ten seconds."""
         now = time.monotonic()
         if sys.stdout.isatty() and not self.quiet:
             _print(f"\r\x1b[2K{fitted(text, shutil.get_terminal_size().columns)}")
             self._last_progress = now
-        elif last or now - self._last_progress >= _PLAIN_INTERVAL_S:
+        elif now - self._last_progress >= _PLAIN_INTERVAL_S:
             self._last_progress = now
             self.say(text)
 
@@ -163,6 +150,11 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's metrics.jsonl, each with its `step`."""
+    return [line for line in read_json_lines(folder / "metrics.jsonl") if type(line.get("step")) is int]
 
 
 def fitted(line: str, columns: int) -> str:
@@ -194,15 +186,3 @@ def _print(text: str) -> None:
         print(text, end="", flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for good)
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")  # a line cut off by a crash
-    return step if isinstance(step, (int, float)) else float("inf")

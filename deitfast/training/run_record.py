@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from deitfast.errors import DeitfastError
+from deitfast.files import read_json
 from deitfast.recipe import Recipe
 from deitfast.training.faults import FaultLog
 from deitfast.training.progress import Progress, Reached
+from deitfast.training.run_folder import measured
 
 _LOG_TIME = "%Y-%m-%d %H:%M:%S"
 
@@ -89,12 +92,12 @@ def read_run(path: Path) -> RunRecord:
         recipe = Recipe(**{f.name: stated[f.name] for f in fields(Recipe) if f.name in stated})
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DeitfastError(f"{path} is no run folder: recipe.json cannot be read ({error}). Give runs/NAME") from error
-    lines = _json_lines(path / "metrics.jsonl")
+    lines = measured(path)
     return RunRecord(
         path,
         path.resolve().name,
         recipe,
-        _environment(path / "env.json"),
+        read_json(path / "env.json"),
         _each_step_once([line for line in lines if "images_per_second" in line]),
         _each_step_once([line for line in lines if "top1" in line]),
         FaultLog(path / "faults.jsonl").entries(),
@@ -103,35 +106,13 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects with a step in a file of one a line; a line that a crash cut off is left out."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict) and type(value.get("step")) is int:
-            found.append(value)
-    return found
-
-
 def _each_step_once(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
-
-
-def _environment(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
 
 
 def _log(path: Path) -> list[tuple[datetime, str]]:
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             found.append((datetime.strptime(line[:19], _LOG_TIME), line[20:]))
-        except ValueError:
-            continue
     return found

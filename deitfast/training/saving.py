@@ -7,9 +7,9 @@ is told, and training goes on: the next save tries again. Only a run that could 
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deitfast.errors import DeitfastError, first_line
 from deitfast.training import checkpoint
-from deitfast.training.checkpoint import Checkpoint, Retention
+from deitfast.training.checkpoint import Checkpoint
 
 GIVE_UP_S = 3600.0
 """Seconds without one successful save after which a run stops rather than train on for nothing."""
@@ -30,22 +30,23 @@ _RETRY_S = 60.0
 class Saver:
     """Writes the checkpoints of a run, one at a time. To be used from one thread.
 
-    say: gets a line a failure. note: gets a line a checkpoint, for the log. failed: gets step and reason of a failure.
-    stall: seconds that training waited for saves; saved: step of the last that is on disk, or None.
+    keep_every: of `checkpoint.save`. say: gets a line a failure. note: gets a line a checkpoint, for the log. failed:
+    gets step and reason of a failure. stall: seconds that training waited for saves; saved: step of the last that is on
+    disk, or None.
     """
 
     def __init__(
-        self, folder: Path, retention: Retention, say: Callable[[str], None], note: Callable[[str], None],
+        self, folder: Path, keep_every: int, say: Callable[[str], None], note: Callable[[str], None],
         failed: Callable[[int, str], None],
     ) -> None:  # fmt: skip
-        self.folder, self.retention = folder, retention
+        self.folder, self.keep_every = folder, keep_every
         self.say, self.note, self.failed = say, note, failed
         self.stall = 0.0
         self.saved: int | None = None
         self.failing = False
         self._last_success = self._last_try = time.monotonic()
-        self._thread: threading.Thread | None = None
-        self._outcome: tuple[int, float, Exception | None] | None = None  # step, seconds, error
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: tuple[int, Future[float]] | None = None  # step, and the seconds that its write will have taken
 
     def due(self, seconds: float) -> bool:
         """Whether the last save that succeeded is older than `seconds`, and the last try not of this minute."""
@@ -58,28 +59,26 @@ class Saver:
         self.join()
         copied = Checkpoint(step, {stem: _copies(named) for stem, named in tensors.items()}, state)
         self._last_try = time.monotonic()
-        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._writing = step, self._thread.submit(self._write, copied)
         stall = time.monotonic() - began
         self.stall += stall
         self.note(f"checkpoint of step {step}: training waited {stall:.3f} s for its copy")
 
     def join(self) -> None:
         """Wait for the write under way and tell how it went. Raises DeitfastError where none succeeded for long."""
-        if self._thread is None:
+        if self._writing is None:
             return
-        self._thread.join()
-        self._thread = None
-        assert self._outcome is not None
-        step, seconds, error = self._outcome
-        if error is None:
+        (step, writing), self._writing = self._writing, None
+        try:
+            seconds = writing.result()
+        except (OSError, SafetensorError) as error:
+            self._tell_failure(step, first_line(error))
+        else:
             self.saved, self.failing, self._last_success = step, False, time.monotonic()
             self.note(f"checkpoint of step {step}: written in {seconds:.2f} s")
-            return
-        if not isinstance(error, (OSError, SafetensorError)):
-            raise error
+
+    def _tell_failure(self, step: int, reason: str) -> None:
         self.failing = True
-        reason = first_line(error)
         self.failed(step, reason)
         free = _free(self.folder)
         for_long = time.monotonic() - self._last_success
@@ -95,17 +94,13 @@ class Saver:
 
     def poll(self) -> None:
         """`join`, if that takes no time."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._writing is not None and self._writing[1].done():
             self.join()
 
-    def _write(self, copied: Checkpoint) -> None:
+    def _write(self, copied: Checkpoint) -> float:
         began = time.monotonic()
-        error: Exception | None = None
-        try:
-            checkpoint.save(self.folder, copied, self.retention)
-        except Exception as raised:  # told by `join`, in the thread that trains
-            error = raised
-        self._outcome = copied.step, time.monotonic() - began, error
+        checkpoint.save(self.folder, copied, self.keep_every)
+        return time.monotonic() - began
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

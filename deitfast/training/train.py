@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,18 +11,17 @@ from typing import NoReturn
 
 import torch
 
-from deitfast.board import board
 from deitfast.data import TooManyBadFiles, TrainLoader
-from deitfast.distributed import start
+from deitfast.distributed import board, start
 from deitfast.engine.engine import UNCAPTURED_STEPS
 from deitfast.engine.optim import learning_rate
-from deitfast.errors import EXIT_INTERRUPTED, DeitfastError, HopelessError
+from deitfast.errors import EXIT_INTERRUPTED, DeitfastError, HopelessError, first_line
 from deitfast.guard import restarts_left, trains
 from deitfast.recipe import Recipe
 from deitfast.training.evaluation import Result, evaluate_both, record
 from deitfast.training.interrupt import Agreement, StopRequest
 from deitfast.training.meter import Meter
-from deitfast.training.resume import Diverged, begin, is_saved, record_error, roll_back, save, save_or_tell
+from deitfast.training.resume import Diverged, begin, is_saved, roll_back, save
 from deitfast.training.run import Run, set_up
 from deitfast.training.run_folder import duration
 from deitfast.training.watch import Watch
@@ -57,7 +55,7 @@ def train(
                 conclude(run, result)
         except Exception as error:
             if not isinstance(error, DeitfastError):  # a crash, of which the next start is told
-                record_error(run, error)
+                run.faults.add("error", run.step, f"{type(error).__name__}: {first_line(error)}"[:500])
                 run.died = True
             raise
         finally:
@@ -81,24 +79,11 @@ def _until_done(run: Run, stop: StopRequest, stop_at: int | None, eval_images: i
 
 
 def _with_loader(run: Run, stop: StopRequest, stop_at: int | None, eval_images: int | None) -> Result | None:
-    with TrainLoader(
-        run.train_data,
-        run.recipe,
-        image_size=run.model.image_size,
-        micro_batch=run.micro_batch,
-        rank=run.world.rank,
-        world_size=run.world.size,
-        device=run.world.device,
-        start_step=run.step,
-        stop_step=run.total_steps,
-        say=run.warn,
-        bad_list=Path(run.recipe.out) / "bad.txt",
-        decoder=run.decode,
-    ) as loader:
+    with run.loader(run.total_steps) as loader:
         loader.count_waits_unless(run.engine.busy)
         watch = Watch(
             board(), run.world.rank, run.world.size, run.step, patience=run.recipe.patience,
-            restarts=restarts_left() > 0, say=run.say, fault=run.fault,
+            restarts=restarts_left() > 0, say=run.say, fault=run.faults.add,
         )  # fmt: skip
         try:
             return loop(run, loader, stop, watch, stop_at, eval_images)
@@ -151,7 +136,7 @@ def loop(
             result = pause_to_evaluate(run, meter, watch, agreement, eval_images)
         # No save of steps that were all skipped: it would push out the one to which a run that diverges goes back.
         if stopping or ((epoch_ended or meter.save_due) and not meter.all_skipped):
-            pause_to_save(run, watch, wait=stopping)
+            pause_to_save(run, watch, last=stopping)
         meter.resume()
     return result
 
@@ -173,8 +158,14 @@ def pause_to_evaluate(run: Run, meter: Meter, watch: Watch, agreement: Agreement
     return result
 
 
-def pause_to_save(run: Run, watch: Watch, *, wait: bool = False) -> None:
-    save_or_tell(run, watch) if wait else save(run, watch)
+def pause_to_save(run: Run, watch: Watch, *, last: bool = False) -> None:
+    """last: the run is finished; raises DeitfastError where its state is not on the disk then."""
+    save(run, watch, wait=last)
+    if last and not is_saved(run):
+        assert run.saver
+        raise DeitfastError(
+            f"the last checkpoint could not be written. The same command goes on from step {run.saver.saved or 0}"
+        )
     run.reached()
 
 
@@ -222,10 +213,9 @@ def smoke(recipe: Recipe) -> Result:
     """
     world = start(recipe.device)
     begun = time.monotonic()
-    out = world.share(tempfile.mkdtemp(prefix="deitfast-smoke-") if world.is_main else "")
     batch = 4 * world.size
     small = replace(
-        recipe, out=out, epochs=1, warmup_epochs=0.0, batch=batch, mix_group=min(recipe.mix_group, batch // world.size),
+        recipe, epochs=1, warmup_epochs=0.0, batch=batch, mix_group=min(recipe.mix_group, batch // world.size),
         micro_batch=0, log_every=1,
     )  # fmt: skip
     depth = 2 if world.device.type == "cpu" and not recipe.init else None
@@ -237,19 +227,17 @@ def smoke(recipe: Recipe) -> Result:
     last = 2 * saved_at - 1
     if world.is_main:
         print(f"smoke test of {what}: {last} steps, a checkpoint, an evaluation", flush=True)
-    try:
+    with tempfile.TemporaryDirectory(prefix="deitfast-smoke-", ignore_cleanup_errors=True) as folder:
+        small = replace(small, out=world.share(folder))
         train(small, stop_at=saved_at, depth=depth, quiet=True)
         result = train(small, stop_at=last, eval_images=16, depth=depth, quiet=True)
         assert result is not None
-        world.barrier()  # not in `finally`: after an error the others would wait there
-        if world.is_main:
-            print(
-                f"smoke test passed: {what}, {duration(time.monotonic() - begun)}\n"
-                f"  {result.step} steps ran with a finite loss: {result.engine}\n"
-                f"  the run was saved after step {saved_at} and resumed from its checkpoint\n"
-                f"  {result.raw.images} images were evaluated"
-            )
-        return result
-    finally:
-        if world.is_main:
-            shutil.rmtree(out, ignore_errors=True)
+        world.barrier()
+    if world.is_main:
+        print(
+            f"smoke test passed: {what}, {duration(time.monotonic() - begun)}\n"
+            f"  {result.step} steps ran with a finite loss: {result.engine}\n"
+            f"  the run was saved after step {saved_at} and resumed from its checkpoint\n"
+            f"  {result.raw.images} images were evaluated"
+        )
+    return result

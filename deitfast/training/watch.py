@@ -20,7 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from deitfast.board import Board
+from torch.distributed import Store
+
+from deitfast.distributed import posted
 from deitfast.guard import leave_now
 
 T = TypeVar("T")
@@ -45,11 +47,11 @@ class Watch:
     """
 
     def __init__(
-        self, board: Board | None, rank: int, size: int, step: int, *, patience: float, restarts: bool,
+        self, board: Store | None, rank: int, size: int, step: int, *, patience: float, restarts: bool,
         say: Callable[[str], None], fault: Callable[[str, int, str], None], tell_after: float = TELL_AFTER_S,
         leave: Callable[[int], None] = leave_now,
     ) -> None:  # fmt: skip
-        self.board = board.another() if board else None
+        self.board = board.clone() if board else None  # type: ignore[attr-defined]  # torch's stubs lack it
         self.rank, self.size, self.patience, self.restarts = rank, size, patience, restarts
         self.say, self.fault, self.tell_after, self.leave = say, fault, tell_after, leave
         self.step, self.doing = step, "the first step"
@@ -104,7 +106,7 @@ class Watch:
             silent = time.monotonic() - self._alive
             if self.board:
                 with suppress(RuntimeError):  # the store went with the leading process
-                    self.board.post(f"beat/{self.rank}", f"{time.time():.0f} {self.step} {_PLACE} {self.doing}")
+                    self.board.set(f"beat/{self.rank}", f"{time.time():.0f} {self.step} {_PLACE} {self.doing}")
             if silent < max(self.tell_after, _UNUSUAL * (self._slowest or 0.0)):
                 self._told = 0.0
             elif self.rank == 0 and silent > 2 * self._told:
@@ -134,9 +136,8 @@ class Watch:
         """What the other processes have last posted."""
         beats = {}
         with suppress(RuntimeError):
-            for rank in range(self.size if self.board else 0):
-                text = self.board.read(f"beat/{rank}") if self.board and rank != self.rank else None
-                if text:
+            for rank in range(self.size):
+                if rank != self.rank and (text := posted(self.board, f"beat/{rank}")):
                     when, step, place, doing = text.split(" ", 3)
                     beats[rank] = _Beat(time.time() - float(when), int(step), place, doing)
         return beats

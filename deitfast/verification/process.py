@@ -14,19 +14,15 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
-READY = {"ready": True}
 PATIENCE_S = 300.0
 """Seconds to wait for one answer: kernels may have to be compiled for it."""
 
 
 class ProcessEnded(Exception):
-    """The process ended, or was silent for too long, before it was done. ready: whether its work had begun."""
-
-    def __init__(self, why: str, ready: bool) -> None:
-        super().__init__(why)
-        self.ready = ready
+    """The process ended, or was silent for too long, before it was done."""
 
 
 def answers(module: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -38,33 +34,21 @@ def answers(module: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         lines: queue.Queue[str | None] = queue.Queue()
         reader = threading.Thread(target=_read, args=(child, lines), daemon=True)
         reader.start()
-        ready = False
         try:
-            child.stdin.write(json.dumps(job) + "\n")
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended, and how is told below
+                child.stdin.write(json.dumps(job) + "\n")
+                child.stdin.close()
             while (line := lines.get(timeout=PATIENCE_S)) is not None:
-                answer = json.loads(line)
-                if answer == READY:
-                    ready = True
-                else:
-                    yield answer
+                yield json.loads(line)
             if child.wait() != 0:
                 errors.seek(0)
-                raise ProcessEnded(_reason(child.returncode, errors.read()), ready)
+                raise ProcessEnded(_reason(child.returncode, errors.read()))
         except queue.Empty:
-            raise ProcessEnded(f"no answer in {PATIENCE_S:.0f} s", ready) from None
-        except BrokenPipeError:
-            errors.seek(0)
-            raise ProcessEnded(_reason(child.wait(), errors.read()), ready) from None
+            raise ProcessEnded(f"no answer in {PATIENCE_S:.0f} s") from None
         finally:
             child.kill()
             child.wait()
             reader.join()
-
-
-def here(module: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """`answers` in this process."""
-    yield from (answer for answer in importlib.import_module(module).work(job) if answer != READY)
 
 
 _tells = False

@@ -6,13 +6,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deitfast.files import cache_folder, write_atomically
+from deitfast.files import cache_folder, read_json, write_json
 from deitfast.integrity import hash_of_all
 from deitfast.kernels.replaced import OURS
 from deitfast.kernels.tunable import Pick, entry_of
@@ -126,24 +127,18 @@ def remembered(key: dict[str, Any], find: Callable[[], dict[str, Any]], keeps: C
 
 def recall(key: dict[str, Any]) -> Any:
     """What the cache has for this key; None where it has nothing or cannot be read."""
-    text = json.dumps(key, sort_keys=True)
-    try:
-        kept = json.loads(_path(text).read_text())
-        return kept["found"] if kept["key"] == json.loads(text) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    kept = read_json(_path(key))
+    return kept.get("found") if kept.get("key") == json.loads(json.dumps(key)) else None
 
 
 def keep(key: dict[str, Any], found: dict[str, Any]) -> None:
     """Put it into the cache; one that cannot be written is none."""
-    path = _path(json.dumps(key, sort_keys=True))
-    try:
+    path = _path(key)
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"key": key, "found": found}, indent=1)
-        write_atomically(path, lambda temporary: temporary.write_text(content + "\n"))
-    except OSError:
-        pass
+        write_json(path, {"key": key, "found": found})
 
 
-def _path(text: str) -> Path:
+def _path(key: dict[str, Any]) -> Path:
+    text = json.dumps(key, sort_keys=True)
     return cache_folder("verified") / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"

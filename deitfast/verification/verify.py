@@ -27,7 +27,7 @@ from deitfast.precision import sum_in_fp32
 from deitfast.verification import process
 from deitfast.verification.check import check
 from deitfast.verification.choice import Offers
-from deitfast.verification.process import READY, ProcessEnded
+from deitfast.verification.process import ProcessEnded
 from deitfast.verification.verdict import (
     OTHER_ENTRIES,
     REPORT,
@@ -48,30 +48,19 @@ OPS = {**catalogue.OPS, **GRADIENT_FREE}
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be verified. The sizes are those of `Shape`; dtype: torch's name of one.
+    """What is to be verified. dtype: torch's name of one.
 
     backward: also gradients. timed: also which form is the fastest. without: optional tensors that are not given.
     subset: samples for which a branch runs, where drop-path skips the others' compute.
     """
 
     ops: tuple[str, ...]
-    width: int
-    heads: int
-    tokens: int
-    batch: int
+    shape: Shape
     dtype: str
-    prefix: int = 1
-    patch_size: int = 16
-    classes: int = 1000
     backward: bool = True
     without: tuple[str, ...] = ()
     subset: int = 0
     timed: bool = True
-
-    def shape(self) -> Shape:
-        return Shape(
-            self.width, self.heads, self.tokens, self.batch, self.prefix, self.patch_size, self.classes
-        )  # fmt: skip
 
 
 def verify(question: Question, device: torch.device, say: Callable[[str], None]) -> Verdict:
@@ -133,14 +122,14 @@ def ask(
     verdict, left, barred, end_of_search = Verdict(), list(question.ops), list[str](), time.monotonic() + 60 * minutes
     while left:
         under_way, tries, why, before = "", "", "it ended without an answer", len(left)
-        settled = {name: entry for op in verdict.ops for name, entry in op.launches.items()}
-        job: dict[str, Any] = {
+        job = {
             "question": asdict(question) | {"ops": list(left)},
             "device": str(device),
-            "settled": settled,
+            "settled": {name: entry for op in verdict.ops for name, entry in op.launches.items()},
+            "known": known,
+            "barred": list(barred),
+            "search_s": max(1.0, end_of_search - time.monotonic()) if minutes else 0.0,
         }
-        job |= {"known": known, "barred": list(barred)}
-        job["search_s"] = max(1.0, end_of_search - time.monotonic()) if minutes else 0.0
         try:
             for answer in process.answers(__name__, job):
                 if "begins" in answer:
@@ -169,11 +158,11 @@ def ask(
 def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What `ask` has done in another process."""
     question, device = Question(**job["question"]), torch.device(job["device"])
+    shape = Shape(**job["question"]["shape"])
     settled, known = ({name: entry_of(x) for name, x in job[part].items()} for part in ("settled", "known"))
     deadline = time.monotonic() + job["search_s"]
     torch.zeros(1, device=device)
     sum_in_fp32()
-    yield READY
     for name in question.ops:
         yield {"begins": name}
         offers = Offers(
@@ -181,7 +170,7 @@ def work(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             searched=job["search_s"] > 0, deadline=deadline if job["search_s"] else math.inf,
         )  # fmt: skip
         found = check(
-            OPS[name], question.shape(), getattr(torch, question.dtype), device, int.from_bytes(os.urandom(3)),
+            OPS[name], shape, getattr(torch, question.dtype), device, int.from_bytes(os.urandom(3)),
             question.timed, offers,
             backward=question.backward, without=frozenset(question.without), subset=question.subset,
         )  # fmt: skip

@@ -137,13 +137,13 @@ def test_an_entry_that_ends_its_process_is_left_out_and_its_op_keeps_its_kernels
             yield {"tries": ""}
             if "the last entry" not in job["barred"]:
                 yield {"tries": "the last entry"}
-                raise ProcessEnded("its process ended with signal 11", ready=True)
+                raise ProcessEnded("its process ended with signal 11")
             yield {"says": f"{op} is done"}
             yield asdict(OpVerdict(op, launches={SELECTION: recorded(OWN)} if op == "a" else {}))
 
     monkeypatch.setattr(process, "answers", answers)
     said: list[str] = []
-    question = Question(("a", "b"), width=64, heads=1, tokens=17, batch=8, dtype="float32")
+    question = Question(("a", "b"), Shape(width=64, heads=1, tokens=17, batch=8), "float32")
     found = ask(question, torch.device("cpu"), said.append, known={})
     assert found.forms == {"a": OURS, "b": OURS}
     assert [job["barred"] for job in jobs] == [[], ["the last entry"]]

@@ -13,13 +13,14 @@ import torch
 
 from deitfast.errors import DeitfastError
 from deitfast.kernels import replaced
+from deitfast.kernels.catalogue import Shape
 from deitfast.kernels.replaced import EAGER, OURS
 from deitfast.verification import process, verdict
 from deitfast.verification.process import ProcessEnded, answers
 from deitfast.verification.verdict import OpVerdict, Verdict, remembered
 from deitfast.verification.verify import Question, adopt, ask, told
 
-QUESTION = Question(("a", "b", "c"), width=64, heads=1, tokens=17, batch=8, dtype="float32")
+QUESTION = Question(("a", "b", "c"), Shape(width=64, heads=1, tokens=17, batch=8), "float32")
 ENDINGS = "tests.verification.endings"
 CPU = torch.device("cpu")
 
@@ -38,19 +39,17 @@ def test_a_process_answers_and_what_libraries_print_is_no_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "why", "ready"),
+    ("end", "why", "answered"),
     [
-        ("before it is ready", "exit status 1: no CUDA-capable device is detected", False),
-        ("killed", "signal 6", True),
+        ("at once", "exit status 1: no CUDA-capable device is detected", []),
+        ("killed", "signal 6", [{"answer": "killed"}]),
     ],
 )
-def test_a_process_that_ends_says_how(end: str, why: str, ready: bool) -> None:
+def test_a_process_that_ends_says_how(end: str, why: str, answered: list[dict[str, str]]) -> None:
     found = answers(ENDINGS, {"end": end})
-    if ready:
-        assert next(found) == {"answer": end}
-    with pytest.raises(ProcessEnded, match=why) as ended:
+    assert [next(found) for _ in answered] == answered
+    with pytest.raises(ProcessEnded, match=why):
         next(found)
-    assert ended.value.ready == ready
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +70,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, ends: dict[str, str]) -> list[list
         for op in ops:
             yield {"begins": op}
             if op in ends:
-                raise ProcessEnded(ends[op], ready=True)
+                raise ProcessEnded(ends[op])
             yield asdict(OpVerdict(op))
 
     monkeypatch.setattr(process, "answers", answers)
@@ -92,7 +91,7 @@ def test_a_machine_on_which_no_process_begins_is_unverified_and_keeps_its_kernel
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def answers(module: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        raise ProcessEnded("its process ended with exit status 1: exclusive mode", ready=False)
+        raise ProcessEnded("its process ended with exit status 1: exclusive mode")
         yield {}
 
     monkeypatch.setattr(process, "answers", answers)
