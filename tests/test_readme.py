@@ -112,8 +112,7 @@ def check(words: list[str]) -> None:
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         parse_flags(load_recipe(Path(words[at]).stem), words[at + 1 :])
     elif words[0] == "deitfast":
-        parser, _ = command_parser()
-        known, unknown = parser.parse_known_args(words[1:])
+        known, unknown = command_parser().parse_known_args(words[1:])
         if known.command == "train":
             parse_flags(load_recipe(known.recipe), [w for w in unknown if w != "--help"])
         elif unknown:

@@ -1,4 +1,4 @@
-"""The `deitfast` command: `main` dispatches, `train`, `data`, `doctor` and `model` hold its sub-commands.
+"""The `deitfast` command: `main` dispatches, `train`, `data`, `runs` and `model` hold its sub-commands.
 
 Nothing heavy is imported before a sub-command needs it.
 """

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deitfast.cli.recipes import load_recipe
-from deitfast.errors import DeitfastError, did_you_mean, unknown_argument
+from deitfast.errors import DeitfastError
 
 if TYPE_CHECKING:
     from deitfast.data import Manifest
@@ -21,13 +20,10 @@ _FOUND_SOMETHING = 1
 
 def add_data(commands: argparse._SubParsersAction) -> None:
     """Add `data` with its commands prepare, check and show."""
-    parser = commands.add_parser("data", help="prepare, check or show a set of images", allow_abbrev=False)
-    parser.set_defaults(run=lambda args, unknown: parser.print_help())
+    parser = commands.add_parser("data", help="prepare, check or show a set of images")
     inner = parser.add_subparsers(dest="data_command", metavar="COMMAND")
 
-    prepare = inner.add_parser(
-        "prepare", help="write tar shards and a manifest, so that later starts need no scan", allow_abbrev=False
-    )
+    prepare = inner.add_parser("prepare", help="write tar shards and a manifest, so that later starts need no scan")
     prepare.add_argument("source", help="folder as for training: class folders, tar shards or TFRecords")
     prepare.add_argument("out", type=Path, help="new folder; the same command goes on where it stopped")
     prepare.add_argument(
@@ -36,43 +32,29 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     prepare.add_argument("--quality", type=int, default=95, help="quality of JPEGs that are reduced [95]")
     prepare.add_argument("--per-shard", type=int, default=1000, help="images a shard [1000]")
     prepare.add_argument("--workers", type=int, default=0, help="processes; 0: one a core [0]")
-    prepare.set_defaults(run=_strict(prepare, _prepare))
+    prepare.set_defaults(run=_prepare)
 
     check = inner.add_parser(
         "check", help="report damaged, tiny, huge, duplicate and misnamed images; exit 1 if any is damaged",
-        allow_abbrev=False,
     )  # fmt: skip
     check.add_argument("data", help="folder as for training")
     check.add_argument("--tiny", type=int, default=32, help="report sides below so many pixels [32]")
     check.add_argument("--huge", type=float, default=25.0, help="report areas above so many million pixels [25]")
     check.add_argument("--json", action="store_true", help="print JSON with every name")
-    check.set_defaults(run=_strict(check, _check))
+    check.set_defaults(run=_check)
 
     show = inner.add_parser(
         "show", help="a picture of what training sees, with each view's operations; takes a recipe's flags, too",
-        allow_abbrev=False,
     )  # fmt: skip
     show.add_argument("--recipe", help="a recipe's file, or a shipped one's name; without it the paper's settings")
     show.add_argument("--epoch", type=int, default=0, help="epoch, counted from 0 [0]")
     show.add_argument("--count", type=int, default=32, help="views [32]")
     show.add_argument("--mixed", action="store_true", help="after erasing and mixing, too")
     show.add_argument("--out", dest="sheet", type=Path, default=Path("views.png"), help="PNG [views.png]")
-    show.set_defaults(run=_show)
+    show.set_defaults(run=_show, passes_on=True)
 
 
-def _strict(parser: argparse.ArgumentParser, action: Callable[[Any], None]) -> Callable[[Any, list[str]], None]:
-    """`action` for a command that takes no flags but its own."""
-
-    def run(args: argparse.Namespace, unknown: list[str]) -> None:
-        if unknown:
-            flags = [s for known in parser._actions for s in known.option_strings]
-            raise unknown_argument(unknown[0], flags)
-        action(args)
-
-    return run
-
-
-def _prepare(args: argparse.Namespace) -> None:
+def _prepare(args: argparse.Namespace, _: list[str]) -> None:
     from deitfast.data import open_dataset
     from deitfast.data.prepare import Settings, prepare_shards
 
@@ -86,7 +68,7 @@ def _prepare(args: argparse.Namespace) -> None:
     )
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, _: list[str]) -> None:
     from deitfast.data import open_dataset
     from deitfast.data.check import check_dataset
 
@@ -106,14 +88,11 @@ def _show(args: argparse.Namespace, flags: list[str]) -> None:
     recipe.check()
     from deitfast.data import open_dataset
     from deitfast.data.show import contact_sheet
-    from deitfast.model.zoo import VARIANTS
+    from deitfast.model.zoo import find_variant
 
     train = open_dataset(recipe.data, split="train").train
     assert train is not None
-    variant = VARIANTS.get(recipe.model)
-    if variant is None and not recipe.image_size:
-        raise DeitfastError(f"model {recipe.model!r} unknown.{did_you_mean(recipe.model, VARIANTS)}")
-    size = recipe.image_size or (variant.image_size if variant else 0)
+    size = recipe.image_size or find_variant(recipe.model).image_size
     recipe = _fitting(recipe, train)
     sheet = contact_sheet(train, recipe, size, args.epoch, args.count, args.mixed)
     try:

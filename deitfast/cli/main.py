@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deitfast.cli.data import add_data
-from deitfast.cli.doctor import add_doctor
-from deitfast.cli.estimate import add_estimate
 from deitfast.cli.model import add_use
-from deitfast.cli.report import add_report
+from deitfast.cli.runs import add_runs
 from deitfast.cli.train import add_train
 from deitfast.errors import DeitfastError, unknown_argument
 from deitfast.guard import guarded
 
 
 class _Parser(argparse.ArgumentParser):
+    """Of every command: knows whole flags alone, raises DeitfastError, and does nothing but help until told otherwise.
+
+    passes_on: set to True by a command that takes the flags that it does not know to a recipe.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+        self.set_defaults(parser=self, run=lambda args, unknown: self.print_help(), passes_on=False)
+
     def error(self, message: str) -> NoReturn:
         raise DeitfastError(f"{message}. `{self.prog} --help` lists what there is")
 
@@ -26,28 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     guarded(lambda: _dispatch(arguments))
 
 
-def command_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
-    """The parser of every command, and the commands by name in its `choices`."""
-    parser = _Parser(prog="deitfast", description="Train and use DeiT vision transformers.", allow_abbrev=False)
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = _Parser(prog="deitfast", description="Train and use DeiT vision transformers.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_train(commands)
     add_use(commands)
     add_data(commands)
-    add_doctor(commands)
-    add_report(commands)
-    add_estimate(commands)
-    return parser, commands
+    add_runs(commands)
+    return parser
 
 
 def _dispatch(arguments: Sequence[str] | None) -> None:
-    parser, commands = command_parser()
-    known, unknown = parser.parse_known_args(arguments)
-    if known.command is None:
-        parser.print_help()
-        return
-    if unknown and known.command not in ("train", "data", "estimate"):  # these name wrong flags themselves
-        flags = [s for action in commands.choices[known.command]._actions for s in action.option_strings]
-        raise unknown_argument(unknown[0], flags)
+    known, unknown = command_parser().parse_known_args(arguments)
+    if unknown and not known.passes_on:
+        raise unknown_argument(unknown[0], known.parser._option_string_actions)
     known.run(known, unknown)
 
 

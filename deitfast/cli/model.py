@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import json
 import sys
 from dataclasses import asdict
@@ -56,7 +58,7 @@ def _load(args: argparse.Namespace, **options: Any) -> LoadedModel:
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("predict", help="what is in images: files, folders, globs, URLs", allow_abbrev=False)
+    parser = commands.add_parser("predict", help="what is in images: files, folders, globs, URLs")
     parser.add_argument("images", nargs="+", metavar="IMG", help="file, folder, glob in quotes, or URL")
     _model_flags(parser)
     _run_flags(parser)
@@ -91,61 +93,53 @@ def _predict(args: argparse.Namespace, _: list[str]) -> None:
         print(f"{len(files)} image(s), {classifier.predictor.how}", file=sys.stderr)
     if args.csv:
         print("file,rank,label,class,score")
-    failed, shown = 0, _Names(args.show)
+    failed, pictures = 0, []
+    if args.show:
+        Path(args.show).mkdir(parents=True, exist_ok=True)
+        pictures = _picture_paths(files, Path(args.show))
     for i, result in classifier.stream(files):
         if isinstance(result, str):
             failed += 1
             print(f"error: {result}", file=sys.stderr)
             continue
         top = classifier.top(result, args.top)
-        print(_as_text(files[i], top, args), flush=True)
+        _print(files[i], top, args)
         if args.show:
             picture = annotate(open_image(files[i]), [(name, score) for _, name, score in top])
-            picture.save(shown.take(files[i]), quality=90)
+            picture.save(pictures[i], quality=90)
     if failed == len(files):
         raise DeitfastError(f"none of the {failed} image(s) could be read")
     if failed:
         sys.exit(_EXIT_PARTLY)
 
 
-def _as_text(file: str, top: list[tuple[int, str, float]], args: argparse.Namespace) -> str:
+def _print(file: str, top: list[tuple[int, str, float]], args: argparse.Namespace) -> None:
     if args.json:
         classes = [{"label": label, "class": name, "score": round(score, 6)} for label, name, score in top]
-        return json.dumps({"file": file, "top": classes})
-    if args.csv:
-        import csv
-        import io
-
-        table = io.StringIO()
+        print(json.dumps({"file": file, "top": classes}))
+    elif args.csv:
         rows = ((file, rank, label, name, f"{score:.6f}") for rank, (label, name, score) in enumerate(top, 1))
-        csv.writer(table, lineterminator="\n").writerows(rows)
-        return table.getvalue().removesuffix("\n")
-    return "\n".join([file, *(f"  {100 * score:6.2f} %  {name}" for _, name, score in top)])
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+    else:
+        print("\n".join([file, *(f"  {100 * score:6.2f} %  {name}" for _, name, score in top)]))
+    sys.stdout.flush()
 
 
-class _Names:
-    """Names for pictures in one folder, none twice."""
-
-    def __init__(self, folder: str | None) -> None:
-        self.folder, self.taken = Path(folder or "."), set[str]()
-        if folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def take(self, file: str) -> Path:
+def _picture_paths(files: list[str], folder: Path) -> list[Path]:
+    """Where the picture of each file goes, no two to the same place."""
+    taken: dict[Path, None] = {}
+    for file in files:
         stem = Path(file.split("?", 1)[0]).stem or "image"
-        name, i = f"{stem}.jpg", 1
-        while name in self.taken:
-            i += 1
-            name = f"{stem}-{i}.jpg"
-        self.taken.add(name)
-        return self.folder / name
+        names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+        taken[next(path for name in names if (path := folder / f"{name}.jpg") not in taken)] = None
+    return list(taken)
 
 
 # attention -----------------------------------------------------------------------------------------------------------
 
 
 def _add_attention(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("attention", help="draw where a model looks in an image", allow_abbrev=False)
+    parser = commands.add_parser("attention", help="draw where a model looks in an image")
     parser.add_argument("image", metavar="IMG", help="file or URL")
     _model_flags(parser)
     parser.add_argument("--out", default="", help="picture to write [attention-IMG.jpg]")
@@ -184,7 +178,7 @@ def _attention(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("export", help="write a model for other libraries and runtimes", allow_abbrev=False)
+    parser = commands.add_parser("export", help="write a model for other libraries and runtimes")
     parser.add_argument("out", metavar="OUT", help="file to write; for hf a new folder")
     _model_flags(parser)
     parser.add_argument(
@@ -208,9 +202,7 @@ def _export(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _add_test(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "test", aliases=["eval"], help="accuracy of weights on a validation set", allow_abbrev=False
-    )
+    parser = commands.add_parser("test", aliases=["eval"], help="accuracy of weights on a validation set")
     _model_flags(parser)
     parser.add_argument("--data", required=True, help="folder with val/<class>/*, of class folders, or of val shards")
     parser.add_argument(
@@ -276,16 +268,13 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
     )  # fmt: skip
     if not world.is_main:
         return
-    plots: list[Path] = []
-    if args.plots:
-        plots = write_plots(details, names, Path(args.plots))
+    plots = write_plots(details, names, Path(args.plots)) if args.plots else []
     facts: dict[str, Any] = {
         "model": loaded.name, "weights": args.weights or "", "data": args.data, "crop_ratio": crop_ratio,
         **{key: value for key, value in asdict(scores).items() if value is not None},
         "ece": details.ece, "images_per_second": details.images_per_second,
+        **({} if details.real_top1 is None else {"real_top1": details.real_top1}),
     }  # fmt: skip
-    if details.real_top1 is not None:
-        facts["real_top1"] = details.real_top1
     if args.json:
         per_class = [None if value != value else round(value, 4) for value in details.per_class.tolist()]
         print(json.dumps(facts | {"per_class": per_class}))
@@ -307,7 +296,7 @@ def _test(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def _add_models(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("models", help="list the models", allow_abbrev=False)
+    parser = commands.add_parser("models", help="list the models")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_models)
 

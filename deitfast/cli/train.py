@@ -27,7 +27,6 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
         help="run a recipe under torchrun: deitfast train deit_base --data DIR",
-        allow_abbrev=False,
         add_help=False,  # `deitfast train RECIPE --help` is the recipe's
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="shipped recipes:\n" + "\n".join(f"  {name}" for name in shipped_recipes()),
@@ -44,17 +43,19 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "--wire", choices=("fp32", "bf16"), default="", help="dtype in which gradients are summed over processes [fp32]"
     )
     parser.add_argument("--master", default="", help="HOST or HOST:PORT of one of several machines")
-    parser.set_defaults(run=_train, help_text=parser.format_help())
+    parser.set_defaults(run=_train, passes_on=True)
 
 
 def _train(args: argparse.Namespace, flags: list[str]) -> None:
     if args.recipe is None and set(flags) <= {"-h", "--help"}:
-        print(args.help_text)
+        args.parser.print_help()
         return
     file = find_recipe(_recipe_first(args.recipe, flags))
-    processes = args.processes or _gpu_count() or 1
     if (args.nodes > 1) != bool(args.master):
         raise DeitfastError("--nodes N and --master HOST belong together: give both, the same on every machine")
+    import torch
+
+    processes = args.processes or torch.cuda.device_count() or 1
     if args.wire:
         os.environ[WIRE] = args.wire
     where = ["--standalone"]
@@ -118,9 +119,3 @@ def _left_behind(end: Path) -> int:
         return int(end.read_text())
     except (OSError, ValueError):
         return 0
-
-
-def _gpu_count() -> int:
-    import torch
-
-    return torch.cuda.device_count()

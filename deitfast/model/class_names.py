@@ -81,9 +81,7 @@ def _keys(
     """The model's classes by the keys of `_key`, in label order, or None where nothing names them; what was assumed."""
     synsets = list(_by_synset())
     if stored is not None and len(stored) == count:
-        keys = [_key(name) for name in stored]
-        if count == len(synsets) and sum(map(str.__eq__, keys, synsets)) > 0.9 * count:
-            return synsets, ""  # its two cranes are told apart by their places
+        keys = _keys_in_order(stored)
         if len(set(keys)) > 1 or count == 1:
             return keys, ""
     if count == len(synsets) and (order == "imagenet" or set(found) <= set(synsets)):
@@ -99,10 +97,7 @@ def head_order(stored: Sequence[str], wanted: Sequence[str], where: str) -> list
 
     Raises DeitfastError where they are not the same classes.
     """
-    synsets = list(_by_synset())
-    keys, ours = [_key(name) for name in stored], [_key(name) for name in wanted]
-    if sorted(ours) == sorted(synsets) and sum(map(str.__eq__, keys, synsets)) > 0.9 * len(keys):
-        keys = synsets
+    keys, ours = _keys_in_order(stored), _keys_in_order(wanted)
     if len(set(keys)) < len(keys) and keys == ours:
         return list(range(len(keys)))
     strange = [name for name, key in zip(wanted, ours, strict=True) if key not in keys]
@@ -112,6 +107,13 @@ def head_order(stored: Sequence[str], wanted: Sequence[str], where: str) -> list
             "--reset-head (reset_head=True) to start a new head"
         )
     return [keys.index(key) for key in ours]
+
+
+def _keys_in_order(names: Sequence[str]) -> list[str]:
+    """Their keys; where they are ImageNet's in its order, its two cranes are told apart by their places."""
+    keys, synsets = [_key(name) for name in names], list(_by_synset())
+    imagenets = len(keys) == len(synsets) and sum(map(str.__eq__, keys, synsets)) > 0.9 * len(keys)
+    return synsets if imagenets else keys
 
 
 def _key(name: str) -> str:

@@ -22,7 +22,7 @@ from deitfast.model.vetting import MOST_BLOCKS
 
 State = Mapping[str, Tensor]
 
-# Ours -> theirs: names of modules or of single tensors. A block's names follow "blocks.N." here.
+# Ours -> theirs: names of modules or of single tensors. A block's names follow "blocks.N." here; "*" is its number.
 _HUGGINGFACE_TOP = {
     "cls_token": "embeddings.cls_token",
     "dist_token": "embeddings.distillation_token",
@@ -48,16 +48,23 @@ _HUGGINGFACE_MODULES = _HUGGINGFACE_FILES | {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-_MMPRETRAIN_TOP = {"patch_embed.proj": "patch_embed.projection", "norm": "ln1"}
 _MMPRETRAIN = {
-    "norm1": "ln1",
-    "norm2": "ln2",
-    "mlp.fc1": "ffn.layers.0.0",
-    "mlp.fc2": "ffn.layers.1",
-    "ls1.gamma": "attn.gamma1.weight",
-    "ls2.gamma": "ffn.gamma2.weight",
+    "cls_token": "backbone.cls_token",
+    "dist_token": "backbone.dist_token",
+    "pos_embed": "backbone.pos_embed",
+    "patch_embed.proj": "backbone.patch_embed.projection",
+    "blocks.*.norm1": "backbone.layers.*.ln1",
+    "blocks.*.attn.qkv": "backbone.layers.*.attn.qkv",
+    "blocks.*.attn.proj": "backbone.layers.*.attn.proj",
+    "blocks.*.ls1.gamma": "backbone.layers.*.attn.gamma1.weight",
+    "blocks.*.norm2": "backbone.layers.*.ln2",
+    "blocks.*.mlp.fc1": "backbone.layers.*.ffn.layers.0.0",
+    "blocks.*.mlp.fc2": "backbone.layers.*.ffn.layers.1",
+    "blocks.*.ls2.gamma": "backbone.layers.*.ffn.gamma2.weight",
+    "norm": "backbone.ln1",
+    "head": "head.layers.head",
+    "head_dist": "head.layers.head_dist",
 }
-_MMPRETRAIN_HEADS = {"head": "head.layers.head", "head_dist": "head.layers.head_dist"}
 _NOT_OURS = re.compile(r"pooler\.|(.*\.)?embeddings\.mask_token$|data_preprocessor\.")
 
 
@@ -79,13 +86,13 @@ def to_ours(state: State) -> dict[str, Tensor]:
     if layout == "huggingface":
         state = _from_huggingface(state)
     elif layout == "mmpretrain":
-        state = _renamed(state, _inverse(_mmpretrain_names(_depth(state, r"(?:backbone\.)?layers\.(\d+)\."))))
+        state = _renamed(state, _inverse(_MMPRETRAIN))
     return {re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", name): t for name, t in state.items()}
 
 
 def to_mmpretrain(state: State) -> dict[str, Tensor]:
     """Our `state` as mmpretrain's VisionTransformer, DistilledVisionTransformer or DeiT3 classifier has it."""
-    return _renamed(state, _mmpretrain_names(_depth(state, r"blocks\.(\d+)\.")))
+    return _renamed(state, _MMPRETRAIN)
 
 
 def to_huggingface(state: State) -> tuple[str, dict[str, Tensor]]:
@@ -114,8 +121,7 @@ def to_huggingface(state: State) -> tuple[str, dict[str, Tensor]]:
         for name in ("weight", "bias"):
             split[f"head.{name}"] = split[f"head.{name}"] / 2
             del split[f"head_dist.{name}"]
-    depth = _depth(state, r"blocks\.(\d+)\.")
-    return kind, _renamed(split, _huggingface_names(_HUGGINGFACE_FILES, "encoder.layer", root, depth) | heads)
+    return kind, _renamed(split, _huggingface_names(_HUGGINGFACE_FILES, "encoder.layer", root) | heads)
 
 
 def _from_huggingface(state: State) -> dict[str, Tensor]:
@@ -123,9 +129,8 @@ def _from_huggingface(state: State) -> dict[str, Tensor]:
     root = next(r for r in ("deit.", "vit.", "") if any(name.startswith(f"{r}embeddings.") for name in state))
     old = any(name.startswith(f"{root}encoder.layer.") for name in state)
     block, where = (_HUGGINGFACE_FILES, "encoder.layer") if old else (_HUGGINGFACE_MODULES, "layers")
-    depth = _depth(state, rf"{re.escape(root + where)}\.(\d+)\.")
     heads = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
-    split = _renamed(state, _inverse(_huggingface_names(block, where, root, depth)) | heads)
+    split = _renamed(state, _inverse(_huggingface_names(block, where, root)) | heads)
     joined: dict[str, Tensor] = {}
     for name, tensor in split.items():
         third = re.search(r"\.attn\.([qkv])\.", name)
@@ -141,19 +146,9 @@ def _from_huggingface(state: State) -> dict[str, Tensor]:
     return joined
 
 
-def _huggingface_names(block: Mapping[str, str], where: str, root: str, depth: int) -> dict[str, str]:
-    names = {ours: root + theirs for ours, theirs in _HUGGINGFACE_TOP.items()}
-    for i in range(depth):
-        names |= {f"blocks.{i}.{ours}": f"{root}{where}.{i}.{theirs}" for ours, theirs in block.items()}
-    return names
-
-
-def _mmpretrain_names(depth: int) -> dict[str, str]:
-    names = {ours: f"backbone.{_MMPRETRAIN_TOP.get(ours, ours)}" for ours in _HUGGINGFACE_TOP}
-    block = {"attn.qkv": "attn.qkv", "attn.proj": "attn.proj"} | _MMPRETRAIN
-    for i in range(depth):
-        names |= {f"blocks.{i}.{ours}": f"backbone.layers.{i}.{theirs}" for ours, theirs in block.items()}
-    return names | _MMPRETRAIN_HEADS
+def _huggingface_names(block: Mapping[str, str], where: str, root: str) -> dict[str, str]:
+    top = {ours: root + theirs for ours, theirs in _HUGGINGFACE_TOP.items()}
+    return top | {f"blocks.*.{ours}": f"{root}{where}.*.{theirs}" for ours, theirs in block.items()}
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:
@@ -161,19 +156,21 @@ def _inverse(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _renamed(state: State, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """`state` with whole names, or what stands before the last dot, replaced."""
+    """`state` with whole names, or what stands before the last dot, replaced.
+
+    Raises DeitfastError for the number of a block that no model has.
+    """
 
     def new(name: str) -> str:
-        stem, _, suffix = name.rpartition(".")
-        return names.get(name) or (f"{names[stem]}.{suffix}" if stem in names else name)
+        block = re.search(r"\.(\d+)\.", name)
+        number = block[1] if block else ""
+        if len(number) > 4 or int(number or 0) >= MOST_BLOCKS:
+            raise DeitfastError(
+                f"a tensor's name says block {number[:20]}: no vision transformer has {MOST_BLOCKS} blocks"
+            )
+        pattern = re.sub(r"\.\d+\.", ".*.", name, count=1)
+        stem, _, suffix = pattern.rpartition(".")
+        found = names.get(pattern) or (f"{names[stem]}.{suffix}" if stem in names else pattern)
+        return found.replace("*", number)
 
     return {new(name): tensor for name, tensor in state.items()}
-
-
-def _depth(state: State, pattern: str) -> int:
-    """Blocks by the highest number in a name, which sizes the tables of names: DeitfastError for an absurd one."""
-    found = [match[1] for name in state if (match := re.match(pattern, name))]
-    absurd = next((number for number in found if len(number) > 4 or int(number) >= MOST_BLOCKS), None)
-    if absurd is not None:
-        raise DeitfastError(f"a tensor's name says block {absurd[:20]}: no vision transformer has {MOST_BLOCKS} blocks")
-    return max((int(number) + 1 for number in found), default=0)

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import http.client
 import os
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from deitfast.errors import DeitfastError
+from deitfast.integrity import sha256 as sha256_of
 
-TIMEOUT_S = 30.0
+_TIMEOUT_S = 30.0
 _RETRIES = 3  # in a row, without a new byte
 _PAUSE_S = 0.5
 _CHUNK = 1 << 20
@@ -40,6 +41,12 @@ def offline() -> bool:
     """Whether the environment forbids the net."""
     names = ("DEITFAST_OFFLINE", "HF_HUB_OFFLINE")
     return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
+
+
+def open_url(url: str, headers: Mapping[str, str] | None = None) -> Any:
+    """The answer to a request, a file to read from. Raises what urllib does."""
+    request = urllib.request.Request(url, headers={"User-Agent": "deitfast", **(headers or {})})
+    return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
 
 
 def fetch(url: str, folder: Path, sha256: str = "") -> Path:
@@ -64,7 +71,7 @@ def fetch(url: str, folder: Path, sha256: str = "") -> Path:
             if not target.is_file():
                 resumed = part.exists()
                 _download(url, part)
-                if resumed and not _hash_of(part).startswith(expected):  # its beginning was of another file
+                if resumed and not sha256_of(part).startswith(expected):  # its beginning was of another file
                     part.unlink()
                     _download(url, part)
                 _check(url, part, expected)
@@ -121,10 +128,10 @@ def _download(url: str, part: Path) -> None:
 
 def _receive(url: str, part: Path, start: int) -> bool:
     """Append what the server sends from byte `start` on; whether the file is whole then."""
-    headers = {"User-Agent": "deitfast", "Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S) as answer:
+    with open_url(url, headers) as answer:
         resumed = answer.status == 206
         left = answer.headers.get("Content-Length")
         with open(part, "ab" if resumed else "wb") as file:
@@ -137,16 +144,11 @@ def _receive(url: str, part: Path, start: int) -> bool:
     return left is None or written == int(left)
 
 
-def _hash_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check(url: str, part: Path, expected: str) -> None:
     """Refuse, and delete, a page of HTML, an empty answer and a wrong hash."""
     with open(part, "rb") as file:
         head = file.read(256).lstrip().lower()
-    found = _hash_of(part)
+    found = sha256_of(part)
     problem = ""
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         problem = "answered with a page of HTML instead of a file"

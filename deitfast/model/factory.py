@@ -144,10 +144,10 @@ class LoadedModel:
         return self.preprocessing.crop_ratio
 
 
-def as_loaded(model: DeiT, classes: Sequence[str] | None = None, name: str = "") -> LoadedModel:
+def as_loaded(model: DeiT, classes: Sequence[str] | None = None) -> LoadedModel:
     """A model that is at hand, with the classes and the preprocessing that its weights brought."""
     names = class_names(model.num_classes, classes or model.classes)
-    return LoadedModel(model, name, names, Preprocessing().changed(model.stated), model.classes)
+    return LoadedModel(model, "", names, Preprocessing().changed(model.stated), model.classes)
 
 
 def load_model(

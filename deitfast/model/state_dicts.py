@@ -43,9 +43,9 @@ def find_state(path: Path, found: Any, ema: bool) -> dict[str, Tensor]:
     for _ in range(4):
         if not isinstance(found, Mapping):
             break
-        if any(isinstance(found.get(key), Mapping) for key in keys):
-            found = next(found[key] for key in keys if isinstance(found.get(key), Mapping))
-            averaged = True
+        named = next((found[key] for key in keys if isinstance(found.get(key), Mapping)), None)
+        if named is not None:
+            found, averaged = named, True
         elif _tensors(found):
             break
         else:
@@ -58,10 +58,8 @@ def find_state(path: Path, found: Any, ema: bool) -> dict[str, Tensor]:
                 break
             found = next(iter(inner.values()))
     state = _tensors(found) if isinstance(found, Mapping) else {}
-    if ema and (not averaged or not state):
-        state = state if any(_AVERAGED.search(name) for name in state) else {}
-        if not state:
-            raise DeitfastError(f"{path} holds no averaged weights. Leave --ema (ema=True) out")
+    if ema and not (averaged and state) and not any(_AVERAGED.search(name) for name in state):
+        raise DeitfastError(f"{path} holds no averaged weights. Leave --ema (ema=True) out")
     if not state:
         raise DeitfastError(f"{path} holds no state dict of tensors. Save one: torch.save(model.state_dict(), FILE)")
     return _without_prefix(path, state, ema)

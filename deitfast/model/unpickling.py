@@ -47,28 +47,10 @@ class StandIn:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def _ignore(self, *values: Any) -> None:
+        """What a pickle fills an object with."""
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
-
-    def extend(self, values: Any) -> None:
-        pass
-
-    def add(self, value: Any) -> None:
-        pass
-
-    def update(self, values: Any) -> None:
-        pass
-
-
-def is_harmless(name: str) -> bool:
-    """Whether a class or function of that dotted name is put in place by a stand-in."""
-    return any(name == known or name.startswith(f"{known}.") for known in _HARMLESS)
+    __setstate__ = __setitem__ = append = extend = add = update = _ignore
 
 
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -96,7 +78,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         known = _get_allowed_globals()
         if full in known:
             return known[full]
-        if is_harmless(full):
+        if any(full == harmless or full.startswith(f"{harmless}.") for harmless in _HARMLESS):
             return StandIn
         raise pickle.UnpicklingError(f"GLOBAL {full}")
 

@@ -7,7 +7,6 @@ connection, rows normalised, multiplied through the blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,8 +101,7 @@ def _overlay(photo: PILImage, weights: Tensor, side: int) -> PILImage:
     return Image.fromarray((share * colours(strength) + (1 - share) * grey).astype(np.uint8))
 
 
-def colours(values: np.ndarray, stops: Sequence[Sequence[float]] | np.ndarray = _COLOURS) -> np.ndarray:
-    """Values in [0, 1] of any shape to RGB (..., 3) in [0, 255], linear between the stops."""
-    table = np.asarray(stops, float)
-    at = np.linspace(0, 1, len(table))
-    return np.stack([np.interp(values, at, table[:, channel]) for channel in range(3)], axis=-1)
+def colours(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] of any shape to RGB (..., 3) in [0, 255], dark to bright."""
+    at = np.linspace(0, 1, len(_COLOURS))
+    return np.stack([np.interp(values, at, channel) for channel in _COLOURS.T], axis=-1)

@@ -24,6 +24,7 @@ from deitfast.model.preprocessing import Preprocessing
 from deitfast.use.graphs import Graphed
 
 CALIBRATION_BINS = 15
+_IMAGENETS = Preprocessing()
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -95,9 +96,8 @@ def evaluate_each(
     """
     totals = [torch.zeros(6, dtype=torch.float64, device=world.device) for _ in weights]
     stopped = torch.zeros((), device=world.device)
-    loader = _loader(
-        manifest if limit is None else manifest.head(limit), model, world, crop_ratio, batch, workers, decode
-    )
+    images_of = manifest if limit is None else manifest.head(limit)
+    loader = _loader(images_of, model, world, crop_ratio, batch, workers, decode)
     forward = _forward(model, world, batch, bf16)
     with _evaluating(model):
         for images, labels in loader:
@@ -114,11 +114,11 @@ def evaluate_each(
 
 def evaluate_in_detail(
     model: DeiT, manifest: Manifest, world: World, *, crop_ratio: float, batch: int, workers: int, bf16: bool,
-    real: Sequence[Sequence[int]] | None = None, decode: str = "auto", preprocessing: Preprocessing | None = None,
+    real: Sequence[Sequence[int]] | None = None, decode: str = "auto", preprocessing: Preprocessing = _IMAGENETS,
 ) -> tuple[Scores, Details]:  # fmt: skip
     """`evaluate_each` with the weights that the model has, and what lies behind the scores.
 
-    preprocessing: all but the crop ratio, which is given; None: ImageNet's. real: the right labels of each image of
+    preprocessing: all but the crop ratio, which is given. real: the right labels of each image of
     `manifest`, none where there are none (see `real_labels`).
     """
     classes = model.num_classes
@@ -129,7 +129,8 @@ def evaluate_in_detail(
     right = None if real is None else _membership(real, classes).to(world.device)
     # A label here is the image's number: whatever the loader leaves out, answers stay with their images.
     labels_M = torch.from_numpy(manifest.label).to(world.device)
-    loader = _loader(_numbered(manifest), model, world, crop_ratio, batch, workers, decode, preprocessing)
+    numbered = replace(manifest, label=np.arange(len(manifest)))
+    loader = _loader(numbered, model, world, crop_ratio, batch, workers, decode, preprocessing)
     started, forward = time.perf_counter(), _forward(model, world, batch, bf16, preprocessing)
     with _evaluating(model):
         for images, numbers in loader:
@@ -177,18 +178,13 @@ def real_labels(path: Path, manifest: Manifest) -> list[list[int]]:
 
 def _loader(
     manifest: Manifest, model: DeiT, world: World, crop_ratio: float, batch: int, workers: int, decode: str,
-    preprocessing: Preprocessing | None = None,
+    wants: Preprocessing = _IMAGENETS,
 ) -> EvalLoader:  # fmt: skip
-    wants = preprocessing or Preprocessing()
     return EvalLoader(
         manifest, image_size=model.image_size, crop_ratio=crop_ratio, batch=batch,
         rank=world.rank, world_size=world.size, device=world.device, workers=workers, decode=decode,
         squash=wants.squash, interpolation=wants.interpolation,
     )  # fmt: skip
-
-
-def _numbered(manifest: Manifest) -> Manifest:
-    return replace(manifest, label=np.arange(len(manifest)))
 
 
 @contextlib.contextmanager
@@ -204,24 +200,21 @@ def _evaluating(model: DeiT) -> Iterator[None]:
 
 
 def _forward(
-    model: DeiT, world: World, batch: int, bf16: bool, preprocessing: Preprocessing | None = None
+    model: DeiT, world: World, batch: int, bf16: bool, wants: Preprocessing = _IMAGENETS
 ) -> Callable[[Tensor], list[Tensor]]:
-    """`_heads` of at most `batch` images; on a GPU by one CUDA graph, which lives as long as what this returns."""
-    graphed = Graphed(
-        lambda images: torch.stack(_heads(model, images, world, bf16, preprocessing), 1), world.device, size=batch
-    )
+    """For at most `batch` uint8 images the logits in fp32, then for a distilled model those of its two heads.
+
+    On a GPU by one CUDA graph, which lives as long as what this returns.
+    """
+
+    def stacked(images: Tensor) -> Tensor:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            features = model.extract_feat(normalise(images, wants.mean, wants.std))
+            heads = [linear(x).float() for x, (_, linear) in zip(features, model.heads(), strict=True)]
+        return torch.stack([(heads[0] + heads[1]) / 2, *heads] if model.distilled else heads, 1)
+
+    graphed = Graphed(stacked, world.device, size=batch)
     return lambda images: list(graphed(images).unbind(1))
-
-
-def _heads(
-    model: DeiT, images: Tensor, world: World, bf16: bool, preprocessing: Preprocessing | None = None
-) -> list[Tensor]:
-    """For uint8 images the logits in fp32, then for a distilled model those of its two heads."""
-    wants = preprocessing or Preprocessing()
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-        features = model.extract_feat(normalise(images, wants.mean, wants.std))
-        heads = [linear(x).float() for x, (_, linear) in zip(features, model.heads(), strict=True)]
-    return [(heads[0] + heads[1]) / 2, *heads] if model.distilled else heads
 
 
 def _tally(heads: list[Tensor], labels: Tensor) -> Tensor:

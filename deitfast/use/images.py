@@ -11,10 +11,8 @@ import glob
 import io
 import os
 import urllib.error
-import urllib.request
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +27,7 @@ from deitfast.data.files import images_below, is_image
 from deitfast.data.manifest import FORMATS, most_pixels, strings, to_rgb
 from deitfast.data.scan import FACTS, columns, inspect_image
 from deitfast.errors import DeitfastError, did_you_mean
-from deitfast.model.download import TIMEOUT_S, is_url, offline
+from deitfast.model.download import is_url, offline, open_url
 from deitfast.model.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -109,9 +107,8 @@ def open_image(source: Any, name: str = "") -> PILImage:
 def _download(url: str) -> bytes:
     if offline():
         raise DeitfastError(f"DEITFAST_OFFLINE or HF_HUB_OFFLINE forbids fetching {url}")
-    request = urllib.request.Request(url, headers={"User-Agent": "deitfast"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+        with open_url(url) as answer:
             data = answer.read(_LARGEST_DOWNLOAD + 1)
     except urllib.error.URLError as error:
         raise DeitfastError(f"could not fetch {url} ({getattr(error, 'reason', error)})") from error
@@ -153,18 +150,15 @@ def batches(
         except DeitfastError as error:
             return str(error)
 
+    chunks = [range(len(sources))[start : start + batch] for start in range(0, len(sources), batch)]
     with ThreadPoolExecutor(thread_count(0), thread_name_prefix="deitfast-read") as pool:
-        ahead: deque[Future[np.ndarray | str]] = deque()
-        submitted = 0
-        for start in range(0, len(sources), batch):
-            stop = min(start + batch, len(sources))
-            while submitted < min(stop + batch, len(sources)):  # the batch after this one is made meanwhile
-                ahead.append(pool.submit(prepare, submitted))
-                submitted += 1
-            made = [(i, ahead.popleft().result()) for i in range(start, stop)]
-            good = [(i, image) for i, image in made if not isinstance(image, str)]
+        made = pool.map(prepare, next(iter(chunks), ()))
+        for chunk, following in zip(chunks, [*chunks[1:], range(0)], strict=True):
+            results, made = made, pool.map(prepare, following)  # the next batch is made meanwhile
+            pairs = list(zip(chunk, results, strict=True))
+            good = [(i, image) for i, image in pairs if not isinstance(image, str)]
             stacked = np.stack([image for _, image in good]) if good else np.zeros((0, image_size, image_size, 3), "u1")
-            bad = [(i, reason) for i, reason in made if isinstance(reason, str)]
+            bad = [(i, reason) for i, reason in pairs if isinstance(reason, str)]
             yield [i for i, _ in good], torch.from_numpy(stacked), bad
 
 

@@ -16,8 +16,10 @@ from deitfast.data import normalise
 from deitfast.errors import DeitfastError
 from deitfast.model.deit import DeiT
 from deitfast.model.factory import as_loaded
+from deitfast.model.fused import fuse, question_about
 from deitfast.model.preprocessing import Preprocessing
 from deitfast.use.graphs import LARGEST_GRAPH, Graphed, graph_size
+from deitfast.verification.verify import FUSED_OPS, trust
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -65,8 +67,6 @@ class Predictor:
         if parameter.dtype != self.dtype or parameter.device.type != self.device.type or model.training:
             model = copy.deepcopy(model).to(self.device, self.dtype).eval()
         if on_gpu:
-            from deitfast.model.fused import fuse
-
             model = fuse(model, on_cpu=False)
         self.model, self.image_size = model, model.image_size
         self.preprocessing = preprocessing or as_loaded(model).preprocessing
@@ -91,16 +91,9 @@ class Predictor:
 
     def _trust(self, count: int) -> None:
         """Have the ops verified on this GPU before the first image runs through them."""
-        from deitfast.model.fused import question_about
-        from deitfast.verification.verify import FUSED_OPS, trust
-
-        ops = ("patch_embed", *FUSED_OPS)
-        trust(
-            question_about(
-                self.model, ops, graph_size(max(count, 1)), self.dtype, backward=False, without=("path_scale",)
-            ),
-            self.device,
-        )  # fmt: skip
+        size, ops = graph_size(max(count, 1)), ("patch_embed", *FUSED_OPS)
+        question = question_about(self.model, ops, size, self.dtype, backward=False, without=("path_scale",))
+        trust(question, self.device)
         self._trusted = True
 
     def _run(self, images: Tensor) -> Tensor:
