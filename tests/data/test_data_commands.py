@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -15,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deitfast.cli.data import add_data
+from deitfast.cli.main import _dispatch
 from deitfast.data import TrainLoader, open_dataset
 from deitfast.data import sources as sources_module
 from deitfast.data.augmentation import Augmentation
@@ -30,10 +29,7 @@ from tests.data.test_sources import claiming, samples
 
 def command(*arguments: object) -> None:
     """Run `deitfast data ...`."""
-    parser = argparse.ArgumentParser()
-    add_data(parser.add_subparsers())
-    args, unknown = parser.parse_known_args(["data", *map(str, arguments)])
-    args.run(args, unknown)
+    _dispatch(["data", *map(str, arguments)])
 
 
 def refused(*arguments: object) -> str:
