@@ -27,7 +27,7 @@ from deitfast.training.checkpoint import Checkpoint
 from deitfast.training.environment import changes
 from deitfast.training.faults import FaultLog
 from deitfast.training.interrupt import Agreement, StopRequest
-from deitfast.training.progress import Progress, Reached
+from deitfast.training.run_folder import Progress, Reached
 from deitfast.training.saving import Saver
 from deitfast.training.watch import Watch
 from tests.faults.harness import assert_same, losses, reached, running, tensors_of, until_step

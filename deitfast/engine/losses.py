@@ -8,18 +8,15 @@ head ("usual" distillation in the paper's tables 2 and 3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deitfast.data.batch import Targets
 from deitfast.kernels.loss import mixed_bce, mixed_cross_entropy
-
-if TYPE_CHECKING:
-    from deitfast.data import Targets
-    from deitfast.recipe import Recipe
+from deitfast.recipe import Recipe
 
 
 def balancing_weights(labels: Sequence[int] | np.ndarray, classes: int) -> Tensor:

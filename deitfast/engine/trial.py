@@ -49,10 +49,9 @@ def capture_problem(
 
     def find() -> dict[str, Any]:
         try:
-            found = next(process.answers(__name__, {**job, "verdict": verdict.record(), "device": str(device)}))
+            return next(process.answers(__name__, {**job, "verdict": verdict.record(), "device": str(device)}))
         except (ProcessEnded, StopIteration) as end:
-            found = {"problem": f"a trial of it ended: {first_line(end)}"}
-        return found
+            return {"problem": f"a trial of it ended: {first_line(end)}"}
 
     return str(remembered({"trial": job, **machine(device)}, find, keeps=lambda _: True)["problem"])
 

@@ -55,7 +55,7 @@ def record(run: Run, result: Result) -> None:
     if not run.folder:
         return
     epoch = run.step // run.order.steps_per_epoch
-    top1 = result.ema.top1 if use_ema and result.ema else result.raw.top1
+    top1 = max(scores.top1 for scores in (result.raw, result.ema) if scores)
     values = {
         "top1": result.raw.top1,
         "top5": result.raw.top5,

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from deitfast.data import TooManyBadFiles
+from deitfast.data import TooManyBadFiles, TrainLoader
 from deitfast.training.resume import Diverged
 from deitfast.training.run import Run
 from deitfast.training.run_folder import duration
-
-if TYPE_CHECKING:
-    from deitfast.data import TrainLoader
 
 
 class Meter:

@@ -31,8 +31,7 @@ from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe
 from deitfast.training.faults import FaultLog
 from deitfast.training.first_contact import trust_capture, trust_kernels
-from deitfast.training.progress import Reached
-from deitfast.training.run_folder import RunFolder
+from deitfast.training.run_folder import Reached, RunFolder
 from deitfast.training.saving import Saver
 from deitfast.verification.verdict import Verdict, machine
 

@@ -13,8 +13,7 @@ from deitfast.errors import DeitfastError
 from deitfast.files import read_json
 from deitfast.recipe import Recipe
 from deitfast.training.faults import FaultLog
-from deitfast.training.progress import Progress, Reached
-from deitfast.training.run_folder import measured
+from deitfast.training.run_folder import Progress, Reached, measured
 
 _LOG_TIME = "%Y-%m-%d %H:%M:%S"
 
