@@ -56,7 +56,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
 
 def _prepare(args: argparse.Namespace, _: list[str]) -> None:
     from deitfast.data import open_dataset
-    from deitfast.data.prepare import Settings, prepare_shards
+    from deitfast.data.prepared_shards import Settings, prepare_shards
 
     settings = Settings(args.short_side, args.quality, args.per_shard)
     settings.check()

@@ -4,7 +4,7 @@ disk     sources, indexing, tfrecord (what is there) -> scan (what is sound) -> 
 order    sampler (which image fills which slot of which step), draws (every random parameter), philox
 pixels   train_loader, eval_loader: dali, decoder (JPEG to uint8) -> cpu_ops or kernels: crop, flip, augmentation
          (drawn in augmentation_draws) -> batch (normalise, erase, mix; on the device)
-tools    prepare, check, show: the commands of `deitfast data`
+tools    prepared_shards, check, show: the commands of `deitfast data`
 
 dataset = open_dataset("digits")
 with TrainLoader(dataset.train, recipe, image_size=224, micro_batch=64) as loader:

@@ -15,11 +15,10 @@ import contextlib
 import hashlib
 import io
 import os
-import threading
 import zipfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +176,7 @@ class _OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open = lru_cache(_OPEN_SHARDS)(_OpenFile)  # closed when its last reader lets go of it
 
     def __reduce__(self) -> tuple[type[_OpenFiles], tuple[()]]:
         return _OpenFiles, ()  # another process opens its own
@@ -186,21 +184,11 @@ class _OpenFiles:
     def read(self, path: str, offset: int, length: int) -> np.ndarray:
         """Up to `length` bytes at `offset`; a failure is tried once more on a newly opened file."""
         with contextlib.suppress(OSError):
-            data = self._file(path).read(offset, length)
+            data = self._open(path).read(offset, length)
             if len(data) == length:
                 return data
-        with self._lock:
-            self._open.pop(path, None)
-        return self._file(path).read(offset, length)
-
-    def _file(self, path: str) -> _OpenFile:
-        with self._lock:
-            file = self._open.get(path) or _OpenFile(path)
-            self._open[path] = file
-            self._open.move_to_end(path)
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)  # closed when its last reader lets go of it
-            return file
+        self._open.cache_clear()
+        return self._open(path).read(offset, length)
 
 
 class _OpenFile:

@@ -50,7 +50,7 @@ def is_tfrecord(path: Path) -> bool:
             head = f.read(12)
     except OSError:
         return False
-    return len(head) == 12 and _masked(crc32c(head[:8])) == struct.unpack("<I", head[8:])[0]
+    return _holds(head[:8], head[8:])
 
 
 def read_records(path: Path) -> tuple[list[Record], list[tuple[str, str]]]:
@@ -79,13 +79,13 @@ def _frames(data: mmap.mmap, path: Path) -> Iterator[tuple[int, int, bool]]:
     at, size, number = 0, len(data), 0
     while at < size:
         head = data[at : at + 12]
-        if len(head) < 12 or _masked(crc32c(head[:8])) != struct.unpack("<I", head[8:])[0]:
+        if not _holds(head[:8], head[8:]):
             raise DeitfastError(f"{path} is damaged at byte {at}, in the header of record {number}. Fetch it again")
         (length,) = struct.unpack("<Q", head[:8])
         start, end = at + 12, at + 12 + length
         if end + 4 > size:
             raise DeitfastError(f"{path} is truncated in record {number}: {size} bytes, {end + 4} needed")
-        yield start, end, _masked(crc32c(data[start:end])) == struct.unpack("<I", data[end : end + 4])[0]
+        yield start, end, _holds(data[start:end], data[end : end + 4])
         at, number = end + 4, number + 1
 
 
@@ -163,9 +163,10 @@ def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
     raise ValueError("not a tf.train.Example: a number is too long")
 
 
-def _masked(crc: int) -> int:
-    """TFRecord's masking of a CRC."""
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+def _holds(data: bytes, masked: bytes) -> bool:
+    """Whether the data has this checksum: four bytes, as TFRecord masks them."""
+    crc = crc32c(data)
+    return masked == struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def crc32c(data: bytes) -> int:

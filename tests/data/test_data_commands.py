@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -15,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from deitfast.cli.data import add_data
+from deitfast.cli.main import _dispatch
 from deitfast.data import TrainLoader, open_dataset
 from deitfast.data import sources as sources_module
 from deitfast.data.augmentation import Augmentation
-from deitfast.data.prepare import Settings, prepare_shards
+from deitfast.data.prepared_shards import Settings, prepare_shards
 from deitfast.data.show import _sheet, contact_sheet
 from deitfast.errors import DeitfastError
 from deitfast.recipe import Recipe
@@ -30,10 +29,7 @@ from tests.data.test_sources import claiming, samples
 
 def command(*arguments: object) -> None:
     """Run `deitfast data ...`."""
-    parser = argparse.ArgumentParser()
-    add_data(parser.add_subparsers())
-    args, unknown = parser.parse_known_args(["data", *map(str, arguments)])
-    args.run(args, unknown)
+    _dispatch(["data", *map(str, arguments)])
 
 
 def refused(*arguments: object) -> str:
@@ -87,7 +83,7 @@ def test_prepared_shards_hold_the_same_samples_and_need_no_scan(make_folder, tmp
 
 
 def test_prepare_goes_on_where_it_stopped_and_redoes_nothing(make_folder, tmp_path, monkeypatch):
-    from deitfast.data import prepare as module
+    from deitfast.data import prepared_shards as module
 
     data = open_dataset(str(make_folder()))
     out, settings = tmp_path / "out", Settings(per_shard=4)
