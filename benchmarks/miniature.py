@@ -11,9 +11,10 @@ two minutes of one core a run; --images-per-class takes a larger subset of it, i
 run again, and one that was killed goes on from its newest checkpoint: the same command goes on where it stopped, also
 after SIGTERM (exit status 75).
 
-DIR/RUN-SEED.json, a file a run: its command, scores, losses, times, commit and machine; DIR/table.md and table.png:
-rows, spreads and verdicts; DIR/runs/: run folders and teachers. Seeds come one after the other, so that every row has
-its first before any has its second. A claim holds where the difference is beyond two standard errors.
+DIR/RUN-SEED.json, a file a run: its command, scores, losses, times, commit and machine; DIR/table.md: rows, spreads
+and verdicts, written anew after every run; DIR/table.png, drawn at the end; DIR/runs/: run folders and teachers. Seeds
+come one after the other, so that every row has its first before any has its second. A claim holds where the difference
+is beyond two standard errors.
 """
 
 from __future__ import annotations
@@ -83,12 +84,10 @@ def chosen(runs: Sequence[rows.Run], names: str) -> list[rows.Run]:
 
 
 def write_table(made: Table, seeds: Sequence[int]) -> str:
-    """Write table.md and table.png of what has been run, and return the former."""
+    """Write table.md of what has been run, and return it."""
     results, runs = table.read(made.out), rows.runs(made.recipe)
     text = table.markdown(results, runs, rows.claims(made.recipe), seeds) + table.tokens(made.out)
     (made.out / "table.md").write_text(text)
-    if results:
-        table.draw(results, runs, seeds, made.out / "table.png")
     return text
 
 
@@ -124,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )  # fmt: skip
                 write_table(made, seeds)
         print(write_table(made, seeds))
+        table.draw(table.read(made.out), rows.runs(made.recipe), seeds, made.out / "table.png")
     return 0
 
 

@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import IO
 
 import torch.multiprocessing
 
@@ -56,6 +58,34 @@ def run(file: Path, arguments: Sequence[str], said: Path, size: int = 1, seconds
     return said.read_text()
 
 
+class ForkedModule:
+    """As much of `subprocess.Popen` as `python -m MODULE ...` needs, without a new interpreter and its imports.
+
+    stdout, stderr: open files, by whose names the process opens them for itself. The module runs as `__main__`. To be
+    used in a process of `in_processes`, which forks itself. `atexit` does not run.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, cwd: Path, stdout: IO[str], stderr: IO[str], start_new_session: bool
+    ) -> None:
+        interpreter, flag, *words = command
+        assert (interpreter, flag, start_new_session) == (sys.executable, "-m", True)
+        target, files = _run_module, (stdout.name, stderr.name)
+        self.process = multiprocessing.get_context("fork").Process(target=target, args=(words, str(cwd), files))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout or 0.0)
+        return self.process.exitcode
+
+
 def _preload() -> None:
     multiprocessing.set_forkserver_preload(["torch._dynamo", "nvidia.dali", "deitfast.training.train"])
 
@@ -74,3 +104,13 @@ def _run(rank: int, size: int, port: int, file: str, arguments: list[str], said:
     torch.set_num_threads(1)
     sys.argv = [file, *arguments]
     runpy.run_path(file, run_name="__main__")
+
+
+def _run_module(words: list[str], cwd: str, files: tuple[str, str]) -> None:
+    os.setsid()
+    for number, name in enumerate(files, start=1):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    os.chdir(cwd)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -19,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import deitfast
+from tests.test_readme import blocks
 
 ROOT = Path(__file__).parent.parent
 NOT_COPIED = shutil.ignore_patterns(
@@ -154,10 +155,19 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_proves_itself_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    said = run(installed / "deitfast", "train", "deit_base", "--data", "digits", "--smoke", cwd=tmp_path)
-    assert "smoke test passed: deit_base_patch16_224" in said
+def test_the_readmes_quick_start_does_what_it_says_from_the_wheel_in_an_empty_folder(
+    installed: Path, tmp_path: Path
+) -> None:
+    """From `deitfast doctor` on, as printed, but the demo takes an epoch of small images."""
+    quick = next(code for _, code in blocks((ROOT / "README.md").read_text()) if "git clone" in code)
+    lines = [line.split("#")[0].split() for line in quick.splitlines() if line.startswith("deitfast")]
+    assert [line[1] for line in lines] == ["doctor", "train", "train", "test"]
+    doctor, smoke, demo, test = ([installed / program, *words] for program, *words in lines)
+    run(*doctor, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "smoke test passed: deit_base_patch16_224" in run(*smoke, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert not list(tmp_path.iterdir())
+    run(*demo, "--epochs", "1", "--warmup-epochs", "0", "--image-size", "8", cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert "on 360 images" in run(*test, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "deit_tiny_patch16_224" in run(installed / "deitfast", "models", cwd=tmp_path)
 
 

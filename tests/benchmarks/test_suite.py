@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import json
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 from benchmarks import gpu_suite, readme
 from benchmarks.gpu_suite import Part, Results
+from benchmarks.measuring import command
 from benchmarks.measuring.command import Finished
 from benchmarks.measuring.command import run_limited as run_within
 from benchmarks.measuring.record import ROOT
 from benchmarks.reporting import NOT_MEASURED, draw_all, goals, write_page
+from tests.processes import ForkedModule, in_processes
+from tests.reference import import_timm
 
 MODEL = "deit_digits_patch4_16"
 
@@ -281,31 +289,48 @@ def test_a_crash_and_a_hang_end_their_part_alone(tmp_path, monkeypatch, capsys):
     assert "fine" not in capsys.readouterr().out.replace(str(tmp_path), "")
 
 
+SMALL = ("--model", MODEL, "--batch", "4")
+QUICK_PARTS = (
+    Part("verify", 2.0, ("benchmarks.verify",)),
+    Part("roof", 1.0),
+    Part("questions", 1.0, ("benchmarks.questions",), ("--only", "wgrad")),
+    Part("step", 6.0, ("benchmarks.bench_train_step",), ("--models", MODEL, "--ways", "ours", "timm")),
+    Part("breakdown", 1.0, ("benchmarks.breakdown",), SMALL),
+    Part("attention", 1.0, ("benchmarks.micro", "attention"), ("--no-compile",)),
+    Part("loader", 1.0, ("benchmarks.bench_loader",), ("--ways", "decode", "augmented, decode once")),
+)
+
+
+def _quick_suite(_: int, folder: Path, printed: Path) -> None:
+    """The suite, whose parts and their workers are forks of this process instead of ten that import torch anew."""
+    import_timm()
+    for part in QUICK_PARTS:
+        importlib.import_module(part.command[0] if part.command else "benchmarks.measuring.train_steps")
+    forking = SimpleNamespace(Popen=ForkedModule, TimeoutExpired=subprocess.TimeoutExpired)
+    arguments = ["--device", "cpu", "--quick", "--minutes", "8", "--out", str(folder)]
+    with (
+        mock.patch.object(command, "subprocess", forking),
+        mock.patch.object(gpu_suite, "PARTS", QUICK_PARTS),
+        open(printed, "w") as out,
+        contextlib.redirect_stdout(out),
+    ):
+        assert gpu_suite.main(arguments) == 0
+
+
 @pytest.mark.slow
-def test_the_quick_suite_ends_with_one_page(tmp_path, monkeypatch, capsys):
-    small = ("--model", MODEL, "--batch", "4")
-    parts = (
-        Part("verify", 2.0, ("benchmarks.verify",)),
-        Part("roof", 1.0),
-        Part("questions", 1.0, ("benchmarks.questions",), ("--only", "wgrad")),
-        Part("step", 6.0, ("benchmarks.bench_train_step",), ("--models", MODEL, "--ways", "ours", "timm")),
-        Part("breakdown", 1.0, ("benchmarks.breakdown",), small),
-        Part("attention", 1.0, ("benchmarks.micro", "attention"), ("--no-compile",)),
-        Part("loader", 1.0, ("benchmarks.bench_loader",), ("--ways", "decode", "augmented, decode once")),
-    )
-    monkeypatch.setattr(gpu_suite, "PARTS", parts)
-    arguments = ["--device", "cpu", "--quick", "--minutes", "8", "--out", str(tmp_path)]
-    assert gpu_suite.main(arguments) == 0
-    assert f"{MODEL}, batch 8: ours" in capsys.readouterr().out
-    data = json.loads((tmp_path / "results.json").read_text())
+def test_the_quick_suite_ends_with_one_page(tmp_path):
+    folder, printed = tmp_path / "suite", tmp_path / "printed"
+    in_processes(_quick_suite, 1, folder, printed)
+    assert f"{MODEL}, batch 8: ours" in printed.read_text()
+    data = json.loads((folder / "results.json").read_text())
     assert {name: part["status"] for name, part in data["parts"].items()} == dict.fromkeys(
-        [p.name for p in parts], "done"
+        [p.name for p in QUICK_PARTS], "done"
     )
     assert {row["part"] for row in data["rows"]} == {"verify", "questions", "step", "breakdown", "attention", "loader"}
-    page = (tmp_path / "page.md").read_text()
+    page = (folder / "page.md").read_text()
     assert " passed" in page.split("## Is it right?")[1].split("##")[0]
     assert "fp32 sums" in page.split("## Questions")[1].split("##")[0]
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in folder.iterdir()} == {
         "results.json", "log.txt", "page.md", "throughput.png", "roofline.png", "breakdown.png",
     }  # fmt: skip
 
