@@ -87,9 +87,9 @@ def _launch(queries: int, keys: int, num_warps: int, num_stages: int, tma: bool 
 # fp32 products run on the ordinary cores, whose operands take so many registers that tiles are small (and more with TMA
 # than with pointers). They fit the smallest supported shared memory, 99 KB, so these entries serve every chip.
 _FP32: Table = {
-    "fwd": {(4, 64): _launch(64, 32, 8, 1), (4, 128): _launch(32, 16, 8, 1)},
+    "fwd": {(4, 64): _launch(32, 32, 8, 1), (4, 128): _launch(32, 16, 8, 1)},
     "bwd_dq": {(4, 64): _launch(32, 32, 8, 1), (4, 128): _launch(16, 16, 8, 1)},
-    "bwd_dkdv": {(4, 64): _launch(32, 64, 8, 1), (4, 128): _launch(16, 32, 8, 1)},
+    "bwd_dkdv": {(4, 64): _launch(32, 32, 8, 1), (4, 128): _launch(16, 32, 8, 1)},
 }
 _POINTERS: Table = {
     # KEYS of the short forward follow from the number of tokens.

@@ -61,7 +61,7 @@ def _tile(m: int, n: int, k: int, num_warps: int, num_stages: int, parts: int = 
 
 
 _ANY_CHIP = {
-    (4, 64): _tile(64, 64, 16, num_warps=4, num_stages=2),
+    (4, 64): _tile(64, 64, 16, num_warps=4, num_stages=2, parts=4),  # GELU in one piece spills
     (2, 0): _tile(64, 64, 32, num_warps=4, num_stages=2, parts=2),  # pointers and masks take the registers
 }
 _TMA = {
@@ -144,9 +144,10 @@ def linear_launch(arch: int, itemsize: int, N: int, K: int, epilogue: str, align
 
 
 SUM_LAUNCH = Launch({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=2, programs=1056)
-"""Of the column sums: eight programs for each multiprocessor of an H100, as many as fit there with LayerScale and
-columns that 16 does not divide (62 registers a thread), so that none waits for a second round. Fixed, so that no chip
-changes the sums."""
+"""Of the column sums: eight programs for each multiprocessor of an H100, so that none waits for a second round. Fixed,
+so that no chip changes the sums."""
+_ODD_SUM_LAUNCH = Launch({"BLOCK_M": 8, "BLOCK_N": 64}, num_warps=4, num_stages=2, programs=1056)
+"""Where 16 does not divide the columns, as in no DeiT: an address for each value takes the registers of more rows."""
 
 
 def _sums_space(N: int) -> Iterator[Launch]:
@@ -157,7 +158,9 @@ def _sums_space(N: int) -> Iterator[Launch]:
 @tunable(lambda N: (), _sums_space)
 def sums_launch(N: int) -> Launch:
     """Of the column sums of N columns."""
-    return INTERPRETER_SUM_LAUNCH if INTERPRETED else SUM_LAUNCH
+    if INTERPRETED:
+        return INTERPRETER_SUM_LAUNCH
+    return _ODD_SUM_LAUNCH if N % 16 else SUM_LAUNCH
 
 
 # Triton's interpreter pays for every operation, whatever the size of its tensors: there large tiles are fast.
