@@ -355,7 +355,7 @@ def test_a_run_over_bad_files_ends_with_its_scores_and_their_names(make_folder, 
             vanish(root / "train" / "ape" / "003.jpg")
             truncate(root / "train" / "bat" / "004.jpg")
 
-    monkeypatch.setattr(deitfast.training.train, "TrainLoader", Harmed)
+    monkeypatch.setattr(deitfast.training.run, "TrainLoader", Harmed)
     run_folder = tmp_path / "run"
     result = deitfast.training.train.train(
         recipe(
