@@ -324,13 +324,16 @@ def relabelled(manifest: Manifest, classes: Sequence[str], label_of: dict[str, i
 
 def _arrays(data: bytes) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, none of which may claim more than the file holds."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data) for info in archive.infolist()):
+    with zipfile.ZipFile(io.BytesIO(data)) as members:
+        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > len(data) for info in members.infolist()):
             raise ValueError("compressed")
-        if archive.testzip():
+        if members.testzip():
             raise ValueError("a member's CRC is wrong")
-    with np.load(io.BytesIO(data)) as arrays:
-        return dict(arrays)
+    with np.load(io.BytesIO(data)) as archive:
+        arrays = dict(archive)
+    if not all(array.itemsize for array in arrays.values()):
+        raise ValueError("values of no bytes, of which a file may claim any number")
+    return arrays
 
 
 def _sound(m: Manifest) -> bool:
