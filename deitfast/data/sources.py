@@ -252,5 +252,7 @@ def _key(source: Source, known: tuple[str, ...] | None) -> str:
 
 def _classes_of(source: Source) -> tuple[str, ...]:
     """The source's own class names, without decoding an image."""
-    known = None if source.kind == "folders" else _prepared(source) or load(_key(source, None))
+    if source.kind == "folders":
+        return tuple(sorted({path.split(os.sep, 1)[0] for path in source.paths}))
+    known = _prepared(source) or load(_key(source, None))
     return (known or entries_of(source, None)).classes
