@@ -49,13 +49,12 @@ def record(run: Run, result: Result) -> None:
 
     To be called on every process.
     """
-    use_ema = result.ema is not None and result.ema.top1 > result.raw.top1
-    weights = "ema" if use_ema else "model"
+    better = result.ema if result.ema and result.ema.top1 > result.raw.top1 else result.raw
+    weights = "model" if better is result.raw else "ema"
     state = run.engine.tensors(weights)[weights]
     if not run.folder:
         return
     epoch = run.step // run.order.steps_per_epoch
-    top1 = max(scores.top1 for scores in (result.raw, result.ema) if scores)
     values = {
         "top1": result.raw.top1,
         "top5": result.raw.top5,
@@ -67,8 +66,8 @@ def record(run: Run, result: Result) -> None:
     run.folder.metrics(step=run.step, epoch=epoch, **values)
     ema_text = f", ema {result.ema.top1:.2f} %" if result.ema else ""
     run.say(f"epoch {epoch}: top-1 {result.raw.top1:.2f} %{ema_text} on {result.raw.images:,} images")
-    if run.best is None or top1 > run.best["top1"]:
-        best = {"top1": top1, "epoch": epoch, "weights": "ema" if use_ema else "raw"}
+    if run.best is None or better.top1 > run.best["top1"]:
+        best = {"top1": better.top1, "epoch": epoch, "weights": "raw" if better is result.raw else "ema"}
         metadata = {
             "model": run.recipe.model,
             "image_size": str(run.model.image_size),
