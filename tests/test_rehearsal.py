@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -54,7 +55,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """SOURCE, instrumented and run; what it needs stands in it."""
     monkeypatch.setattr(branches, "TAKEN", {})
     names: dict[str, object] = {"__rehearsed__": branches._note, "one": 1, "other": 2}
-    exec(compile(branches.rewritten(SOURCE, "file.py", frozenset({"runs"})), "file.py", "exec"), names)
+    exec(compile(branches.rewritten(ast.parse(SOURCE), "file.py", frozenset({"runs"})), "file.py", "exec"), names)
     return names
 
 

@@ -15,7 +15,7 @@ import collections
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -31,17 +31,18 @@ _DEVICES = ("cuda", "cpu")
 def instrument(packages: Sequence[str]) -> None:
     """Instrument what is imported from now on of `packages`; what never is has taken none of its branches."""
     files = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
-    functions = answering(files)
-    trees = {path: rewritten(path.read_text(), _name_of(path), functions) for path in files}
+    trees = {path: ast.parse(path.read_text()) for path in files}
+    functions = answering(trees.values())
+    trees = {path: rewritten(tree, _name_of(path), functions) for path, tree in trees.items()}
     setattr(builtins, _HOOK, _note)
     sys.meta_path.insert(0, _Finder(packages, functions, trees))
 
 
-def answering(files: Sequence[Path]) -> frozenset[str]:
-    """Names of the functions in `files` that return an answer about the device."""
+def answering(trees: Iterable[ast.Module]) -> frozenset[str]:
+    """Names of the functions in these modules that return an answer about the device."""
     found: set[str] = set()
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for tree in trees:
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and any(
                 isinstance(inner, ast.Return) and inner.value is not None and _is_truth(inner.value)
                 for inner in ast.walk(node)
@@ -57,9 +58,8 @@ def not_taken() -> list[str]:
     ]
 
 
-def rewritten(source: str, name: str, functions: frozenset[str]) -> ast.Module:
+def rewritten(tree: ast.Module, name: str, functions: frozenset[str]) -> ast.Module:
     """The module `name` with every site wrapped, and the sites added to TAKEN."""
-    tree = ast.parse(source)
     wrapped = _Wrap(name, _names(tree, functions), functions).visit(tree)
     return ast.fix_missing_locations(wrapped)
 
@@ -221,5 +221,5 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:  # never from a cached one, which is not instrumented
         path = Path(self.get_filename(fullname)).resolve()
-        tree = self.trees.get(path) or rewritten(path.read_text(), _name_of(path), self.functions)
+        tree = self.trees.get(path) or rewritten(ast.parse(path.read_text()), _name_of(path), self.functions)
         return compile(tree, str(path), "exec", dont_inherit=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,14 @@ def one_round_of_a_pretended_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "ROUND_MS", 0.0)
+
+
+@pytest.fixture
+def a_gpu_seen_for_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No verdict is known yet; what is known of data sets, whose images each test would look at again, stays."""
+    from deitfast.verification import verdict
+
+    monkeypatch.setattr(verdict, "cache_folder", lambda kind: tmp_path / "home" / kind)
 
 
 @pytest.fixture(autouse=True)

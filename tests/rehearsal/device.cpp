@@ -1,9 +1,11 @@
 // A pretended CUDA device for a torch that has none: tensors on "cuda:i" whose memory is the host's and whose kernels
 // are the CPU's, and devices, contexts and streams that are counted. Faithful are the dispatch keys, the autograd
 // engine's thread for a device with its streams, and which call makes a context where (torch's c10/cuda/CUDAFunctions.cpp).
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>

@@ -29,6 +29,9 @@ SELECTION = "linear_launch itemsize=2 N=512 K=128 epilogue=gelu aligned_rows=Tru
 COMMAND = ["doctor", "--model", "deit_digits_patch4_16", "--batch", "8", "--data", "digits"]
 
 
+pytestmark = pytest.mark.usefixtures("a_gpu_seen_for_the_first_time")
+
+
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deitfast.use.doctor._LOADING_SECONDS", 0.2)
@@ -38,7 +41,6 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_is_printed_and_a_run_takes_its_choices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DEITFAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
     monkeypatch.setattr("deitfast.use.doctor._compiler", lambda _: [])
@@ -70,7 +72,6 @@ def test_a_search_is_kept_and_what_it_found_is_tried_by_the_runs_to_come(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     only_the_tables_entries: Callable[..., Any],
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("DEITFAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("deitfast.use.doctor._compiler", lambda _: [])
     monkeypatch.setattr("deitfast.use.doctor._nccl", lambda _: [])
 

@@ -38,8 +38,7 @@ SHORT = replace(RECIPE, engine="flat", decode="cpu")
 
 
 @pytest.fixture(autouse=True)
-def a_gpu_seen_for_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DEITFAST_HOME", str(tmp_path / "home"))
+def ops_as_they_are(a_gpu_seen_for_the_first_time: None) -> Iterator[None]:
     with replaced.chosen():
         yield
 

@@ -20,9 +20,9 @@ from deitfast.training.run_record import RunRecord
 from tests.rehearsal.test_train import RECIPE
 
 
+@pytest.mark.usefixtures("a_gpu_seen_for_the_first_time")
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_few_steps_are_traced(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEITFAST_HOME", str(tmp_path / "home"))
     asked: list[set[ProfilerActivity]] = []
     real = torch.profiler.profile
 
