@@ -71,9 +71,12 @@ def test_every_kind_of_image_gives_the_same_scores(weights: Path, photos: list[P
         np.asarray(image),
         torch.tensor(np.asarray(image)),
     ]
-    results = inference_model(NAME, kinds, weights, device="cpu")
-    for result in results:
-        np.testing.assert_array_equal(result["pred_scores"], results[0]["pred_scores"])
+    together = inference_model(NAME, kinds, weights, device="cpu")
+    scores = [inference_model(NAME, kind, weights, device="cpu")["pred_scores"] for kind in kinds]
+    for one, among_others in zip(scores, together, strict=True):
+        np.testing.assert_array_equal(one, scores[0])
+        # The bits of a product may depend on the image's place in the batch, where several threads share it.
+        np.testing.assert_allclose(among_others["pred_scores"], scores[0], atol=1e-6)
 
 
 def test_a_list_gives_what_its_images_give_one_by_one(weights: Path, photos: list[Path]) -> None:
