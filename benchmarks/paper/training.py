@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import resource
 import shlex
@@ -24,6 +23,7 @@ from benchmarks.paper import teacher as convnets
 from benchmarks.paper.rows import BASE, CONVNET, EQUAL_CONVNET, TRANSFORMER, Run
 from deitfast.cli.recipes import load_recipe
 from deitfast.data import Manifest, open_dataset
+from deitfast.data.files import add_member
 from deitfast.files import write_atomically
 from deitfast.model.zoo import find_variant
 from deitfast.recipe import Recipe, flag
@@ -90,10 +90,7 @@ def _write_shard(manifest: Manifest, index: np.ndarray, path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         for i in index.tolist():
             suffix = Path(manifest.name(i)).suffix
-            info = tarfile.TarInfo(f"{manifest.classes[manifest.label[i]]}/{i:06d}{suffix}")
-            data = manifest.read(i).tobytes()
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            add_member(tar, f"{manifest.classes[manifest.label[i]]}/{i:06d}{suffix}", manifest.read(i).tobytes())
 
 
 def recipe_of(table: Table, run: Run, seed: int) -> Recipe:
