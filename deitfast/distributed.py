@@ -43,7 +43,6 @@ class World:
     rank: int
     size: int
     local_rank: int
-    local_size: int
     device: torch.device
     wire: torch.dtype = torch.float32
 
@@ -151,7 +150,7 @@ class World:
 def start(device: str = "auto") -> World:
     """Join the processes torchrun started, or be the only one. device: cuda, cpu, or auto."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -176,7 +175,7 @@ def start(device: str = "auto") -> World:
             device_id=where if device == "cuda" else None,
             timeout=TRAINING_PATIENCE,
         )
-    return World(rank, size, local_rank, local_size, where, _WIRES[wire])
+    return World(rank, size, local_rank, where, _WIRES[wire])
 
 
 def board() -> dist.Store | None:

@@ -33,7 +33,7 @@ def on_each(action: Callable[[World], Any], size: int = 3, machines: int = 1) ->
 
     def run(rank: int) -> Any:
         try:
-            return action(World(rank, size, rank % local, local, torch.device("cpu")))
+            return action(World(rank, size, rank % local, torch.device("cpu")))
         except Exception as error:
             return error
 
@@ -90,7 +90,7 @@ def test_any_other_error_comes_out_where_it_happened_and_stops_all(store: dist.S
 
 
 def test_one_process_alone_meets_its_own_error() -> None:
-    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    alone = World(0, 1, 0, torch.device("cpu"))
     with pytest.raises(ZeroDivisionError):
         alone.agree(lambda: 1 // 0)
     assert alone.gather(3) == [3]

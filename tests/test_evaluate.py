@@ -25,7 +25,7 @@ from deitfast.model.factory import create_model
 from deitfast.use.evaluate import Details, Scores, evaluate_each, evaluate_in_detail, real_labels
 from tests.processes import in_processes
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 0, torch.device("cpu"))
 OPTIONS = {"crop_ratio": 0.875, "batch": 32, "workers": 1, "bf16": False}
 
 
@@ -141,9 +141,7 @@ def test_evaluate_gives_the_same_scores_and_a_limit_counts() -> None:
 def _worker(rank: int, world: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/store-{world}", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    result = evaluate_in_detail(
-        model_of(True), digits(), World(rank, world, rank, world, torch.device("cpu")), **OPTIONS
-    )
+    result = evaluate_in_detail(model_of(True), digits(), World(rank, world, rank, torch.device("cpu")), **OPTIONS)
     torch.save(result, f"{folder}/{world}-{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -42,7 +42,7 @@ def recipe_of(case: str, size: int) -> Recipe:
 @pytest.mark.parametrize("elements", [1, BLOCK * 5, BLOCK * 1000 + 17])
 def test_shards_are_a_cut(elements: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BUCKET_BYTES", BUCKET_BYTES)
-    cuts = [Shards.of(elements, World(rank, size, rank, size, torch.device("cpu")), BLOCK) for rank in range(size)]
+    cuts = [Shards.of(elements, World(rank, size, rank, torch.device("cpu")), BLOCK) for rank in range(size)]
     assert elements <= cuts[0].size < elements + BLOCK * cuts[0].buckets * size
     assert cuts[0].share % BLOCK == 0
     flat = torch.arange(cuts[0].size)

@@ -36,7 +36,7 @@ def make_model(recipe: Recipe) -> DeiT:
 
 
 def world_of(rank: int = 0, size: int = 1, device: str = "cpu") -> World:
-    return World(rank, size, rank, size, torch.device(device))
+    return World(rank, size, rank, torch.device(device))
 
 
 def batches(recipe: Recipe, micro_batch: int, world: World, steps: int) -> Iterator[Batch]:

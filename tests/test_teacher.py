@@ -23,7 +23,7 @@ from deitfast.model.vetting import content_hash
 from deitfast.recipe import Recipe
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, 1, CPU)
+ALONE = World(0, 1, 0, CPU)
 HALF = (0.5, 0.5, 0.5)
 
 

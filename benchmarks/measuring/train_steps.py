@@ -151,7 +151,7 @@ class EngineStep(TrainStep):
             drop_path=job.drop_path, drop_path_form=job.drop_path_form,
         )  # fmt: skip
         engine = make_engine(
-            self.model, self.recipe, World(0, 1, 0, 1, self.device), DropPath(self.model, self.recipe, job.batch),
+            self.model, self.recipe, World(0, 1, 0, self.device), DropPath(self.model, self.recipe, job.batch),
             accumulation=1, bf16=job.precision == "bf16",
         )  # fmt: skip
         assert isinstance(engine, FlatEngine)

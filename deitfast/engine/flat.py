@@ -76,7 +76,7 @@ class FlatState:
         self._parameters = named
         device = next(iter(named.values())).device
         trainable = [p for p in named.values() if p.requires_grad]
-        self.shards = shards = Shards.of(sum(map(_padded, trainable)), world or World(0, 1, 0, 1, device), BLOCK)
+        self.shards = shards = Shards.of(sum(map(_padded, trainable)), world or World(0, 1, 0, device), BLOCK)
         self._offsets: dict[str, int] = {}
         size, trained = 0, shards.size
         for name, parameter in named.items():

@@ -89,7 +89,7 @@ def losses(job: dict[str, Any], engine_name: str, device: torch.device) -> list[
     if recipe.distillation != "none":
         teacher = load_teacher(recipe, job["classes"], device, job["image_size"])
     engine = make_engine(
-        model, recipe, World(0, 1, 0, 1, device), DropPath(model, recipe, job["micro_batch"]),
+        model, recipe, World(0, 1, 0, device), DropPath(model, recipe, job["micro_batch"]),
         accumulation=job["accumulation"], bf16=job["bf16"], teacher=teacher,
         class_weights=torch.ones(len(job["classes"]), device=device) if recipe.class_weights == "balanced" else None,
     )  # fmt: skip

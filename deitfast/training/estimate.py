@@ -54,7 +54,7 @@ def estimate(recipe: Recipe, gpu: Gpu, gpus: int, classes: int, images: int) -> 
         )
     bf16 = recipe.precision != "fp32"
     largest = images_that_fit(1e9 * gpu.gigabytes, model, recipe, bf16, gpus, kernels=True)
-    world = World(0, gpus, 0, gpus, torch.device("cuda"))
+    world = World(0, gpus, 0, torch.device("cuda"))
     micro_batch, accumulation = split_batch(recipe, world, largest)
     speed = gpus * speed_bound(variant, micro_batch * accumulation, gpu, recipe.recompute)
     memory = memory_parts(model, recipe, micro_batch, accumulation > 1 or gpus > 1, bf16, gpus)

@@ -79,7 +79,7 @@ def a_batch(step: int) -> Batch:
 def make(bf16: bool = True) -> Engine:
     torch.manual_seed(0)
     model = create_model(RECIPE.model, num_classes=CLASSES, drop_path=RECIPE.drop_path, depth=DEPTH, fused=True).train()
-    world = World(0, 1, 0, 1, torch.device("cpu"))
+    world = World(0, 1, 0, torch.device("cpu"))
     return make_engine(model, RECIPE, world, DropPath(model, RECIPE, BATCH), accumulation=1, bf16=bf16)
 
 

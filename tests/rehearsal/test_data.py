@@ -93,7 +93,7 @@ def test_evaluation_scores_are_the_cpus(digits: Dataset) -> None:
     model = create_model(RECIPE.model, num_classes=10, depth=2, fused=True)
     torch.nn.init.normal_(model.head.weight)
     for device in ("cpu", "cuda"):
-        world, options = World(0, 1, 0, 1, torch.device(device)), {"batch": 64, "workers": 1, "bf16": False}
+        world, options = World(0, 1, 0, torch.device(device)), {"batch": 64, "workers": 1, "bf16": False}
         data = digits.val.head(100)
         found += evaluate_each(model.to(device), [contextlib.nullcontext], data, world, crop_ratio=0.875, **options)
     assert found[0].images == found[1].images == 100
@@ -120,7 +120,7 @@ def test_evaluation_is_one_graph_and_scores_what_it_does_uncaptured(
     monkeypatch.setattr(graphs, "capture", captures)
 
     def scores() -> list[Scores]:
-        world, weights = World(0, 1, 0, 1, torch.device("cuda")), [contextlib.nullcontext, partial(turned, model)]
+        world, weights = World(0, 1, 0, torch.device("cuda")), [contextlib.nullcontext, partial(turned, model)]
         options = {"crop_ratio": 0.875, "batch": 64, "workers": 1, "bf16": True}
         return evaluate_each(model, weights, digits.val.head(100), world, **options)
 

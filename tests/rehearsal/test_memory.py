@@ -20,7 +20,7 @@ from deitfast.verification.verdict import Verdict
 from tests.rehearsal import cuda
 from tests.rehearsal.test_train import RECIPE
 
-WORLD = World(0, 1, 0, 1, torch.device("cuda", 0))
+WORLD = World(0, 1, 0, torch.device("cuda", 0))
 BASE = Recipe(model="deit_base_patch16_224", batch=4096)
 
 

@@ -225,7 +225,7 @@ def test_collectives_start_in_the_backward_on_the_captures_stream(
     monkeypatch.setattr(World, "sum_to_shares", sum_to_shares)
     monkeypatch.setattr(World, "gather_shares", gather_shares)
     monkeypatch.setattr(World, "collect", collect)
-    world, recipe = World(0, 2, 0, 2, torch.device("cuda", 0)), replace(SMALL, precision="bf16", batch=32)
+    world, recipe = World(0, 2, 0, torch.device("cuda", 0)), replace(SMALL, precision="bf16", batch=32)
     flat, graph = (engine_of(replace(recipe, engine=name), accumulation, world) for name in ("flat", "graph"))
     source = batches(recipe, recipe.batch // 2 // accumulation, world, FIRST_REPLAY + 2)
     micro = list(source)
