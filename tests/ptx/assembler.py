@@ -85,9 +85,8 @@ class _Assembler:
     def run(self) -> Program:
         rows = [self.encode_or_say_where(statement) for statement in self.kernel.statements]
         code = np.zeros(len(rows) + 1, INSN)
-        for instruction, row in zip(code, rows, strict=False):
-            for name, value in row.items():
-                instruction[name] = value
+        for name in INSN.names or ():
+            code[name][:-1] = [row.get(name, 0) for row in rows]
         code[len(rows)]["op"], code[len(rows)]["pred"] = self.ops["trap"], -1
         image = np.full((self.next_slot + 1, 32), _MASK32, np.uint32)
         for (value, width), slot in self.constants.items():

@@ -6,6 +6,7 @@ their registers and labels get unique names. Operands are parsed into small tupl
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,6 +224,9 @@ def _resolve(operand: Operand, scopes: list[dict[str, str]]) -> Operand:
 
 
 def _split(text: str) -> list[str]:
+    """The parts between the commas that are in no brackets."""
+    if not _BRACKET.search(text):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, current = [], 0, ""
     for char in text:
         depth += (char in "{[(") - (char in "}])")
@@ -236,9 +240,11 @@ def _split(text: str) -> list[str]:
     return parts
 
 
+_BRACKET = re.compile(r"[\[({]")
 _IMMEDIATE = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+U?|0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|\d+U?)$")
 
 
+@functools.cache  # a kernel names few registers, each many times
 def _operand(text: str) -> Operand:
     text = text.strip()
     if text == "_":
