@@ -31,10 +31,14 @@ def uv(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
 
 @pytest.fixture(scope="module")
 def resolving(uv: list[str | Path]) -> dict[str, subprocess.Popen[str]]:
-    """A resolution by version of Python, all under way at once: what they do is wait for the index."""
+    """A resolution by version of Python, all under way at once: what they do is wait for the index.
+
+    setup.py is asked in this environment, as the Makefile does: for one of its own uv would look for each Python.
+    """
     command = [
         *uv, "pip", "compile", "--quiet", "--python-platform", "x86_64-manylinux_2_28",
-        "--extra", "test", "--extra", "dev", "--constraints", "constraints.txt", "setup.py", "--python-version",
+        "--no-build-isolation", "--python", sys.executable, "--extra", "test", "--extra", "dev",
+        "--constraints", "constraints.txt", "setup.py", "--python-version",
     ]  # fmt: skip
     pipe = subprocess.PIPE
     return {
