@@ -330,7 +330,7 @@ def _disassemble(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        command = [knobs.nvidia.nvdisasm.path, "-c", "--no-dataflow", str(path)]  # which names branches' targets: 0.1 s
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
