@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import signal
@@ -38,6 +40,7 @@ def guarded(main: Callable[[], None]) -> None:
     Under torchrun such an end, and one with exit code 75, is final: the launcher starts nothing again.
     """
     quiet_pillow()
+    atexit.register(gc.freeze)  # or Python looks for rubbish among all that torch is, 0.5 s of a training process's end
     try:
         main()
         if sys.stdout is not None:

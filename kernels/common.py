@@ -60,9 +60,11 @@ def op(name: str) -> Callable[[Callable[Arguments, Result]], Op[Arguments, Resul
             return function(*args, **kwargs)
 
         schema = torch.library.infer_schema(function, mutates_args=())
-        made = torch.library.custom_op(
-            f"deitfast::{name}", run, mutates_args=(), device_types=("cpu", "cuda"), schema=schema
-        )
+        qualified = f"deitfast::{name}"
+        made = torch.library.custom_op(qualified, run, mutates_args=(), device_types="cuda", schema=schema)
+        # custom_op keeps torch.compile from looking into its implementations, for which the first call imports
+        # torch._dynamo: 1.3 s of every process. On CPU tensors there is nothing but PyTorch to be seen.
+        torch.library.impl(qualified, "cpu", run)
         made.register_fake(run)
 
         def refuse(ctx: Any, *gradients: Any) -> NoReturn:

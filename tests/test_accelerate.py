@@ -361,15 +361,18 @@ def test_a_model_without_blocks_is_an_error():
         accelerate(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_a_deitfast_model_is_accelerated_and_no_library_imported():
+def test_a_deitfast_model_is_accelerated_and_no_library_nor_compiler_imported():
     program = """
 import sys
+import torch
 from deitfast.model.acceleration import accelerate
 from deitfast.model.deit import DeiT
 model = DeiT(width=64, depth=2, num_heads=1, image_size=16, patch_size=8, num_classes=3)
 report = accelerate(model, verbose=False)
 assert report.replaced == ["blocks.0", "blocks.1"], report
+model(torch.rand(1, 3, 16, 16)).sum().backward()
+assert model.blocks[0].mlp.fc1.weight.grad.any()
 report.undo()
-assert not {"timm", "transformers", "torchvision"} & set(sys.modules)
+assert not {"timm", "transformers", "torchvision", "torch._dynamo"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True)

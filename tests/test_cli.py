@@ -103,15 +103,15 @@ def test_models_lists_the_papers_numbers(capsys: pytest.CaptureFixture[str]) -> 
             assert round(count / 1e6, 2) == pytest.approx(variant["params_millions"], abs=0.011), name
 
 
-@pytest.mark.parametrize("argument", ["--help", "models"])
-def test_help_and_models_answer_without_what_is_slow_to_import(argument: str) -> None:
+@pytest.mark.parametrize("arguments", ["--help", "models", "train deit_base --help"])
+def test_help_and_models_answer_without_what_is_slow_to_import(arguments: str) -> None:
     code = f"""
 import contextlib, sys
 from deitfast.cli.main import main
 from deitfast.cli.recipes import load_recipe
 from deitfast.training.launch import parse_flags
 with contextlib.suppress(SystemExit):
-    main([{argument!r}])
+    main({arguments.split()!r})
 sys.exit(", ".join({{"torch", "triton", "numpy", "nvidia.dali", "PIL"}} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -30,9 +30,13 @@ def uv(tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
 
 @pytest.mark.slow
 def test_the_tested_versions_resolve_without_local_configuration(uv: list[str | Path]) -> None:
-    """Once for every Python and platform that the package is for: uv calls that universal."""
+    """Once for every Python and platform that the package is for: uv calls that universal.
+
+    setup.py is asked in this environment, as the Makefile does: for one of its own uv would look for a Python.
+    """
     command = [
         *uv, "pip", "compile", "--quiet", "--universal", "--python-version", "3.11",
+        "--no-build-isolation", "--python", sys.executable,
         "--extra", "test", "--extra", "dev", "--constraints", "constraints.txt", "setup.py",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=PUBLIC, capture_output=True, text=True, timeout=280)

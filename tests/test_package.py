@@ -135,7 +135,7 @@ SCRIPT = """\
 from dataclasses import replace
 import deitfast
 from deitfast.recipes.deit_digits import RECIPE
-result = deitfast.train(replace(RECIPE, epochs=1, warmup_epochs=0, workers=1, image_size=8))
+result = deitfast.train(replace(RECIPE, epochs=1, warmup_epochs=0, workers=1, batch=128, image_size=8))
 print(f"top-1 {result.raw.top1:.2f} % on {result.raw.images} images")
 """
 
@@ -166,7 +166,8 @@ def test_the_readmes_quick_start_does_what_it_says_from_the_wheel_in_an_empty_fo
     run(*doctor, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "smoke test passed: deit_base_patch16_224" in run(*smoke, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert not list(tmp_path.iterdir())
-    run(*demo, "--epochs", "1", "--warmup-epochs", "0", "--image-size", "8", cwd=tmp_path, OMP_NUM_THREADS="1")
+    short = ("--epochs", "1", "--warmup-epochs", "0", "--image-size", "8", "--batch", "128")
+    run(*demo, *short, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "on 360 images" in run(*test, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert "deit_tiny_patch16_224" in run(installed / "deitfast", "models", cwd=tmp_path)
 

@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, deitfast.Re
     out = tmp_path_factory.mktemp("runs") / "digits"
     recipe = replace(
         RECIPE, out=str(out), epochs=2, eval_crop_ratio=0.8, warmup_epochs=0.5, ema_decay=0.9, eval_every=2, workers=1,
-        mixup=0.0, erase=0.0,
+        mixup=0.0, erase=0.0, image_size=8,
     )  # fmt: skip
     return out, deitfast.train(recipe)
 

@@ -269,7 +269,7 @@ def test_a_teacher_that_guesses_is_refused(digits) -> None:
         teacher.check(data.val, ALONE, crop_ratio=1.0, workers=1, say=lambda line: None)
     fresh, said = Teacher("shifted:fresh", shifted, Input(16), data.classes, CPU, 16), []
     assert fresh.check(data.val, ALONE, crop_ratio=1.0, workers=1, say=said.append) == 0
-    assert said[0].endswith("top-1 0.0 % on 32 validation images"), "one batch"
+    assert said[0].endswith("top-1 0.0 % on 2 validation images"), "two a process"
 
 
 def test_a_spread_sample_has_every_class(digits) -> None:

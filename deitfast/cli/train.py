@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -53,6 +54,8 @@ def _train(args: argparse.Namespace, flags: list[str]) -> None:
     file = find_recipe(_recipe_first(args.recipe, flags))
     if (args.nodes > 1) != bool(args.master):
         raise DeitfastError("--nodes N and --master HOST belong together: give both, the same on every machine")
+    if {"-h", "--help"} & set(flags):  # told once, by one process that needs no torch
+        sys.exit(subprocess.run([sys.executable, str(file), *flags]).returncode)
     import torch
 
     processes = args.processes or torch.cuda.device_count() or 1

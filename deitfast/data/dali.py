@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -129,6 +130,8 @@ class Runner(Generic[F]):
         """Stop the threads and free DALI's buffers; further use is an error."""
         self._stop.set()
         if self._thread.is_alive():
+            with suppress(queue.Empty):
+                self._ready.get_nowait()  # for one that waits for room
             self._thread.join()
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()

@@ -129,10 +129,11 @@ class Teacher:
     ) -> float:  # fmt: skip
         """Top-1 in percent on some hundred validation images, as the student would hand them over; every process calls.
 
-        An untrained one, which has nothing to show, sees one batch of them. Told in one line. DeitfastError where it is
-        no better than guessing (within three standard deviations): its classes are then not the data's, in their order.
+        An untrained one, which has nothing to show, sees two images a process. Told in one line. DeitfastError where it
+        is no better than guessing (within three standard deviations): its classes are then not the data's, in their
+        order.
         """
-        shown = val.spread(batch if self.fresh else CHECKED_IMAGES)
+        shown = val.spread(2 * world.size if self.fresh else CHECKED_IMAGES)
         loader = EvalLoader(
             shown, image_size=self.image_size, crop_ratio=crop_ratio, batch=batch, rank=world.rank,
             world_size=world.size, device=self.device, workers=workers, decode=decode,

@@ -230,7 +230,7 @@ def smoke(recipe: Recipe) -> Result:
     with tempfile.TemporaryDirectory(prefix="deitfast-smoke-", ignore_cleanup_errors=True) as folder:
         small = replace(small, out=world.share(folder))
         train(small, stop_at=saved_at, depth=depth, quiet=True)
-        result = train(small, stop_at=last, eval_images=16, depth=depth, quiet=True)
+        result = train(small, stop_at=last, eval_images=batch, depth=depth, quiet=True)
         assert result is not None
         world.barrier()
     if world.is_main:

@@ -173,11 +173,11 @@ def test_steps_measured_earlier_outlive_a_run_that_is_cut_off(tmp_path, monkeypa
     results.put("step", rows, status="partly", seconds=1.0)
     monkeypatch.setattr(gpu_suite, "_command", lambda *_: ["timeit", "-n1", "-r1", "import time; time.sleep(60)"])
     options = argparse.Namespace(device="cpu", quick=True)
-    gpu_suite.run_part(Part("step", 1.0, ("x",)), results, options, 1.5, io.StringIO())
+    gpu_suite.run_part(Part("step", 1.0, ("x",)), results, options, 0.3, io.StringIO())
     assert results.data["parts"]["step"]["status"] == "cut off"
     assert [row["key"]["way"] for row in results.data["rows"]] == ["ours", "ours, fused"]
     results.data["facts"]["sources"] = "0"  # the code has changed: ours must be measured again
-    gpu_suite.run_part(Part("step", 1.0, ("x",)), results, options, 1.5, io.StringIO())
+    gpu_suite.run_part(Part("step", 1.0, ("x",)), results, options, 0.3, io.StringIO())
     assert results.data["rows"] == []
 
 
@@ -209,7 +209,7 @@ def hanging_part(tmp_path, monkeypatch) -> Part:
 
 def test_a_part_that_is_killed_keeps_its_rows(tmp_path, hanging_part):
     results, log = Results(tmp_path, "cpu", True), io.StringIO()
-    gpu_suite.run_part(hanging_part, results, argparse.Namespace(device="cpu", quick=True), 4, log)
+    gpu_suite.run_part(hanging_part, results, argparse.Namespace(device="cpu", quick=True), 2, log)
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["rows"] == [{"key": {"op": "x"}, "ms": 1.0, "part": "hang"}]
     assert data["parts"]["hang"]["status"] == "cut off"
@@ -272,8 +272,10 @@ def test_a_crash_and_a_hang_end_their_part_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_suite, "PARTS", tuple(Part(name, 0.02 if name == "hang" else 1.0) for name in scripts))
     monkeypatch.setattr(gpu_suite, "_command", lambda part, *_: ["timeit", "-n1", "-r1", scripts[part.name]])
     run = gpu_suite.run_part
-    # The hang gets two seconds, whatever is left.
-    monkeypatch.setattr(gpu_suite, "run_part", lambda p, r, o, s, log: run(p, r, o, 2 if p.name == "hang" else s, log))
+    # The hang gets half a second, whatever is left.
+    monkeypatch.setattr(
+        gpu_suite, "run_part", lambda p, r, o, s, log: run(p, r, o, 0.5 if p.name == "hang" else s, log)
+    )
     arguments = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
     assert gpu_suite.main([*arguments, "--minutes", "20"]) == 0
     parts = json.loads((tmp_path / "results.json").read_text())["parts"]

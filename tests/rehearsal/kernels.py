@@ -114,8 +114,6 @@ def _both(op: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(op)
     def run(*args: Any, **kwargs: Any) -> Any:
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.is_cuda]
-        if not given:  # torch registers one function for both devices
-            return op(*args, **kwargs)
         launched = None if REPLAYED else op(*args, **kwargs)
         args, kwargs = tree_map_only(torch.Tensor, on_host, (args, kwargs))
         out = tree_map_only(torch.Tensor, lambda x: wrap(x, given[0].device.index), op(*args, **kwargs))
