@@ -181,7 +181,7 @@ def test_five_lines_of_a_strangers_python_train_and_are_type_checked(installed: 
     planted = "reveal_type(result)\nreveal_type(deitfast.create_model)\ndeitfast.train(RECIPE, lrr=3)\n"
     script.write_text(SCRIPT + planted)
     cache = tmp_path / "cache"
-    if (ROOT / ".mypy_cache").is_dir():  # what is known of torch already: to read all of it takes a minute
+    if (ROOT / ".mypy_cache").is_dir():  # what is known of torch already: to read it is most of the time
         shutil.copytree(ROOT / ".mypy_cache", cache)
     mypy = [installed / "python", "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "--cache-dir", cache]
     checked = subprocess.run([*mypy, script], cwd=tmp_path, capture_output=True, text=True, timeout=280).stdout
