@@ -115,7 +115,7 @@ from deitfast import run
 from deitfast.engine.engine import FlatEngine
 from deitfast.training import train as training
 from deitfast.use import evaluate
-from recipes.deit_digits import RECIPE
+from deitfast.recipes.deit_digits import RECIPE
 
 {change}
 run(RECIPE, name="changed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -43,6 +44,8 @@ class Nodes:
             command = ["unshare", "--net", "--uts", "--mount", "sh", "-ec", script, "node", *train]
             self.runs.append(Launched(out, command, folder / f"{name}.said"))
         time.sleep(0.5)  # they are in their namespaces
+        # Held, so that the link outlives the node that ends first: with its network the other's address would go.
+        self.held = [os.open(f"/proc/{run.process.pid}/ns/net", os.O_RDONLY) for run in self.runs]
         subprocess.run(["ip", "link", "add", self.links[0], "type", "veth", "peer", "name", self.links[1]], check=True)
         for run, link in zip(self.runs, self.links, strict=True):
             subprocess.run(["ip", "link", "set", link, "netns", str(run.process.pid)], check=True)
@@ -65,7 +68,9 @@ def two_nodes(out: Path, folder: Path, **changes: object) -> Iterator[Nodes]:
         yield nodes
     finally:
         for run in nodes.runs:
-            run.end()  # and with the last process its namespace and its link
+            run.end()
+        for namespace in nodes.held:
+            os.close(namespace)  # and with it the link
 
 
 def cut_link(folder: Path, count: int) -> str:

@@ -154,7 +154,7 @@ CRASHING = """
 import os
 from deitfast import run
 from deitfast.engine.engine import FlatEngine
-from recipes.deit_digits import RECIPE
+from deitfast.recipes.deit_digits import RECIPE
 
 step = FlatEngine.__call__
 
